@@ -1,0 +1,250 @@
+"""What a checkpoint is on disk: a folder with a PEFT adapter, the optimizer's state, a canary, and a manifest.
+
+The manifest is written last, into a temporary folder that is then renamed, so a folder with a manifest that matches is
+complete and one without is not a checkpoint. Knows files and JSON; reads no tensor and imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import CheckpointNotFound, CorruptCheckpoint
+from .names import ModelKey, adapter_name, inference_name
+
+MANIFEST = "checkpoint.json"
+CANARY = "canary.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OPTIMIZER_STATE = "optimizer.safetensors"
+_TEMPORARY = ".saving-"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """One step of one model, and the folder that holds it."""
+
+    model: ModelKey
+    step: int
+    path: Path
+
+    @property
+    def inference_name(self) -> str:
+        """The name a user asks for at the gateway: `name@step`."""
+        return inference_name(self.model.name, self.step)
+
+    @property
+    def adapter_name(self) -> str:
+        """The name under which an engine holds it: `project/name@step`."""
+        return adapter_name(self.model, self.step)
+
+
+class FileRecord(BaseModel):
+    """Size in bytes and SHA-256 of one file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int
+    sha256: str
+
+
+class CheckpointManifest(BaseModel):
+    """What `checkpoint.json` says. `files` covers every other file of the folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[1] = 1
+    step: int
+    base_model: str
+    engine: str
+    metrics: dict[str, float] = {}
+    files: dict[str, FileRecord]
+
+
+class CanaryPrompt(BaseModel):
+    """A short prompt and what the checkpoint expects next.
+
+    `token_ids` is the prompt. `expected` maps the most likely next token ids to their logprobs under this checkpoint (at
+    temperature 1), `previous` the same ids to their logprobs under the checkpoint it was trained from.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    token_ids: list[int]
+    expected: dict[int, float]
+    previous: dict[int, float] | None = None
+
+
+class Canary(BaseModel):
+    """The prompts by which an engine shows that it serves this checkpoint and no other."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompts: list[CanaryPrompt]
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """`checkpoints/0042` for step 42."""
+    return checkpoints / f"{step:04d}"
+
+
+@contextmanager
+def saving(
+    destination: Path, *, step: int, base_model: str, engine: str, metrics: dict[str, float] | None = None
+) -> Iterator[Path]:
+    """Give a temporary folder to write a checkpoint into; on leaving, seal it and rename it to `destination`.
+
+    A kill at any moment leaves either the whole checkpoint or none. An error inside removes the temporary folder. Raises
+    FileExistsError when `destination` is already a whole checkpoint; a corrupt one in its place is moved aside.
+    """
+    if destination.exists():
+        try:
+            read_manifest(destination)
+        except CorruptCheckpoint:
+            set_aside(destination)
+        else:
+            raise FileExistsError(f"{destination} already holds a checkpoint; a step is never written twice")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = destination.parent / f"{_TEMPORARY}{destination.name}-{os.getpid()}-{uuid4().hex[:8]}"
+    folder.mkdir()
+    try:
+        yield folder
+        files = {file.name: _record(file) for file in sorted(folder.iterdir()) if file.is_file()}
+        manifest = CheckpointManifest(step=step, base_model=base_model, engine=engine, metrics=metrics or {}, files=files)
+        write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        _sync(folder)
+        folder.rename(destination)
+        _sync(destination.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def read_manifest(folder: Path, *, hashes: bool = False) -> CheckpointManifest:
+    """Read a checkpoint's manifest and hold the folder against it: every file there, with its size (and hash, if asked).
+
+    Raises CorruptCheckpoint saying what is wrong with which file.
+    """
+    try:
+        manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = "it has no manifest" if isinstance(error, FileNotFoundError) else f"its manifest cannot be read ({error})"
+        raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: {reason}.") from error
+    if folder.name.isdigit() and int(folder.name) != manifest.step:
+        raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: its manifest says step {manifest.step}.")
+    for name, record in manifest.files.items():
+        file = folder / name
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: {name} cannot be read ({error}).") from error
+        if size != record.size:
+            raise CorruptCheckpoint(
+                f"{folder} is not a whole checkpoint: {name} has {size} bytes where its manifest says {record.size}."
+            )
+        if hashes and _record(file) != record:
+            raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: {name} differs from what was saved (SHA-256).")
+    return manifest
+
+
+def whole_steps(checkpoints: Path) -> dict[int, Path]:
+    """Every whole checkpoint under a model's `checkpoints` folder, by step, oldest first.
+
+    A corrupt one is named in a warning and skipped; nothing is deleted.
+    """
+    found: dict[int, Path] = {}
+    if not checkpoints.is_dir():
+        return found
+    for folder in sorted(checkpoints.iterdir()):
+        if not folder.name.isdigit() or not folder.is_dir():
+            continue
+        try:
+            read_manifest(folder)
+        except CorruptCheckpoint as error:
+            warnings.warn(f"{error} It is skipped and kept as it is.", RuntimeWarning, stacklevel=2)
+        else:
+            found[int(folder.name)] = folder
+    return dict(sorted(found.items()))
+
+
+def resolve_step(key: ModelKey, checkpoints: Path, step: int | None = None) -> CheckpointRef:
+    """The checkpoint of `step`, or the latest whole one. Raises CheckpointNotFound listing those that are there."""
+    steps = whole_steps(checkpoints)
+    wanted = max(steps, default=None) if step is None else step
+    if wanted is None or wanted not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise CheckpointNotFound(f"{key} has no whole checkpoint{'' if step is None else f' of step {step}'}; there: {there}.")
+    return CheckpointRef(key, wanted, steps[wanted])
+
+
+def read_canary(folder: Path) -> Canary | None:
+    """The checkpoint's canary, or None when its trainer left none (as for step 0)."""
+    try:
+        return Canary.model_validate_json((folder / CANARY).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise CorruptCheckpoint(f"{folder / CANARY} cannot be read: {error}") from error
+
+
+def remove_unfinished(checkpoints: Path) -> list[Path]:
+    """Remove the temporary folders that killed writers left, and say which they were. Call it only when no writer runs."""
+    left = sorted(checkpoints.glob(f"{_TEMPORARY}*")) if checkpoints.is_dir() else []
+    for folder in left:
+        shutil.rmtree(folder)
+    return left
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a corrupt folder so that its step can be written again; nothing of it is lost."""
+    aside = folder.with_name(f"{folder.name}.corrupt-{uuid4().hex[:8]}")
+    folder.rename(aside)
+    warnings.warn(f"{folder} was not a whole checkpoint and is kept as {aside.name}.", RuntimeWarning, stacklevel=2)
+    return aside
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it, rename it: a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """`write_atomically` for a value that JSON can hold."""
+    write_atomically(path, json.dumps(value, indent=1).encode())
+
+
+def _record(file: Path) -> FileRecord:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileRecord(size=file.stat().st_size, sha256=digest)
+
+
+def _sync(folder: Path) -> None:
+    for file in (*folder.iterdir(), folder):
+        if file.is_dir() and file != folder:
+            continue
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

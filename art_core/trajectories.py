@@ -1,0 +1,319 @@
+"""What an attempt is: messages and sampled choices, a reward, and what was measured on the way.
+
+Knows the shapes of a trajectory and how one is written down and read back without losing anything. Knows nothing of
+tokens being trained, of backends or of engines. The openai package is imported only when a choice has to be read back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_serializer, field_validator
+
+from .errors import InvalidTrajectory
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
+    from openai.types.chat.chat_completion import Choice
+
+    Message: TypeAlias = ChatCompletionMessageParam
+    Tool: TypeAlias = ChatCompletionToolParam
+    MessageOrChoice: TypeAlias = ChatCompletionMessageParam | Choice
+else:
+    Message = Tool = MessageOrChoice = Any
+
+Messages: TypeAlias = list[Message]
+MessagesAndChoices: TypeAlias = list[MessageOrChoice]
+Tools: TypeAlias = list[Tool]
+MetadataValue: TypeAlias = float | int | str | bool | None
+
+
+def is_choice(item: object) -> bool:
+    """True for a sampled choice of the openai package, False for a message dictionary."""
+    return not isinstance(item, dict)
+
+
+def message_of(item: MessageOrChoice) -> Message:
+    """The message dictionary that goes into the next request; a choice's absent content becomes an empty string."""
+    if isinstance(item, dict):
+        return cast("Message", item)
+    message = item.message.model_dump(exclude_none=True, exclude={"audio", "function_call", "annotations", "refusal"})
+    message.setdefault("content", "")
+    if message["content"] is None:
+        message["content"] = ""
+    return cast("Message", message)
+
+
+def _read_item(item: Any) -> Any:
+    if not isinstance(item, dict):
+        if not hasattr(item, "message"):
+            raise ValueError(
+                f"a trajectory holds message dictionaries and the choices of a chat completion, not {type(item).__name__};"
+                " append `chat_completion.choices[0]`"
+            )
+        return item
+    if "finish_reason" in item and "message" in item:
+        from openai.types.chat.chat_completion import Choice
+
+        return Choice.model_validate(item)
+    if "role" not in item:
+        raise ValueError(f"a message needs a 'role'; got a dictionary with the keys {sorted(item)}")
+    return item
+
+
+def _write_item(item: Any) -> Any:
+    return item if isinstance(item, dict) else item.model_dump(mode="json", warnings=False)
+
+
+class History(BaseModel):
+    """One conversation: an agent that runs several, or rewrites its own, has additional ones beside the first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages_and_choices: MessagesAndChoices = Field(default_factory=list)
+    tools: Tools | None = None
+
+    @field_validator("messages_and_choices", mode="before")
+    @classmethod
+    def _read_items(cls, items: Any) -> Any:
+        return [_read_item(item) for item in items]
+
+    @field_serializer("messages_and_choices", mode="wrap")
+    def _write_items(self, items: MessagesAndChoices, _: SerializerFunctionWrapHandler) -> list[Any]:
+        return [_write_item(item) for item in items]
+
+    def messages(self) -> Messages:
+        """The conversation as request messages, each choice as its assistant message."""
+        return [message_of(item) for item in self.messages_and_choices]
+
+    def choices(self) -> list[Choice]:
+        """The sampled choices, in order."""
+        return [cast("Choice", item) for item in self.messages_and_choices if is_choice(item)]
+
+
+class Trajectory(History):
+    """One attempt at a scenario.
+
+    `reward` is a finite number. `initial_policy_version` and `final_policy_version` are the steps that answered its first
+    and its last request. `metrics` are numbers (averaged in the trackers), `metadata` scalars (kept as they are).
+    """
+
+    additional_histories: list[History] = Field(default_factory=list)
+    reward: float = 0.0
+    initial_policy_version: int | None = None
+    final_policy_version: int | None = None
+    metrics: dict[str, float | int | bool] = Field(default_factory=dict)
+    metadata: dict[str, MetadataValue] = Field(default_factory=dict)
+    logs: list[str] = Field(default_factory=list)
+    start_time: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+    def log(self, message: str) -> None:
+        """Keep a line with this trajectory."""
+        self.logs.append(message)
+
+    def finish(self) -> Trajectory:
+        """Set `metrics["duration"]`, in seconds since the start."""
+        self.metrics["duration"] = (datetime.now(UTC) - self.start_time).total_seconds()
+        return self
+
+    @contextmanager
+    def track_duration(self, name: str) -> Generator[None]:
+        """Add the seconds spent in the block to `metrics["{name}_duration"]`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            metric = f"{name}_duration"
+            self.metrics[metric] = self.metrics.get(metric, 0.0) + time.monotonic() - start
+
+    def histories(self) -> list[History]:
+        """This trajectory's own conversation and its additional ones; each is trained on as a row of its own."""
+        return [self, *self.additional_histories]
+
+    def policy_versions(self) -> set[int]:
+        """The steps that sampled this trajectory's tokens, read from its choices."""
+        versions = (getattr(choice, "policy_version", None) for h in self.histories() for choice in h.choices())
+        return {version for version in versions if isinstance(version, int)}
+
+    def for_logging(self) -> dict[str, Any]:
+        """Everything, as values that can be written as JSON; `Trajectory.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+    def __str__(self) -> str:
+        return f"Trajectory(reward={self.reward}, {len(self.messages_and_choices)} messages, metrics={self.metrics})"
+
+
+class RolloutError(BaseModel):
+    """An exception that ended a rollout, kept as text so that it survives being written down."""
+
+    model_config = ConfigDict(frozen=True)
+
+    type: str
+    message: str
+    traceback: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException) -> RolloutError:
+        """Keep the type's name, the message and the traceback."""
+        return cls(type=type(error).__name__, message=str(error), traceback="".join(traceback.format_exception(error)))
+
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}"
+
+
+def _read_exception(error: Any) -> Any:
+    return RolloutError.of(error) if isinstance(error, BaseException) else error
+
+
+class TrajectoryGroup(BaseModel):
+    """Attempts at one scenario, whose rewards are compared with each other.
+
+    Given trajectories, the constructor gives a group. Given awaitables, it gives an awaitable of a group, which
+    `art.gather_trajectory_groups` runs; an awaitable that raises becomes one of `exceptions`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    trajectories: list[Trajectory] = Field(default_factory=list)
+    exceptions: list[RolloutError] = Field(default_factory=list)
+    metadata: dict[str, MetadataValue] = Field(default_factory=dict)
+    metrics: dict[str, float | int | bool] = Field(default_factory=dict)
+    logs: list[str] = Field(default_factory=list)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __new__(
+            cls,
+            trajectories: Iterable[Trajectory | BaseException] = ...,
+            *,
+            exceptions: Iterable[BaseException | RolloutError] = ...,
+            metadata: dict[str, MetadataValue] | None = ...,
+            metrics: dict[str, float | int | bool] | None = ...,
+            logs: list[str] | None = ...,
+        ) -> TrajectoryGroup: ...
+        @overload
+        def __new__(
+            cls,
+            trajectories: Iterable[Awaitable[Trajectory]],
+            *,
+            exceptions: Iterable[BaseException | RolloutError] = ...,
+            metadata: dict[str, MetadataValue] | None = ...,
+            metrics: dict[str, float | int | bool] | None = ...,
+            logs: list[str] | None = ...,
+        ) -> PendingTrajectoryGroup: ...
+        def __new__(cls, trajectories: Any = (), **fields: Any) -> Any: ...
+        def __init__(self, trajectories: Any = (), **fields: Any) -> None: ...
+
+    else:
+
+        def __new__(cls, trajectories: Any = (), **fields: Any) -> Any:
+            items = list(trajectories)
+            if any(isinstance(item, Awaitable) for item in items):
+                return PendingTrajectoryGroup(items, fields)
+            group = super().__new__(cls)
+            # The iterable may be a generator, which __init__ would find empty.
+            object.__setattr__(group, "_given", items)
+            return group
+
+        def __init__(self, trajectories: Any = (), **fields: Any) -> None:
+            items = self.__dict__.pop("_given", None)
+            items = list(trajectories) if items is None else items
+            failures = [_read_exception(item) for item in items if isinstance(item, BaseException)]
+            failures += [_read_exception(error) for error in fields.pop("exceptions", None) or ()]
+            given = {name: value for name, value in fields.items() if value is not None}
+            super().__init__(
+                trajectories=[item for item in items if not isinstance(item, BaseException)], exceptions=failures, **given
+            )
+
+    def __iter__(self) -> Iterator[Trajectory]:  # type: ignore[override]
+        return iter(self.trajectories)
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    def __getitem__(self, index: int) -> Trajectory:
+        return self.trajectories[index]
+
+    def log(self, message: str) -> None:
+        """Keep a line with this group."""
+        self.logs.append(message)
+
+    def for_logging(self) -> dict[str, Any]:
+        """Everything, as values that can be written as JSON; `TrajectoryGroup.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+
+class PendingTrajectoryGroup:
+    """A group whose trajectories are still being made. Awaiting it runs them all at once.
+
+    Nothing runs before it is awaited. When the awaiting task is cancelled, so are the attempts.
+    """
+
+    def __init__(self, items: Sequence[Any], fields: dict[str, Any]) -> None:
+        self._items = list(items)
+        self._fields = fields
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __await__(self) -> Generator[Any, None, TrajectoryGroup]:
+        return self._collect().__await__()
+
+    async def _collect(self) -> TrajectoryGroup:
+        results: list[Trajectory | BaseException] = [
+            item async for item in self.completed(return_in_order=True)
+        ]
+        return self.group_of(results)
+
+    def group_of(self, results: Iterable[Trajectory | BaseException]) -> TrajectoryGroup:
+        """The finished group, with this pending group's metadata, metrics and logs."""
+        return TrajectoryGroup(results, **self._fields)
+
+    async def completed(self, *, return_in_order: bool = False) -> AsyncIterator[Trajectory | BaseException]:
+        """Yield each attempt's trajectory or exception as it ends, or in the order given."""
+        tasks = [asyncio.ensure_future(_guarded(item)) for item in self._items]
+        try:
+            for next_result in tasks if return_in_order else asyncio.as_completed(tasks):
+                yield await next_result
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _guarded(item: Any) -> Trajectory | BaseException:
+    if not isinstance(item, Awaitable):
+        return cast("Trajectory | BaseException", item)
+    try:
+        result = await item
+    except Exception as error:
+        return error
+    if not isinstance(result, Trajectory):
+        return TypeError(f"a rollout must return a Trajectory, not {type(result).__name__}")
+    return result
+
+
+def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
+    """Raise InvalidTrajectory for what no training can mend, naming it by position.
+
+    An empty group and a group whose rewards are all equal are not errors: they hold nothing to train on and are counted.
+    """
+    for g, group in enumerate(groups):
+        if not isinstance(group, TrajectoryGroup):
+            raise InvalidTrajectory(
+                f"trajectory_groups[{g}] is a {type(group).__name__}, not a TrajectoryGroup; wrap it as art.TrajectoryGroup([...])."
+            )
+        for t, trajectory in enumerate(group):
+            if not math.isfinite(trajectory.reward):
+                raise InvalidTrajectory(
+                    f"trajectory_groups[{g}].trajectories[{t}].reward is {trajectory.reward}: a reward must be a finite number,"
+                    " since every advantage of its group is computed from it. Set the reward, or drop the trajectory."
+                )
