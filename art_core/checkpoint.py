@@ -121,7 +121,9 @@ def saving(
     try:
         yield folder
         files = {file.name: _record(file) for file in sorted(folder.iterdir()) if file.is_file()}
-        manifest = CheckpointManifest(step=step, base_model=base_model, engine=engine, metrics=metrics or {}, files=files)
+        manifest = CheckpointManifest(
+            step=step, base_model=base_model, engine=engine, metrics=metrics or {}, files=files
+        )
         write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
         _sync(folder)
         folder.rename(destination)
@@ -139,7 +141,9 @@ def read_manifest(folder: Path, *, hashes: bool = False) -> CheckpointManifest:
     try:
         manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValidationError) as error:
-        reason = "it has no manifest" if isinstance(error, FileNotFoundError) else f"its manifest cannot be read ({error})"
+        reason = (
+            "it has no manifest" if isinstance(error, FileNotFoundError) else f"its manifest cannot be read ({error})"
+        )
         raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: {reason}.") from error
     if folder.name.isdigit() and int(folder.name) != manifest.step:
         raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: its manifest says step {manifest.step}.")
@@ -154,7 +158,9 @@ def read_manifest(folder: Path, *, hashes: bool = False) -> CheckpointManifest:
                 f"{folder} is not a whole checkpoint: {name} has {size} bytes where its manifest says {record.size}."
             )
         if hashes and _record(file) != record:
-            raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: {name} differs from what was saved (SHA-256).")
+            raise CorruptCheckpoint(
+                f"{folder} is not a whole checkpoint: {name} differs from what was saved (SHA-256)."
+            )
     return manifest
 
 
@@ -184,7 +190,9 @@ def resolve_step(key: ModelKey, checkpoints: Path, step: int | None = None) -> C
     wanted = max(steps, default=None) if step is None else step
     if wanted is None or wanted not in steps:
         there = ", ".join(map(str, steps)) or "none"
-        raise CheckpointNotFound(f"{key} has no whole checkpoint{'' if step is None else f' of step {step}'}; there: {there}.")
+        raise CheckpointNotFound(
+            f"{key} has no whole checkpoint{'' if step is None else f' of step {step}'}; there: {there}."
+        )
     return CheckpointRef(key, wanted, steps[wanted])
 
 

@@ -56,7 +56,9 @@ class TrainOptions(BaseModel):
     @model_validator(mode="after")
     def _one_reference(self) -> Self:
         if self.kl_penalty_reference_step is not None and self.kl_ref_adapter_path is not None:
-            raise ValueError("give kl_penalty_reference_step or kl_ref_adapter_path, not both: there is one reference policy")
+            raise ValueError(
+                "give kl_penalty_reference_step or kl_ref_adapter_path, not both: there is one reference policy"
+            )
         return self
 
     @classmethod

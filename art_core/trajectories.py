@@ -230,7 +230,9 @@ class TrajectoryGroup(BaseModel):
             failures += [_read_exception(error) for error in fields.pop("exceptions", None) or ()]
             given = {name: value for name, value in fields.items() if value is not None}
             super().__init__(
-                trajectories=[item for item in items if not isinstance(item, BaseException)], exceptions=failures, **given
+                trajectories=[item for item in items if not isinstance(item, BaseException)],
+                exceptions=failures,
+                **given,
             )
 
     def __iter__(self) -> Iterator[Trajectory]:  # type: ignore[override]
@@ -268,9 +270,7 @@ class PendingTrajectoryGroup:
         return self._collect().__await__()
 
     async def _collect(self) -> TrajectoryGroup:
-        results: list[Trajectory | BaseException] = [
-            item async for item in self.completed(return_in_order=True)
-        ]
+        results: list[Trajectory | BaseException] = [item async for item in self.completed(return_in_order=True)]
         return self.group_of(results)
 
     def group_of(self, results: Iterable[Trajectory | BaseException]) -> TrajectoryGroup:

@@ -1,0 +1,77 @@
+"""How hooks are called: refusals may raise, announcements are isolated from each other, results are awaited when they can be.
+
+Pluggy stops at the first implementation that raises and never awaits; this is the one place that does better.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .backend import PolicyModel
+from .errors import BaseModelNotFound
+from .plugins import PluginRegistry
+
+ANNOUNCEMENT_LIMIT_S = 300.0
+
+
+async def ask_permission(registry: PluginRegistry, hook: str, **arguments: Any) -> None:
+    """Call an `art_before_*` hook. The first implementation that raises refuses, and its error is the caller's."""
+    for implementation in _implementations(registry, hook):
+        await _call(implementation, arguments)
+
+
+async def announce(registry: PluginRegistry, hook: str, **arguments: Any) -> None:
+    """Call an announcing hook. An implementation that raises is warned of by name and keeps no other from being called."""
+    for implementation in _implementations(registry, hook):
+        try:
+            await _call(implementation, arguments)
+        except Exception as error:
+            warnings.warn(
+                f"plugin {implementation.plugin_name!r} failed in {hook}: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+async def resolve_base_model(registry: PluginRegistry, name: str) -> Path:
+    """The folder of weights for a base model name: a folder that exists, or the first plugin that knows the name.
+
+    Plugins may download, so they run in a thread. Raises BaseModelNotFound saying what was tried.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return folder.resolve()
+    if folder.is_dir():
+        raise BaseModelNotFound(
+            f"the folder {name!r} holds neither weights (config.json) nor a PEFT adapter (adapter_config.json)."
+        )
+    found = await asyncio.to_thread(registry.hooks.hook.art_resolve_base_model, name=name)
+    if found is None:
+        looks_like_folder = name.startswith((".", "/", "~")) or folder.is_absolute()
+        what = "there is no such folder" if looks_like_folder else "no plugin knows this name, and it is no folder here"
+        raise BaseModelNotFound(
+            f"base_model={name!r} was not found: {what}. Give a folder of weights, a PEFT adapter folder, a model hub name"
+            " that this machine can reach, or 'smollm2-135m-instruct' with art-engine-torch installed."
+        )
+    return Path(found)
+
+
+async def resolve_checkpoint(registry: PluginRegistry, model: PolicyModel, step: int) -> Path | None:
+    """The adapter folder of a step from the first plugin that has it, or None."""
+    found = await asyncio.to_thread(registry.hooks.hook.art_resolve_checkpoint, model=model, step=step)
+    return None if found is None else Path(found)
+
+
+def _implementations(registry: PluginRegistry, hook: str) -> list[Any]:
+    return list(reversed(getattr(registry.hooks.hook, hook).get_hookimpls()))
+
+
+async def _call(implementation: Any, arguments: dict[str, Any]) -> None:
+    outcome = implementation.function(*(arguments[name] for name in implementation.argnames))
+    if inspect.isawaitable(outcome):
+        async with asyncio.timeout(ANNOUNCEMENT_LIMIT_S):
+            await outcome

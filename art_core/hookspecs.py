@@ -1,0 +1,148 @@
+"""Every hook of ART. Hooks register and announce; protocols do the work.
+
+Registration hooks are collected from all plugins. `art_resolve_*` stop at the first result that isn't None. `art_before_*` may refuse
+by raising. All others announce: each implementation is isolated from the others, and what it returns is awaited when it can be.
+A plugin writes `from art_core import hookimpl` and decorates functions of these names; it may leave out arguments that it doesn't need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import typer
+
+    from .backend import Backend, BackendSpec, PolicyModel
+    from .checkpoint import CheckpointRef
+    from .engines import InferenceEngineSpec, TrainingEngineSpec
+    from .publication import PublicationReceipt
+    from .results import TrainResult
+    from .trajectories import TrajectoryGroup
+
+PROJECT = "art"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+Announced = Awaitable[None] | None
+
+
+@hookspec
+def art_register_backends() -> Iterable[BackendSpec]:  # type: ignore[empty-body]
+    """The backends of this plugin, as cards; their code is imported when they are first used."""
+
+
+@hookspec
+def art_register_inference_engines() -> Iterable[InferenceEngineSpec]:  # type: ignore[empty-body]
+    """The inference engines of this plugin, as cards."""
+
+
+@hookspec
+def art_register_training_engines() -> Iterable[TrainingEngineSpec]:  # type: ignore[empty-body]
+    """The training engines of this plugin, as cards."""
+
+
+@hookspec
+def art_register_commands(cli: typer.Typer) -> None:
+    """Add commands to the `art` command.
+
+    :param cli: the application; `@cli.command()` adds to it.
+    """
+
+
+@hookspec(firstresult=True)
+def art_resolve_base_model(name: str) -> Path | None:
+    """The folder of weights for a base model name, or None when this plugin doesn't know the name.
+
+    :param name: what the user gave as `base_model`. May take minutes (a download); it runs off the event loop.
+    """
+
+
+@hookspec(firstresult=True)
+def art_resolve_checkpoint(model: PolicyModel, step: int) -> Path | None:
+    """The adapter folder of a step that the backend doesn't have itself, or None.
+
+    :param model: the model whose step is wanted.
+    :param step: the step.
+    """
+
+
+@hookspec
+def art_before_train(backend: Backend, model: PolicyModel, step: int, groups: Sequence[TrajectoryGroup]) -> Announced:
+    """Called before a training step. Raising refuses the step, and the error reaches the caller of `backend.train`.
+
+    :param step: the step that would come out.
+    :param groups: the trajectory groups, as given.
+    """
+
+
+@hookspec
+def art_before_publish_checkpoint(model: PolicyModel, checkpoint: CheckpointRef) -> Announced:
+    """Called before a saved checkpoint is published. Raising refuses it; the old step stays served.
+
+    :param checkpoint: the step and its folder.
+    """
+
+
+@hookspec
+def art_model_registered(backend: Backend, model: PolicyModel) -> Announced:
+    """A model was registered with a backend and can be asked."""
+
+
+@hookspec
+def art_after_train(backend: Backend, model: PolicyModel, result: TrainResult) -> Announced:
+    """A training step worked, publication included. Exactly one of this and `art_train_failed` is called for a step."""
+
+
+@hookspec
+def art_train_failed(backend: Backend, model: PolicyModel, step: int, error: BaseException) -> Announced:
+    """A training step failed or was refused.
+
+    :param step: the step that would have come out.
+    """
+
+
+@hookspec
+def art_checkpoint_saved(model: PolicyModel, checkpoint: CheckpointRef) -> Announced:
+    """A checkpoint is on disk, whole. It isn't served yet."""
+
+
+@hookspec
+def art_checkpoint_published(model: PolicyModel, checkpoint: CheckpointRef, receipt: PublicationReceipt) -> Announced:
+    """A checkpoint is served: verified and routed. Exactly one of this and `art_checkpoint_publish_failed` is called.
+
+    :param receipt: under which name, and how long each stage took.
+    """
+
+
+@hookspec
+def art_checkpoint_publish_failed(model: PolicyModel, checkpoint: CheckpointRef, error: BaseException) -> Announced:
+    """A checkpoint was refused or could not be published; the old step is still served."""
+
+
+@hookspec
+def art_checkpoint_deleted(model: PolicyModel, checkpoint: CheckpointRef) -> Announced:
+    """A checkpoint's folder is gone."""
+
+
+@hookspec
+def art_log_metrics(model: PolicyModel, metrics: dict[str, float], step: int, split: str) -> Announced:
+    """`model.log` has metrics for a step.
+
+    :param metrics: with their sections, such as `train/reward` and `loss/train`.
+    :param split: "train", "val" or "test".
+    """
+
+
+@hookspec
+def art_log_trajectories(model: PolicyModel, groups: Sequence[TrajectoryGroup], step: int, split: str) -> Announced:
+    """`model.log` has trajectories for a step; nothing of them may be dropped."""
+
+
+def signature_of(hook: str) -> list[str]:
+    """The argument names of a hook, for documents and their tests."""
+    function: Any = globals()[hook]
+    return list(function.__code__.co_varnames[: function.__code__.co_argcount])
