@@ -1,4 +1,5 @@
-"""How hooks are called: refusals may raise, announcements are isolated from each other, results are awaited when they can be.
+"""How hooks are called: refusals may raise, announcements are isolated from each other, results are awaited when they
+can be.
 
 Pluggy stops at the first implementation that raises and never awaits; this is the one place that does better.
 """
@@ -25,7 +26,9 @@ async def ask_permission(registry: PluginRegistry, hook: str, **arguments: Any) 
 
 
 async def announce(registry: PluginRegistry, hook: str, **arguments: Any) -> None:
-    """Call an announcing hook. An implementation that raises is warned of by name and keeps no other from being called."""
+    """Call an announcing hook. An implementation that raises is warned of by name and keeps no other from being
+    called.
+    """
     for implementation in _implementations(registry, hook):
         try:
             await _call(implementation, arguments)
@@ -37,11 +40,7 @@ async def announce(registry: PluginRegistry, hook: str, **arguments: Any) -> Non
             )
 
 
-async def resolve_base_model(registry: PluginRegistry, name: str) -> Path:
-    """The folder of weights for a base model name: a folder that exists, or the first plugin that knows the name.
-
-    Plugins may download, so they run in a thread. Raises BaseModelNotFound saying what was tried.
-    """
+def _local_folder(name: str) -> Path | None:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return folder.resolve()
@@ -49,13 +48,24 @@ async def resolve_base_model(registry: PluginRegistry, name: str) -> Path:
         raise BaseModelNotFound(
             f"the folder {name!r} holds neither weights (config.json) nor a PEFT adapter (adapter_config.json)."
         )
+    return None
+
+
+async def resolve_base_model(registry: PluginRegistry, name: str) -> Path:
+    """The folder of weights for a base model name: a folder that exists, or the first plugin that knows the name.
+
+    Plugins may download, so they run in a thread. Raises BaseModelNotFound saying what was tried.
+    """
+    folder = await asyncio.to_thread(_local_folder, name)
+    if folder is not None:
+        return folder
     found = await asyncio.to_thread(registry.hooks.hook.art_resolve_base_model, name=name)
     if found is None:
-        looks_like_folder = name.startswith((".", "/", "~")) or folder.is_absolute()
+        looks_like_folder = name.startswith((".", "/", "~"))
         what = "there is no such folder" if looks_like_folder else "no plugin knows this name, and it is no folder here"
         raise BaseModelNotFound(
-            f"base_model={name!r} was not found: {what}. Give a folder of weights, a PEFT adapter folder, a model hub name"
-            " that this machine can reach, or 'smollm2-135m-instruct' with art-engine-torch installed."
+            f"base_model={name!r} was not found: {what}. Give a folder of weights, a PEFT adapter folder, a model hub"
+            " name that this machine can reach, or 'smollm2-135m-instruct' with art-engine-torch installed."
         )
     return Path(found)
 

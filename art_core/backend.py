@@ -1,7 +1,7 @@
 """What a backend is: the place where a model is served and trained.
 
-A backend knows no engine by name. It is handed engines through the registry, and everything here is public: a plugin author
-reads this module, `engines` and `publication`, and nothing else.
+A backend knows no engine by name. It is handed engines through the registry, and everything here is public: a plugin
+author reads this module, `engines` and `publication`, and nothing else.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class Backend(Protocol):
         """Hold a step (None: the latest) under its own name, which the context manager gives. Capability LEASES."""
 
     async def delete_checkpoints(self, model: PolicyModel, steps: Sequence[int]) -> list[int]:
-        """Delete steps and say which were. Raises CheckpointInUse for a served or leased one. Capability DELETE_CHECKPOINTS."""
+        """Delete steps and say which were. Raises CheckpointInUse for a served or leased one. Capability
+        DELETE_CHECKPOINTS.
+        """
 
     async def fork_checkpoint(
         self,

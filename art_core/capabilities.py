@@ -60,7 +60,9 @@ class TrainingCapability(Capability):
 
 
 class BackendCapability(Capability):
-    """What a backend can do beyond register, train, get_step and routing to the latest published step, which all must."""
+    """What a backend can do beyond register, train, get_step and routing to the latest published step, which all
+    must.
+    """
 
     CONCURRENT_INFERENCE = (
         "concurrent_inference",

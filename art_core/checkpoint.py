@@ -75,8 +75,8 @@ class CheckpointManifest(BaseModel):
 class CanaryPrompt(BaseModel):
     """A short prompt and what the checkpoint expects next.
 
-    `token_ids` is the prompt. `expected` maps the most likely next token ids to their logprobs under this checkpoint (at
-    temperature 1), `previous` the same ids to their logprobs under the checkpoint it was trained from.
+    `token_ids` is the prompt. `expected` maps the most likely next token ids to their logprobs under this checkpoint
+    (at temperature 1), `previous` the same ids to their logprobs under the checkpoint it was trained from.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -105,8 +105,8 @@ def saving(
 ) -> Iterator[Path]:
     """Give a temporary folder to write a checkpoint into; on leaving, seal it and rename it to `destination`.
 
-    A kill at any moment leaves either the whole checkpoint or none. An error inside removes the temporary folder. Raises
-    FileExistsError when `destination` is already a whole checkpoint; a corrupt one in its place is moved aside.
+    A kill at any moment leaves either the whole checkpoint or none. An error inside removes the temporary folder.
+    Raises FileExistsError when `destination` is already a whole checkpoint; a corrupt one in its place is moved aside.
     """
     if destination.exists():
         try:
@@ -134,7 +134,8 @@ def saving(
 
 
 def read_manifest(folder: Path, *, hashes: bool = False) -> CheckpointManifest:
-    """Read a checkpoint's manifest and hold the folder against it: every file there, with its size (and hash, if asked).
+    """Read a checkpoint's manifest and hold the folder against it: every file there, with its size (and hash, if
+    asked).
 
     Raises CorruptCheckpoint saying what is wrong with which file.
     """
@@ -207,7 +208,9 @@ def read_canary(folder: Path) -> Canary | None:
 
 
 def remove_unfinished(checkpoints: Path) -> list[Path]:
-    """Remove the temporary folders that killed writers left, and say which they were. Call it only when no writer runs."""
+    """Remove the temporary folders that killed writers left, and say which they were. Call it only when no writer
+    runs.
+    """
     left = sorted(checkpoints.glob(f"{_TEMPORARY}*")) if checkpoints.is_dir() else []
     for folder in left:
         shutil.rmtree(folder)
@@ -223,7 +226,9 @@ def set_aside(folder: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it: a reader sees the old content or the new, never a part."""
+    """Write a file under a temporary name, sync it, rename it: a reader sees the old content or the new, never a
+    part.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}")
     try:
         with temporary.open("wb") as file:

@@ -1,7 +1,8 @@
 """What an inference engine and a training engine are: a description and a dialect, never a process.
 
-An engine says which command starts its server and how that server is spoken to. It opens no connection, starts no process and
-reads no environment: whoever runs the plan (a backend) makes the calls. A third-party engine is about a hundred lines.
+An engine says which command starts its server and how that server is spoken to. It opens no connection, starts no
+process and reads no environment: whoever runs the plan (a backend) makes the calls. A third-party engine is about a
+hundred lines.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ Endpoint = Literal["chat/completions", "completions"]
 class LaunchPlan:
     """How a server process is started and known to be ready.
 
-    `argv` is the whole command line and holds no secret. `env` is added to the environment, and so is `secret_env`, which
-    never appears in logs or reprs. The server must listen on the host and port of the launch configuration. It is ready
-    once `GET health_path` answers 200, for which it has `ready_timeout_s` seconds; on SIGTERM it has `stop_timeout_s` to leave.
+    `argv` is the whole command line and holds no secret. `env` is added to the environment, and so is `secret_env`,
+    which never appears in logs or reprs. The server must listen on the host and port of the launch configuration. It is
+    ready once `GET health_path` answers 200, for which it has `ready_timeout_s` seconds; on SIGTERM it has
+    `stop_timeout_s` to leave.
     """
 
     argv: tuple[str, ...]
@@ -39,9 +41,10 @@ class LaunchPlan:
 class InferenceLaunch:
     """What an inference engine is asked to serve.
 
-    `base_model` is a folder of weights, `served_name` the name the base model answers to. `devices` are CUDA indices, empty for a
-    CPU. `max_model_len` is in tokens, None for the model's own. `engine_args` are the user's, passed through; an engine refuses
-    those it doesn't know with UnknownArgument. `python` is the interpreter of the engine's environment.
+    `base_model` is a folder of weights, `served_name` the name the base model answers to. `devices` are CUDA indices,
+    empty for a CPU. `max_model_len` is in tokens, None for the model's own. `engine_args` are the user's, passed
+    through; an engine refuses those it doesn't know with UnknownArgument. `python` is the interpreter of the engine's
+    environment.
     """
 
     base_model: Path
@@ -61,7 +64,9 @@ class InferenceLaunch:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCall:
-    """One control call to an engine's server: `method` on `path`, with `json` as its body, answered within `timeout_s`."""
+    """One control call to an engine's server: `method` on `path`, with `json` as its body, answered within
+    `timeout_s`.
+    """
 
     method: Literal["GET", "POST"]
     path: str
@@ -117,7 +122,8 @@ class InferenceEngine(Protocol):
         """Raise EngineRefused when the answer to a control call means that it was not done."""
 
     def prepare_request(self, endpoint: Endpoint, body: JSON, adapter: str | None) -> JSON:
-        """A user's request as this engine takes it: names the adapter (None: the base model), asks for token ids and logprobs.
+        """A user's request as this engine takes it: names the adapter (None: the base model), asks for token ids and
+        logprobs.
 
         Does not change `body`.
         """
@@ -129,7 +135,9 @@ class InferenceEngine(Protocol):
         """
 
     def read_chunk(self, endpoint: Endpoint, chunk: JSON) -> JSON:
-        """One chunk of a streamed answer in the one form: `choices[].token_ids`, and `prompt_token_ids` on a choice's first."""
+        """One chunk of a streamed answer in the one form: `choices[].token_ids`, and `prompt_token_ids` on a
+        choice's first.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,9 @@ class EngineRefused(ArtError):
 
 
 class ProcessFailed(ArtError):
-    """A process that this machine runs for us did not start, died or stopped answering; the message ends with its log."""
+    """A process that this machine runs for us did not start, died or stopped answering; the message ends with its
+    log.
+    """
 
 
 class BackendUnreachable(ArtError, ConnectionError):

@@ -1,8 +1,9 @@
 """Every hook of ART. Hooks register and announce; protocols do the work.
 
-Registration hooks are collected from all plugins. `art_resolve_*` stop at the first result that isn't None. `art_before_*` may refuse
-by raising. All others announce: each implementation is isolated from the others, and what it returns is awaited when it can be.
-A plugin writes `from art_core import hookimpl` and decorates functions of these names; it may leave out arguments that it doesn't need.
+Registration hooks are collected from all plugins. `art_resolve_*` stop at the first result that isn't None.
+`art_before_*` may refuse by raising. All others announce: each implementation is isolated from the others, and what it
+returns is awaited when it can be. A plugin writes `from art_core import hookimpl` and decorates functions of these
+names; it may leave out arguments that it doesn't need.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds plugins, holds each against its version gates, and gives what they provide by name.
 
-Every entry point is loaded on its own, so one broken plugin costs only itself: it is warned of once, and asking for it by name raises
-with its reason. Reads the environment only when a registry loads. Knows no plugin by name.
+Every entry point is loaded on its own, so one broken plugin costs only itself: it is warned of once, and asking for it
+by name raises with its reason. Reads the environment only when a registry loads. Knows no plugin by name.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class PluginStatus(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class PluginInfo:
-    """One row of `art plugins`. `provides` reads like "inference engine torch"; `error` is empty for an active plugin."""
+    """One row of `art plugins`. `provides` reads like "inference engine torch"; `error` is empty for an active
+    plugin.
+    """
 
     name: str
     distribution: str
@@ -305,8 +307,11 @@ def installed_plugins() -> PluginRegistry:
 def instantiate(spec: PluginSpec, **arguments: Any) -> Any:
     """Import a card's factory and call it. Raises PluginError naming the plugin when that fails to import."""
     module_name, _, attribute = spec.factory.partition(":")
+    factory: Any
     try:
-        factory = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
+        factory = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
         raise PluginError(
             f"{spec.name!r} is registered as {spec.factory}, which cannot be imported: {error}"

@@ -1,7 +1,8 @@
 """How a checkpoint becomes what is served: saved → checked → loaded → verified → routed, or failed.
 
-`publish` drives the stages, `ServedSteps` holds what is loaded, routed, leased and in flight for one model. Both know nothing of HTTP,
-engines or disks. The route moves only forward and only here; a failed publication leaves the old step served.
+`publish` drives the stages, `ServedSteps` holds what is loaded, routed, leased and in flight for one model. Both know
+nothing of HTTP, engines or disks. The route moves only forward and only here; a failed publication leaves the old step
+served.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _NEXT = {
 
 
 class Publisher(Protocol):
-    """What one place of publication can do with a checkpoint; each method raises an ArtError saying why it could not."""
+    """What one place of publication can do with a checkpoint; each method raises an ArtError saying why it could
+    not.
+    """
 
     async def check(self, checkpoint: CheckpointRef) -> None:
         """Shapes, rank and finite values, before any engine sees it."""
@@ -159,7 +162,8 @@ async def _undo(publication: Publication, publisher: Publisher, limit_s: float) 
 class ServedSteps:
     """What is served of one model: loaded steps, the routed one, requests in flight and leases.
 
-    Plain state without I/O, for one event loop. A step that is routed, in flight or leased is never given up for unloading.
+    Plain state without I/O, for one event loop. A step that is routed, in flight or leased is never given up for
+    unloading.
     """
 
     def __init__(self, key: ModelKey) -> None:

@@ -1,9 +1,9 @@
 """The wire between a backend and a training worker: one job in, a stream of events out.
 
 A worker is an HTTP server on the loopback interface: `GET /health` answers 503 until the base model is loaded and 200
-after; `POST /jobs` takes a `TrainJob` and answers with one JSON event a line until `ended` or `failed`. The bearer token
-comes to it in the environment variable `ART_WORKER_TOKEN`. A client that goes away cancels its job and nothing is saved.
-Knows no torch; trajectories travel in a file that the job names, so that nothing large crosses the wire.
+after; `POST /jobs` takes a `TrainJob` and answers with one JSON event a line until `ended` or `failed`. The bearer
+token comes to it in the environment variable `ART_WORKER_TOKEN`. A client that goes away cancels its job and nothing is
+saved. Knows no torch; trajectories travel in a file that the job names, so that nothing large crosses the wire.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ WORKER_TOKEN = "ART_WORKER_TOKEN"
 class TrainOptions(BaseModel):
     """The keyword arguments of `LocalBackend.train`, with their defaults. Each is documented where it takes effect.
 
-    `learning_rate` is AdamW's. `loss_fn` and its clipping: `epsilon` and `epsilon_high` None means the loss's own default
-    (CISPO 1 and 4, PPO 0.2 and 0.2). `kl_penalty_coef` needs a reference: the base model, or `kl_penalty_reference_step`, or the
-    adapter folder `kl_ref_adapter_path`. `advantage_balance` lies in [-1, 1]. `packed_sequence_length` is in tokens.
+    `learning_rate` is AdamW's. `loss_fn` and its clipping: `epsilon` and `epsilon_high` None means the loss's own
+    default (CISPO 1 and 4, PPO 0.2 and 0.2). `kl_penalty_coef` needs a reference: the base model, or
+    `kl_penalty_reference_step`, or the adapter folder `kl_ref_adapter_path`. `advantage_balance` lies in [-1, 1].
+    `packed_sequence_length` is in tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,8 +91,8 @@ class TrainJob(BaseModel):
     """One training step.
 
     `start` is the checkpoint to train from and `destination` the folder to save the new one to, which must not exist.
-    `groups_file` holds a list of trajectory groups as `write_groups` writes it. `reference` is the adapter folder of the
-    KL reference policy, None for the base model without adapter.
+    `groups_file` holds a list of trajectory groups as `write_groups` writes it. `reference` is the adapter folder of
+    the KL reference policy, None for the base model without adapter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

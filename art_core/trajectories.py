@@ -43,7 +43,7 @@ def is_choice(item: object) -> bool:
 def message_of(item: MessageOrChoice) -> Message:
     """The message dictionary that goes into the next request; a choice's absent content becomes an empty string."""
     if isinstance(item, dict):
-        return cast("Message", item)
+        return item
     message = item.message.model_dump(exclude_none=True, exclude={"audio", "function_call", "annotations", "refusal"})
     message.setdefault("content", "")
     if message["content"] is None:
@@ -101,8 +101,8 @@ class History(BaseModel):
 class Trajectory(History):
     """One attempt at a scenario.
 
-    `reward` is a finite number. `initial_policy_version` and `final_policy_version` are the steps that answered its first
-    and its last request. `metrics` are numbers (averaged in the trackers), `metadata` scalars (kept as they are).
+    `reward` is a finite number. `initial_policy_version` and `final_policy_version` are the steps that answered its
+    first and its last request. `metrics` are numbers (averaged in the trackers), `metadata` scalars (kept as they are).
     """
 
     additional_histories: list[History] = Field(default_factory=list)
@@ -200,7 +200,7 @@ class TrajectoryGroup(BaseModel):
             logs: list[str] | None = ...,
         ) -> TrajectoryGroup: ...
         @overload
-        def __new__(
+        def __new__(  # type: ignore[misc]
             cls,
             trajectories: Iterable[Awaitable[Trajectory]],
             *,
@@ -304,16 +304,18 @@ async def _guarded(item: Any) -> Trajectory | BaseException:
 def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
     """Raise InvalidTrajectory for what no training can mend, naming it by position.
 
-    An empty group and a group whose rewards are all equal are not errors: they hold nothing to train on and are counted.
+    An empty group and a group whose rewards are all equal are not errors: they hold nothing to train on and are
+    counted.
     """
     for g, group in enumerate(groups):
         if not isinstance(group, TrajectoryGroup):
             raise InvalidTrajectory(
-                f"trajectory_groups[{g}] is a {type(group).__name__}, not a TrajectoryGroup; wrap it as art.TrajectoryGroup([...])."
+                f"trajectory_groups[{g}] is a {type(group).__name__}, not a TrajectoryGroup;"
+                " wrap it as art.TrajectoryGroup([...])."
             )
         for t, trajectory in enumerate(group):
             if not math.isfinite(trajectory.reward):
                 raise InvalidTrajectory(
-                    f"trajectory_groups[{g}].trajectories[{t}].reward is {trajectory.reward}: a reward must be a finite number,"
-                    " since every advantage of its group is computed from it. Set the reward, or drop the trajectory."
+                    f"trajectory_groups[{g}].trajectories[{t}].reward is {trajectory.reward}: a reward must be a finite"
+                    " number, since every advantage of its group is computed from it. Set it, or drop the trajectory."
                 )
