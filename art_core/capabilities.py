@@ -78,8 +78,8 @@ class BackendCapability(Capability):
     WARM_START = "warm_start", "base_model may be a PEFT adapter folder; training starts from its weights."
     CHECKPOINTS_ON_DISK = (
         "checkpoints_on_disk",
-        "save_checkpoint=True keeps the step's adapter folder on this machine; with False the folder goes once a later step"
-        " is served in its place. Either way the step is published.",
+        "save_checkpoint=True keeps the step's adapter folder on this machine; with False the folder goes once a later"
+        " step is served in its place. Either way the step is published.",
     )
     CHECKPOINTS_AS_ARTIFACTS = (
         "checkpoints_as_artifacts",

@@ -27,7 +27,8 @@ class UnknownArgument(ArtError, TypeError):
     def __init__(self, name: str, *, where: str, known: Iterable[str]) -> None:
         self.name, self.known = name, tuple(sorted(known))
         super().__init__(
-            f"{where} has no argument {name!r}.{did_you_mean(name, self.known)} It takes: {', '.join(self.known) or 'none'}."
+            f"{where} has no argument {name!r}.{did_you_mean(name, self.known)}"
+            f" It takes: {', '.join(self.known) or 'none'}."
         )
 
 

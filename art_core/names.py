@@ -23,8 +23,9 @@ def check_name(name: str, *, what: str) -> str:
         suggestion = re.sub(r"[^A-Za-z0-9._-]+", "-", str(name)).strip("-._")[:128]
         hint = f" {suggestion!r} would do." if _NAME.fullmatch(suggestion) else ""
         raise InvalidName(
-            f"{name!r} is not a {what}: it becomes a folder, an adapter name and a part of an address, so it may hold only"
-            f" letters, digits, '.', '_' and '-', must begin with a letter or digit, and has at most 128 characters.{hint}"
+            f"{name!r} is not a {what}: it becomes a folder, an adapter name and a part of an address, so it may hold"
+            " only letters, digits, '.', '_' and '-', must begin with a letter or digit, and has at most 128"
+            f" characters.{hint}"
         )
     return name
 

@@ -195,9 +195,10 @@ class PluginRegistry:
                 )
         there = self.provided(kind)
         line = _PIP_LINES.get((kind, name))
+        to_install = f"pip install {line}" if line else _TO_INSTALL[kind]
         raise PluginNotInstalled(
             f"no {kind} is called {name!r}.{did_you_mean(name, there) if not line else ''}"
-            f" Installed: {', '.join(there) or 'none'}. To install one: {f'pip install {line}' if line else _TO_INSTALL[kind]}"
+            f" Installed: {', '.join(there) or 'none'}. To install one: {to_install}"
         )
 
     def _load_one(

@@ -55,8 +55,8 @@ def _read_item(item: Any) -> Any:
     if not isinstance(item, dict):
         if not hasattr(item, "message"):
             raise ValueError(
-                f"a trajectory holds message dictionaries and the choices of a chat completion, not {type(item).__name__};"
-                " append `chat_completion.choices[0]`"
+                "a trajectory holds message dictionaries and the choices of a chat completion, not"
+                f" {type(item).__name__}; append `chat_completion.choices[0]`"
             )
         return item
     if "finish_reason" in item and "message" in item:

@@ -1,0 +1,153 @@
+"""The `art` command: which plugins there are, what became of each, and the commands that plugins add.
+
+Knows the registry and nothing of what plugins do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .plugins import PluginInfo, PluginRegistry, PluginStatus, installed_plugins
+
+cli = typer.Typer(
+    name="art",
+    help="ART, an agent reinforcement trainer made of plugins.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+plugins_cli = typer.Typer(help="List, check and describe plugins.", invoke_without_command=True)
+cli.add_typer(plugins_cli, name="plugins")
+
+_COLOURS = {
+    PluginStatus.ACTIVE: "green",
+    PluginStatus.DISABLED: "dim",
+    PluginStatus.BROKEN: "red",
+    PluginStatus.INCOMPATIBLE: "red",
+    PluginStatus.DUPLICATE: "red",
+}
+
+
+@cli.callback()
+def _art() -> None:
+    """ART, an agent reinforcement trainer made of plugins."""
+
+
+@plugins_cli.callback()
+def plugins(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead of a table.")] = False,
+) -> None:
+    """List every plugin that was found, whatever became of it."""
+    if context.invoked_subcommand is not None:
+        return
+    infos = _registry().infos
+    if as_json:
+        typer.echo(json.dumps([info.as_json() for info in infos], indent=2))
+        return
+    if not infos:
+        typer.echo("No plugins are installed. To begin: pip install art-backend-local art-engine-torch")
+        return
+    _print_table(infos)
+
+
+@plugins_cli.command()
+def check() -> None:
+    """Say what is wrong with each plugin that isn't active, and exit with 1 if there is one."""
+    infos = _registry().infos
+    wrong = [info for info in infos if info.status is not PluginStatus.ACTIVE]
+    for info in wrong:
+        typer.echo(f"{info.name} ({info.distribution} {info.version}): {info.status.value}: {info.error}", err=True)
+    shadow = foreign_art()
+    if shadow:
+        typer.echo(shadow, err=True)
+    if wrong or shadow:
+        typer.echo(f"{len(infos) - len(wrong)} of {len(infos)} plugins are active.", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"All {len(infos)} plugins are active." if infos else "No plugins are installed.")
+
+
+@plugins_cli.command()
+def show(name: Annotated[str, typer.Argument(help="The plugin's name, as `art plugins` lists it.")]) -> None:
+    """Describe one plugin: what it provides, its capabilities and what they mean, the hooks it implements."""
+    registry = _registry()
+    infos = [info for info in registry.infos if info.name == name]
+    if not infos:
+        there = ", ".join(info.name for info in registry.infos) or "none"
+        typer.echo(f"No plugin is called {name!r}. Installed: {there}.", err=True)
+        raise typer.Exit(1)
+    meanings = capability_meanings()
+    for info in infos:
+        typer.echo(
+            f"{info.name}: {info.distribution} {info.version}, plugin API {info.api or '?'}, {info.status.value}"
+        )
+        if info.error:
+            typer.echo(f"  {info.error}")
+        for provided in info.provides:
+            typer.echo(f"  provides {provided}")
+            for capability in info.capabilities.get(provided, ()):
+                typer.echo(f"    {capability}: {meanings.get(provided.rpartition(' ')[0], {}).get(capability, '')}")
+        if info.hooks:
+            typer.echo(f"  implements {', '.join(info.hooks)}")
+
+
+def capability_meanings() -> dict[str, dict[str, str]]:
+    """For each kind of plugin, what each capability means."""
+    from .capabilities import BackendCapability, InferenceCapability, TrainingCapability
+
+    kinds = {
+        "backend": BackendCapability,
+        "inference engine": InferenceCapability,
+        "training engine": TrainingCapability,
+    }
+    return {kind: {str(member.value): member.meaning for member in members} for kind, members in kinds.items()}
+
+
+def foreign_art() -> str:
+    """What to do when another distribution's `art` package is imported in place of ours; empty when ours is."""
+    spec = importlib.util.find_spec("art")
+    if spec is None or spec.origin is None:
+        return (
+            "The package `art` of art-core is missing. Reinstall it: pip install --force-reinstall --no-deps art-core"
+        )
+    ours = Path(spec.origin).parent / "train_config.py"
+    if ours.exists():
+        return ""
+    return (
+        f"`import art` gives a foreign package at {Path(spec.origin).parent}: the name `art` on PyPI belongs to another"
+        " project. Uninstall that one, then: pip install --force-reinstall --no-deps art-core"
+    )
+
+
+def _registry() -> PluginRegistry:
+    # The table and the check say what is wrong with a plugin; the warning would say it twice.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return installed_plugins()
+
+
+def _print_table(infos: list[PluginInfo]) -> None:
+    table = Table("plugin", "distribution", "version", "api", "status", "provides")
+    for info in infos:
+        status = f"[{_COLOURS[info.status]}]{info.status.value}[/]"
+        api = "" if info.api is None else str(info.api)
+        table.add_row(info.name, info.distribution, info.version, api, status, "\n".join(info.provides))
+    console = Console()
+    console.print(table)
+    for info in infos:
+        if info.error:
+            console.print(f"{info.name} ({info.distribution}): {info.error}", markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the `art` command with the commands of every active plugin."""
+    _registry().hooks.hook.art_register_commands(cli=cli)
+    cli()
