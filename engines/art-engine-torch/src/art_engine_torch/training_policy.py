@@ -1,0 +1,257 @@
+"""The embedded training policy: a transformers model with one PEFT LoRA adapter, on a CPU or one CUDA device.
+
+Offers art-training's Policy. Knows how to load the base, run a packed row through it with tree attention, and read and
+write adapters; knows no loss, no optimizer and no job.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import psutil
+import torch
+from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from art_core.errors import AdapterMismatch, UnknownArgument
+from art_training.policy import PolicyRequest
+from art_training.tree_attention import plan_attention, tree_attention
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .training_policy_kernels import use_single_steps
+
+if TYPE_CHECKING:
+    from art_training.packing import PackedRow
+
+_log = logging.getLogger(__name__)
+
+ATTENTION = "art_tree"
+TRAINED = "default"
+REFERENCE = "reference"
+_INIT_ARGS = ("trust_remote_code", "revision")
+# Settings that change logits in ways `output_weight` alone does not express.
+_UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    scaling: float, tree_plan: Any, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    return tree_attention(query, key, value, tree_plan, scaling).transpose(1, 2), None
+
+
+def compute_dtype(device: torch.device, wanted: str) -> torch.dtype:
+    """`wanted`, or for "auto" bf16 where the device multiplies in it and fp32 elsewhere."""
+    if wanted != "auto":
+        return cast(torch.dtype, getattr(torch, wanted))
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.exists() else ""
+    return torch.bfloat16 if "avx512_bf16" in text or "amx_bf16" in text else torch.float32
+
+
+def load_policy(request: PolicyRequest) -> TorchPolicy:
+    """The factory that the worker is given. Reads the base model's weights and tokenizer from a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+    from transformers.modeling_utils import AttentionInterface
+
+    init_args = dict(request.init_args or {})
+    for name in init_args:
+        if name not in _INIT_ARGS:
+            raise UnknownArgument(name, where="init_args of the torch training engine", known=_INIT_ARGS)
+    AttentionInterface.register(ATTENTION, _attend)
+    auto = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if request.device == "auto" else request.device)
+    dtype = compute_dtype(device, request.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        request.base_model, dtype=dtype, attn_implementation=ATTENTION, **init_args
+    ).to(device)
+    config: PreTrainedConfig = model.config.get_text_config()
+    for name in _UNSUPPORTED:
+        if getattr(config, name, None) is not None:
+            raise AdapterMismatch(f"{request.base_model}: its config sets {name}, which the torch training engine does not compute.")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise AdapterMismatch(f"{request.base_model} has sliding-window layers, which the torch training engine does not compute.")
+    tokenizer = AutoTokenizer.from_pretrained(request.base_model, **init_args)
+    return TorchPolicy(model, tokenizer, str(request.base_model), request.gradient_checkpointing)
+
+
+class TorchPolicy:
+    """See `art_training.policy.Policy`."""
+
+    engine = "torch"
+
+    def __init__(self, model: Any, tokenizer: Any, base_model: str, gradient_checkpointing: bool | None) -> None:
+        self._base = model.requires_grad_(False).eval()
+        self._config = model.config.get_text_config()
+        self._peft: Any = None
+        self._reference_loaded: tuple[Path, bytes] | None = None
+        self._checkpointing = gradient_checkpointing
+        self._bytes_per_token = _activation_bytes(self._config, model.dtype)
+        self.tokenizer = tokenizer
+        self.base_model = base_model
+        self.device: torch.device = model.device
+        if model.get_output_embeddings().bias is not None:
+            raise AdapterMismatch(f"{base_model} has an output bias, which the torch training engine does not compute.")
+
+    @property
+    def max_length(self) -> int:
+        """Positions the base was made for."""
+        return int(self._config.max_position_embeddings)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the output matrix."""
+        return int(self.output_weight.shape[0])
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[vocabulary, hidden size], frozen."""
+        return cast(Tensor, self._base.get_output_embeddings().weight)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """By PEFT's names, sorted."""
+        self._require_adapter()
+        return dict(sorted((name, p) for name, p in self._peft.named_parameters() if p.requires_grad))
+
+    def hidden_states(self, row: PackedRow) -> Tensor:
+        """One forward of the decoder, without the output matrix."""
+        self._set_checkpointing(torch.is_grad_enabled() and self._must_checkpoint(len(row)))
+        plan = plan_attention(row, self.device)
+        hidden = self._base.model(
+            input_ids=torch.from_numpy(row.token_ids)[None].to(self.device),
+            position_ids=torch.from_numpy(row.position_ids)[None].to(self.device),
+            use_cache=False,
+            tree_plan=plan,
+        ).last_hidden_state
+        return cast(Tensor, hidden[0])
+
+    def load_adapter(self, folder: Path) -> None:
+        """Reuse the modules that are there when the adapter's shape is theirs, else make new ones."""
+        self._install(folder, TRAINED)
+        self._peft.set_adapter(TRAINED)
+
+    def save_adapter(self, folder: Path) -> None:
+        """PEFT's two files, fp32."""
+        from peft import get_peft_model_state_dict
+
+        self._require_adapter()
+        state = get_peft_model_state_dict(self._peft, adapter_name=TRAINED, save_embedding_layers=False)
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        config = self._peft.peft_config[TRAINED].to_dict() | {"inference_mode": True}
+        readable = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(readable, indent=2, sort_keys=True, default=str))
+
+    @contextmanager
+    def reference(self, folder: Path | None) -> Iterator[None]:
+        """Switches adapters for the block; the trained one is back afterwards."""
+        self._require_adapter()
+        if folder is None:
+            with self._peft.disable_adapter():
+                yield
+            return
+        state = (folder, (folder / ADAPTER_WEIGHTS).read_bytes())
+        if self._reference_loaded != state:
+            self._install(folder, REFERENCE)
+            self._reference_loaded = state
+        self._peft.set_adapter(REFERENCE)
+        try:
+            yield
+        finally:
+            self._peft.set_adapter(TRAINED)
+
+    def _install(self, folder: Path, name: str) -> None:
+        from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+        config = LoraConfig.from_pretrained(str(folder))
+        _check_config(config, folder)
+        config.inference_mode = False
+        state = load_file(folder / ADAPTER_WEIGHTS)
+        try:
+            if self._peft is None:
+                self._peft = PeftModel(self._base, config, adapter_name=name)
+            elif name not in self._peft.peft_config:
+                self._peft.add_adapter(name, config)
+            elif _shape(self._peft.peft_config[name]) != _shape(config):
+                other = TRAINED if name == REFERENCE else REFERENCE
+                if other in self._peft.peft_config:
+                    self._peft.set_adapter(other)
+                    self._peft.delete_adapter(name)
+                    self._peft.add_adapter(name, config)
+                else:
+                    self._base = self._peft.unload()
+                    self._peft = PeftModel(self._base, config, adapter_name=name)
+        except ValueError as error:
+            raise AdapterMismatch(f"The adapter in {folder} does not fit {self.base_model}: {error}") from error
+        expected = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        _check_state({k: v.shape for k, v in expected.items()}, state, folder, self.base_model)
+        self._peft.peft_config[name] = config
+        set_peft_model_state_dict(self._peft, state, adapter_name=name)
+        for parameter_name, parameter in self._peft.named_parameters():
+            if f".{name}." in parameter_name and "lora_" in parameter_name:
+                parameter.data = parameter.data.to(self.device, torch.float32)
+                parameter.requires_grad_(name == TRAINED)
+        use_single_steps(self._peft)
+
+    def _require_adapter(self) -> None:
+        if self._peft is None:
+            raise RuntimeError("load_adapter has to come first: a policy trains the adapter of a checkpoint")
+
+    def _must_checkpoint(self, tokens: int) -> bool:
+        if self._checkpointing is not None:
+            return self._checkpointing
+        need = tokens * self._bytes_per_token
+        if self.device.type == "cuda":
+            return need > 0.8 * torch.cuda.mem_get_info(self.device)[0]
+        return need > 0.5 * psutil.virtual_memory().total
+
+    def _set_checkpointing(self, on: bool) -> None:
+        if on == self._base.is_gradient_checkpointing:
+            return
+        if on:
+            self._base.gradient_checkpointing_enable({"use_reentrant": False})
+            self._base.train()
+        else:
+            self._base.gradient_checkpointing_disable()
+            self._base.eval()
+
+
+def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
+    """What one token's forward keeps for backward, per token, from the shapes of a layer."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    heads = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    attention = heads * (3 * config.num_attention_heads + 4 * config.num_key_value_heads)
+    return int(config.num_hidden_layers * (6 * hidden + 3 * wide + 2 * attention) * dtype.itemsize)
+
+
+def _check_config(config: Any, folder: Path) -> None:
+    for field, plain in (("bias", "none"), ("use_dora", False), ("modules_to_save", None), ("lora_dropout", 0.0), ("rank_pattern", {})):
+        value = getattr(config, field, plain)
+        if value and value != plain:
+            raise AdapterMismatch(f"The adapter in {folder} has {field}={value!r}; the torch training engine trains plain LoRA only.")
+    if "lm_head" in (config.target_modules or ()):
+        raise AdapterMismatch(f"The adapter in {folder} adapts lm_head; the torch training engine keeps the output matrix frozen.")
+
+
+def _check_state(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], folder: Path, base: str) -> None:
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        which = f"it lacks {missing[0]}" if missing else f"it has {extra[0]}, which the base has not"
+        raise AdapterMismatch(f"The adapter in {folder} does not fit {base}: {which} ({len(missing)} missing, {len(extra)} too many).")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name]:
+            raise AdapterMismatch(
+                f"The adapter in {folder} does not fit {base}: {name} has the shape {tuple(tensor.shape)}, not {tuple(expected[name])}."
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterMismatch(f"The adapter in {folder} holds values that are not finite, in {name}.")
+
+
+def _shape(config: Any) -> tuple[Any, ...]:
+    targets = config.target_modules
+    return (config.r, config.lora_alpha, config.use_rslora, frozenset(targets) if not isinstance(targets, str) else targets)

@@ -1,0 +1,111 @@
+"""Attention over a packed row in which each token sees its ancestors and itself, exactly, and nothing is masked away.
+
+On a CPU the row is a list of blocks: pieces that see themselves causally, and ranges that see a shared stretch whole. Each
+block is one call of PyTorch's flash kernel; a query's partial results are merged by their log-sum-exps, and backward runs
+the same blocks against the merged result. On CUDA it is one flex_attention call with the row's block mask.
+Knows blocks and tensors; knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .packing import PackedRow
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TreePlan:
+    """What one packed row's attention needs, made once a row and used by every layer."""
+
+    causal: list[tuple[int, int]]
+    cross: list[tuple[int, int, int, int]]
+    block_mask: Any = None
+
+
+def plan_attention(row: PackedRow, device: torch.device) -> TreePlan:
+    """Make the plan of a packed row for `device`."""
+    if device.type == "cpu":
+        return TreePlan([(a, b) for a, b in row.causal_blocks.tolist()], [tuple(c) for c in row.cross_blocks.tolist()])
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tree_end = torch.as_tensor(row.tree_end, device=device)
+
+    def sees(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q < tree_end[k])
+
+    return TreePlan([], [], create_block_mask(sees, B=None, H=None, Q_LEN=len(row), KV_LEN=len(row), device=device))
+
+
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float) -> Tensor:
+    """Attend within one packed row: query [1, heads, S, D], key and value [1, kv heads, S, D] → [1, heads, S, D].
+
+    Fewer key-value heads than heads are shared by consecutive heads, as grouped-query attention has it.
+    """
+    if plan.block_mask is not None:
+        return _flex()(query, key, value, block_mask=plan.block_mask, scale=scale, enable_gqa=True)  # type: ignore[no-any-return]
+    result: Tensor = _BlockAttention.apply(query, key, value, plan, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+@cache
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Uncompiled it would build the whole S x S matrix; lengths differ row by row, hence dynamic.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float) -> Tensor:
+        # [1, heads, S, D] laid out as [S, heads, D], which is what the model's projections make and take.
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        log_sum = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        for start, end in plan.causal:
+            part = slice(start, end)
+            block, block_sum = _forward(query[:, :, part], key[:, :, part], value[:, :, part], 0.0, True, scale=scale)
+            out[:, :, part] = block
+            log_sum[:, :, part] = block_sum
+        for q_start, q_end, k_start, k_end in plan.cross:
+            part, seen = slice(q_start, q_end), slice(k_start, k_end)
+            block, block_sum = _forward(query[:, :, part], key[:, :, seen], value[:, :, seen], 0.0, False, scale=scale)
+            # The share of the new block in the merged softmax is a sigmoid of the difference of log-sum-exps.
+            share = torch.sigmoid(block_sum - log_sum[:, :, part])
+            out[:, :, part].lerp_(block, share.to(out.dtype)[..., None])
+            log_sum[:, :, part] = torch.logaddexp(log_sum[:, :, part], block_sum)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, out, log_sum = ctx.saved_tensors
+        grads = tuple(
+            torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            for x in (query, key, value)
+        )
+        for start, end in ctx.plan.causal:
+            part = slice(start, end)
+            blocks = _backward(
+                grad[:, :, part], query[:, :, part], key[:, :, part], value[:, :, part],
+                out[:, :, part], log_sum[:, :, part], 0.0, True, scale=ctx.scale,
+            )  # fmt: skip
+            for whole, block in zip(grads, blocks, strict=True):
+                whole[:, :, part] = block
+        for q_start, q_end, k_start, k_end in ctx.plan.cross:
+            part, seen = slice(q_start, q_end), slice(k_start, k_end)
+            blocks = _backward(
+                grad[:, :, part], query[:, :, part], key[:, :, seen], value[:, :, seen],
+                out[:, :, part], log_sum[:, :, part], 0.0, False, scale=ctx.scale,
+            )  # fmt: skip
+            for whole, block, place in zip(grads, blocks, (part, seen, seen), strict=True):
+                whole[:, :, place] += block
+        return (*grads, None, None)
