@@ -1,0 +1,72 @@
+# One environment for working on ART, and the two commands of the README: `make demo` and `make test`.
+# `make setup` is what both need first; it is done once and again whenever a pyproject.toml or constraints.txt changes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DISTRIBUTIONS := . $(patsubst %/pyproject.toml,%,$(wildcard engines/*/pyproject.toml plugins/*/pyproject.toml)) conformance_tests
+EDITABLE := $(addprefix -e ,$(addprefix ./,$(DISTRIBUTIONS)))
+READY := $(VENV)/.ready
+OPENAI2_VENV := .venv-openai2
+OPENAI2_READY := $(OPENAI2_VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-fast test-openai2 lint format wheels benchmarks clean
+
+help:  ## Say what can be made
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY)  ## Make the environment in .venv (Python 3.11 or newer)
+
+$(READY): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found. Install it, or: make setup PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing ART and what it needs into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) --requirement requirements-dev.txt
+	@touch $(READY)
+
+demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU: watch the reward rise
+	@$(BIN)/python examples/customer_replies.py $(ARGS)
+
+test: $(READY) $(OPENAI2_READY) lint  ## Every test
+	@$(PYTEST) $(ARGS)
+	@$(MAKE) --no-print-directory test-openai2
+
+test-fast: $(READY)  ## The tests that need no weights and no servers, in less than three minutes
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+$(OPENAI2_READY): pyproject.toml
+	@test -x $(OPENAI2_VENV)/bin/python || $(PYTHON) -m venv $(OPENAI2_VENV)
+	@echo "Installing the client with openai 2.x into $(OPENAI2_VENV) ..."
+	@$(OPENAI2_VENV)/bin/python -m pip install --quiet -e . -e plugins/art-tracker-files "openai[aiohttp]>=2,<3" \
+	    pytest pytest-asyncio pytest-timeout hypothesis
+	@touch $(OPENAI2_READY)
+
+test-openai2: $(OPENAI2_READY)  ## The client's tests again, with openai 2.x
+	@$(OPENAI2_VENV)/bin/python -m pytest tests/client
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff format --check --quiet . || { echo "Some files are not formatted. Run: make format" >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+format: $(READY)  ## Format and mend what ruff can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+wheels: $(READY)  ## Build every distribution into dist/
+	@for distribution in $(DISTRIBUTIONS); do $(BIN)/python -m build --wheel --outdir dist $$distribution >/dev/null && echo "built $$distribution"; done
+	@ls dist
+
+benchmarks: $(READY)  ## Run every benchmark; each prints the machine and the versions
+	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+
+clean:  ## Remove environments and build products (not runs, not caches outside the checkout)
+	rm -rf $(VENV) $(OPENAI2_VENV) dist build

@@ -1,0 +1,151 @@
+"""Teach SmolLM2-135M to answer a shop's customers, by reinforcement learning, on the CPU of this machine.
+
+A good reply says sorry, names the thing that went wrong, is short, and asks the customer back. The reward is the share
+of these four that a reply does. Run it with `make demo`, or `python examples/customer_replies.py --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from art.local import LocalBackend
+from art_tracker_files import read_history
+from rich.console import Console
+
+import art
+from art_core import installed_plugins
+from reward_display import PublicationDisplay, save_curve, show_step
+
+SYSTEM = "You answer customers of a small shop in one short, friendly sentence."
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """A customer's message and the thing it is about."""
+
+    message: str
+    thing: str
+
+
+COMPLAINTS = [
+    Complaint("The kettle I bought leaks.", "kettle"),
+    Complaint("You sent me the wrong lamp.", "lamp"),
+    Complaint("The bicycle bell is broken.", "bell"),
+    Complaint("My umbrella came without a handle.", "umbrella"),
+    Complaint("The clock I ordered is ten minutes slow.", "clock"),
+    Complaint("This teapot has a crack in it.", "teapot"),
+    Complaint("The radio makes a strange noise.", "radio"),
+    Complaint("My new chair wobbles.", "chair"),
+]
+HELD_OUT = [
+    Complaint("The ladder you delivered is too short.", "ladder"),
+    Complaint("My parcel with the mirror never arrived.", "mirror"),
+    Complaint("The candles melted on the way.", "candles"),
+]
+
+
+def reward_of(reply: str, complaint: Complaint) -> dict[str, bool]:
+    """What a good reply does, each point worth the same."""
+    text = reply.strip().lower()
+    return {
+        "says_sorry": "sorry" in text or "apolog" in text,
+        "names_the_thing": complaint.thing in text,
+        "is_short": 6 <= len(text.split()) <= 20,
+        "asks_back": text.endswith("?"),
+    }
+
+
+async def rollout(model: art.Model, complaint: Complaint) -> art.Trajectory:
+    """One attempt at one complaint."""
+    trajectory = art.Trajectory(
+        messages_and_choices=[
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": complaint.message},
+        ]
+    )
+    completion = await model.openai_client().chat.completions.create(
+        messages=trajectory.messages(), model=model.get_inference_name(), max_tokens=32
+    )
+    choice = completion.choices[0]
+    trajectory.messages_and_choices.append(choice)
+    points = reward_of(choice.message.content or "", complaint)
+    trajectory.metrics.update(points)
+    trajectory.reward = sum(points.values()) / len(points)
+    return trajectory
+
+
+async def show_samples(console: Console, model: art.Model, title: str) -> float:
+    """Print a reply to each complaint that is never trained on; gives their mean reward."""
+    group = await art.TrajectoryGroup(rollout(model, complaint) for complaint in HELD_OUT for _ in range(4))
+    console.rule(title)
+    for complaint, trajectory in zip(HELD_OUT, group.trajectories[::4], strict=True):
+        console.print(f"[dim]{complaint.message}[/]", highlight=False)
+        reply = (trajectory.messages()[-1].get("content") or "").strip()
+        console.print(f"  [bold]{trajectory.reward:.2f}[/]  ", end="", highlight=False)
+        console.print(str(reply), markup=False, highlight=False)
+    return sum(trajectory.reward for trajectory in group) / len(group)
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    """Everything a training script does: register, gather, train, log, again."""
+    console = Console()
+    start = time.monotonic()
+    installed_plugins().register(PublicationDisplay(console), name="publication-display")
+    backend = LocalBackend(
+        in_process=True,
+        path=arguments.path,
+        inference_engine=arguments.inference_engine,
+        training_engine=arguments.training_engine,
+    )
+    async with backend:
+        model = art.TrainableModel(
+            name=arguments.name, project="customer-replies", base_model=arguments.base_model, base_path=arguments.path
+        )
+        await model.register(backend)
+        before = await show_samples(console, model, "before training (complaints that are never trained on)")
+        console.rule("training")
+        first_reward = None
+        for _ in range(await model.get_step(), arguments.steps):
+            step_start = time.monotonic()
+            groups = await art.gather_trajectory_groups(
+                (
+                    art.TrajectoryGroup(rollout(model, complaint) for _ in range(arguments.samples))
+                    for complaint in COMPLAINTS
+                ),
+                pbar_desc="gather",
+            )
+            reward = sum(trajectory.reward for group in groups for trajectory in group) / sum(map(len, groups))
+            result = await backend.train(model, groups, learning_rate=arguments.learning_rate)
+            await model.log(groups, metrics=result.metrics, step=result.step, split="train")
+            first_reward = reward if first_reward is None else first_reward
+            show_step(console, result.step, reward, first_reward, time.monotonic() - step_start)
+        after = await show_samples(console, model, "after training")
+        console.rule()
+        console.print(f"mean reward on complaints never trained on: {before:.2f} before, {after:.2f} after")
+        folder = Path(arguments.path) / model.project / "models" / model.name
+        curve = save_curve(read_history(folder), "Customer replies, SmolLM2-135M", folder / "reward.png")
+        console.print(f"the curve:  {curve}\neverything: {folder}\n{time.monotonic() - start:.0f} s in all")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Every setting has a default that works on a laptop."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--steps", type=int, default=10, help="training steps in all; a second run goes on from the last"
+    )
+    parser.add_argument("--samples", type=int, default=8, help="attempts at each complaint in a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--base-model", default="smollm2-135m-instruct", help="a name, a folder, or a hub name")
+    parser.add_argument("--name", default=time.strftime("run-%Y%m%d-%H%M%S"), help="an old name goes on where it ended")
+    parser.add_argument("--path", default="./runs", help="where checkpoints, trajectories and logs go")
+    parser.add_argument("--inference-engine", default="torch")
+    parser.add_argument("--training-engine", default="torch")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(parse_arguments()))
