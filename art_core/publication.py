@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -126,16 +127,14 @@ async def publish(
     for reached, verb, work, limit_s in stages:
         start = time.perf_counter()
         try:
-            async with asyncio.timeout(limit_s):
-                await work(checkpoint)
+            await _within(limit_s, work(checkpoint))
         except BaseException as error:
             unload_problem = await _undo(publication, publisher, limits.unload_s)
             publication.fail()
-            if not isinstance(error, ArtError | TimeoutError | OSError):
+            if not isinstance(error, Exception):
                 raise
-            cause = f"it took longer than {limit_s:g} s" if isinstance(error, TimeoutError) else str(error)
             raise PublicationFailed(
-                f"{checkpoint.inference_name} was not published: to {verb} it failed, because {cause}"
+                f"{checkpoint.inference_name} was not published: to {verb} it failed, because {_reason(error)}."
                 f" The step served before is still served.{unload_problem}",
                 stage=verb,
             ) from error
@@ -148,15 +147,37 @@ async def publish(
     )
 
 
+async def _within(limit_s: float, work: Awaitable[None]) -> None:
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            await work
+    except TimeoutError as error:
+        # A publisher may have limits of its own; only ours is ours to name.
+        if not limit.expired():
+            raise
+        raise TimeoutError(f"it took longer than {limit_s:g} s") from error
+
+
+def _reason(error: BaseException) -> str:
+    known = isinstance(error, ArtError | TimeoutError | OSError) and str(error)
+    return (str(error) if known else f"{type(error).__name__}: {error}").rstrip(". ")
+
+
 async def _undo(publication: Publication, publisher: Publisher, limit_s: float) -> str:
     if not publication.may_be_loaded:
         return ""
-    unloading = asyncio.ensure_future(asyncio.wait_for(publisher.unload(publication.checkpoint), limit_s))
-    try:
-        await asyncio.shield(unloading)
-    except (ArtError, TimeoutError, OSError) as error:
-        return f" Unloading it failed too ({error})."
-    return ""
+    unloading = asyncio.ensure_future(_within(limit_s, publisher.unload(publication.checkpoint)))
+    cancelled: asyncio.CancelledError | None = None
+    while not unloading.done():
+        try:
+            await asyncio.wait({unloading})
+        except asyncio.CancelledError as again:
+            # It has a limit of its own; leaving now would orphan it with the adapter half unloaded.
+            cancelled = again
+    problem = None if unloading.cancelled() else unloading.exception()
+    if cancelled is not None:
+        raise cancelled
+    return f" Unloading it failed too ({_reason(problem)})." if problem is not None else ""
 
 
 class ServedSteps:
@@ -244,9 +265,9 @@ class ServedSteps:
 
     def lose_all(self) -> set[int]:
         """The engine died: nothing is loaded. Gives the steps to load again: the routed and the leased ones."""
-        wanted = {step for step in self._loaded if step == self._routed or self._leases[step] > 0}
         self._loaded.clear()
-        return wanted
+        # From the route and the leases, not from what was loaded: it may die again before all of it is back.
+        return set(self._leases) | (set() if self._routed is None else {self._routed})
 
 
 def _count_down(counter: Counter[int], step: int) -> None:
