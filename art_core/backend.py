@@ -23,6 +23,7 @@ class PolicyModel(Protocol):
     """What a backend may know of the model that is registered with it (`art.TrainableModel` is one).
 
     `base_model` is a name that a plugin resolves, a folder of weights, or a PEFT adapter folder to start from.
+    `base_path` is where the model's own files lie, under `ModelKey.folder`; a Registration may move it.
     `internal_config` holds `art.dev.InternalModelConfig`.
     """
 
@@ -30,6 +31,7 @@ class PolicyModel(Protocol):
     project: str
     entity: str | None
     base_model: str
+    base_path: str
 
     @property
     def internal_config(self) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ class CheckpointRef:
 class FileRecord(BaseModel):
     """Size in bytes and SHA-256 of one file."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     size: int
     sha256: str
@@ -62,7 +62,7 @@ class FileRecord(BaseModel):
 class CheckpointManifest(BaseModel):
     """What `checkpoint.json` says. `files` covers every other file of the folder."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     format: Literal[1] = 1
     step: int
@@ -79,7 +79,7 @@ class CanaryPrompt(BaseModel):
     (at temperature 1), `previous` the same ids to their logprobs under the checkpoint it was trained from.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     token_ids: list[int]
     expected: dict[int, float]
@@ -89,7 +89,7 @@ class CanaryPrompt(BaseModel):
 class Canary(BaseModel):
     """The prompts by which an engine shows that it serves this checkpoint and no other."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     prompts: list[CanaryPrompt]
 

@@ -162,7 +162,9 @@ TrainEvent = Annotated[
     JobStarted | JobProgress | GradientStep | JobSaved | JobEnded | JobFailed, Field(discriminator="event")
 ]
 _EVENT: TypeAdapter[TrainEvent] = TypeAdapter(TrainEvent)
-_GROUPS: TypeAdapter[list[TrajectoryGroup]] = TypeAdapter(list[TrajectoryGroup])
+_GROUPS: TypeAdapter[list[TrajectoryGroup]] = TypeAdapter(
+    list[TrajectoryGroup], config=ConfigDict(ser_json_inf_nan="constants")
+)
 
 
 def read_event(line: str | bytes) -> TrainEvent:

@@ -75,7 +75,7 @@ def _write_item(item: Any) -> Any:
 class History(BaseModel):
     """One conversation: an agent that runs several, or rewrites its own, has additional ones beside the first."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     messages_and_choices: MessagesAndChoices = Field(default_factory=list)
     tools: Tools | None = None
@@ -142,6 +142,17 @@ class Trajectory(History):
         versions = (getattr(choice, "policy_version", None) for h in self.histories() for choice in h.choices())
         return {version for version in versions if isinstance(version, int)}
 
+    def stamp_policy_versions(self) -> Trajectory:
+        """Set the policy versions that are still None from the choices; a version only ever grows."""
+        if (self.initial_policy_version is None or self.final_policy_version is None) and (
+            versions := self.policy_versions()
+        ):
+            if self.initial_policy_version is None:
+                self.initial_policy_version = min(versions)
+            if self.final_policy_version is None:
+                self.final_policy_version = max(versions)
+        return self
+
     def for_logging(self) -> dict[str, Any]:
         """Everything, as values that can be written as JSON; `Trajectory.model_validate` reads it back."""
         return self.model_dump(mode="json")
@@ -153,7 +164,7 @@ class Trajectory(History):
 class RolloutError(BaseModel):
     """An exception that ended a rollout, kept as text so that it survives being written down."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     type: str
     message: str
@@ -179,7 +190,7 @@ class TrajectoryGroup(BaseModel):
     `art.gather_trajectory_groups` runs; an awaitable that raises becomes one of `exceptions`.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     trajectories: list[Trajectory] = Field(default_factory=list)
     exceptions: list[RolloutError] = Field(default_factory=list)
@@ -298,7 +309,7 @@ async def _guarded(item: Any) -> Trajectory | BaseException:
         return error
     if not isinstance(result, Trajectory):
         return TypeError(f"a rollout must return a Trajectory, not {type(result).__name__}")
-    return result
+    return result.stamp_policy_versions()
 
 
 def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
