@@ -54,9 +54,15 @@ def _visible(found: tuple[Accelerator, ...], setting: str | None) -> tuple[Accel
         return found
     wanted = []
     for entry in filter(None, (part.strip() for part in setting.split(","))):
-        match = [gpu for gpu in found if entry == str(gpu.index) or (not entry.isdigit() and gpu.uuid.startswith(entry))]
+        match = [
+            gpu for gpu in found if entry == str(gpu.index) or (not entry.isdigit() and gpu.uuid.startswith(entry))
+        ]
         if not match:
             # CUDA itself hides everything after the first entry that it doesn't know.
             break
         wanted.append(match[0])
     return tuple(wanted)
+
+
+def _names(entry: str, gpu: Accelerator) -> bool:
+    return int(entry) == gpu.index if entry.isdigit() else gpu.uuid.startswith(entry)

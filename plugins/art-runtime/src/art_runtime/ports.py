@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 
 import psutil
+
 from art_core import ProcessFailed
 
 _LOWEST = 15_000
