@@ -6,9 +6,11 @@ complete and one without is not a checkpoint. Knows files and JSON; reads no ten
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER_STATE = "optimizer.safetensors"
 _TEMPORARY = ".saving-"
+# A metric or a logprob may be NaN or infinite; written as null it could not be read back.
+_JSON = ConfigDict(frozen=True, defer_build=True, ser_json_inf_nan="constants")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,9 @@ class FileRecord(BaseModel):
 
 
 class CheckpointManifest(BaseModel):
-    """What `checkpoint.json` says. `files` covers every other file of the folder."""
+    """What `checkpoint.json` says. `files` covers every other file of the folder, by its path within it."""
 
-    model_config = ConfigDict(frozen=True, defer_build=True)
+    model_config = _JSON
 
     format: Literal[1] = 1
     step: int
@@ -79,7 +83,7 @@ class CanaryPrompt(BaseModel):
     (at temperature 1), `previous` the same ids to their logprobs under the checkpoint it was trained from.
     """
 
-    model_config = ConfigDict(frozen=True, defer_build=True)
+    model_config = _JSON
 
     token_ids: list[int]
     expected: dict[int, float]
@@ -89,7 +93,7 @@ class CanaryPrompt(BaseModel):
 class Canary(BaseModel):
     """The prompts by which an engine shows that it serves this checkpoint and no other."""
 
-    model_config = ConfigDict(frozen=True, defer_build=True)
+    model_config = _JSON
 
     prompts: list[CanaryPrompt]
 
@@ -106,7 +110,8 @@ def saving(
     """Give a temporary folder to write a checkpoint into; on leaving, seal it and rename it to `destination`.
 
     A kill at any moment leaves either the whole checkpoint or none. An error inside removes the temporary folder.
-    Raises FileExistsError when `destination` is already a whole checkpoint; a corrupt one in its place is moved aside.
+    Raises FileExistsError when `destination` is already a whole checkpoint, or has become one when it is left; a
+    corrupt one in its place is moved aside.
     """
     if destination.exists():
         try:
@@ -120,13 +125,21 @@ def saving(
     folder.mkdir()
     try:
         yield folder
-        files = {file.name: _record(file) for file in sorted(folder.iterdir()) if file.is_file()}
+        files = {
+            file.relative_to(folder).as_posix(): _record(file) for file in sorted(folder.rglob("*")) if file.is_file()
+        }
         manifest = CheckpointManifest(
             step=step, base_model=base_model, engine=engine, metrics=metrics or {}, files=files
         )
         write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
-        _sync(folder)
-        folder.rename(destination)
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
+        try:
+            folder.rename(destination)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise FileExistsError(f"{destination} was saved by another writer meanwhile; theirs is kept") from error
         _sync(destination.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,7 +159,7 @@ def read_manifest(folder: Path, *, hashes: bool = False) -> CheckpointManifest:
             "it has no manifest" if isinstance(error, FileNotFoundError) else f"its manifest cannot be read ({error})"
         )
         raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: {reason}.") from error
-    if folder.name.isdigit() and int(folder.name) != manifest.step:
+    if _step_of(folder) not in (None, manifest.step):
         raise CorruptCheckpoint(f"{folder} is not a whole checkpoint: its manifest says step {manifest.step}.")
     for name, record in manifest.files.items():
         file = folder / name
@@ -174,14 +187,15 @@ def whole_steps(checkpoints: Path) -> dict[int, Path]:
     if not checkpoints.is_dir():
         return found
     for folder in sorted(checkpoints.iterdir()):
-        if not folder.name.isdigit() or not folder.is_dir():
+        step = _step_of(folder)
+        if step is None or not folder.is_dir():
             continue
         try:
             read_manifest(folder)
         except CorruptCheckpoint as error:
             warnings.warn(f"{error} It is skipped and kept as it is.", RuntimeWarning, stacklevel=2)
         else:
-            found[int(folder.name)] = folder
+            found[step] = folder
     return dict(sorted(found.items()))
 
 
@@ -252,12 +266,17 @@ def _record(file: Path) -> FileRecord:
     return FileRecord(size=file.stat().st_size, sha256=digest)
 
 
-def _sync(folder: Path) -> None:
-    for file in (*folder.iterdir(), folder):
-        if file.is_dir() and file != folder:
-            continue
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _step_of(folder: Path) -> int | None:
+    """The step that a folder's name says, None for a name that `step_folder` never gives."""
+    if not re.fullmatch(r"[0-9]{4,18}", folder.name):
+        return None
+    step = int(folder.name)
+    return step if step_folder(folder.parent, step).name == folder.name else None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
