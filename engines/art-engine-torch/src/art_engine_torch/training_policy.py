@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import psutil
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from art_core.errors import AdapterMismatch, UnknownArgument
 from art_training.policy import PolicyRequest
 from art_training.tree_attention import plan_attention, tree_attention
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from .training_policy_kernels import use_single_steps
 
@@ -68,15 +69,20 @@ def load_policy(request: PolicyRequest) -> TorchPolicy:
     auto = "cuda:0" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if request.device == "auto" else request.device)
     dtype = compute_dtype(device, request.dtype)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         request.base_model, dtype=dtype, attn_implementation=ATTENTION, **init_args
-    ).to(device)
+    )
+    model.to(device)
     config: PreTrainedConfig = model.config.get_text_config()
     for name in _UNSUPPORTED:
         if getattr(config, name, None) is not None:
-            raise AdapterMismatch(f"{request.base_model}: its config sets {name}, which the torch training engine does not compute.")
+            raise AdapterMismatch(
+                f"{request.base_model}: its config sets {name}, which the torch training engine does not compute."
+            )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise AdapterMismatch(f"{request.base_model} has sliding-window layers, which the torch training engine does not compute.")
+        raise AdapterMismatch(
+            f"{request.base_model} has sliding-window layers, which the torch training engine does not compute."
+        )
     tokenizer = AutoTokenizer.from_pretrained(request.base_model, **init_args)
     return TorchPolicy(model, tokenizer, str(request.base_model), request.gradient_checkpointing)
 
@@ -92,6 +98,7 @@ class TorchPolicy:
         self._peft: Any = None
         self._reference_loaded: tuple[Path, bytes] | None = None
         self._checkpointing = gradient_checkpointing
+        self._checkpointing_now = False
         self._bytes_per_token = _activation_bytes(self._config, model.dtype)
         self.tokenizer = tokenizer
         self.base_model = base_model
@@ -142,7 +149,11 @@ class TorchPolicy:
 
         self._require_adapter()
         state = get_peft_model_state_dict(self._peft, adapter_name=TRAINED, save_embedding_layers=False)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in state.items()},
+            folder / ADAPTER_WEIGHTS,
+            metadata={"format": "pt"},
+        )
         config = self._peft.peft_config[TRAINED].to_dict() | {"inference_mode": True}
         readable = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         (folder / ADAPTER_CONFIG).write_text(json.dumps(readable, indent=2, sort_keys=True, default=str))
@@ -207,12 +218,13 @@ class TorchPolicy:
             return self._checkpointing
         need = tokens * self._bytes_per_token
         if self.device.type == "cuda":
-            return need > 0.8 * torch.cuda.mem_get_info(self.device)[0]
-        return need > 0.5 * psutil.virtual_memory().total
+            return bool(need > 0.8 * torch.cuda.mem_get_info(self.device)[0])
+        return bool(need > 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
     def _set_checkpointing(self, on: bool) -> None:
-        if on == self._base.is_gradient_checkpointing:
+        if on == self._checkpointing_now:
             return
+        self._checkpointing_now = on
         if on:
             self._base.gradient_checkpointing_enable({"use_reentrant": False})
             self._base.train()
@@ -230,23 +242,36 @@ def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def _check_config(config: Any, folder: Path) -> None:
-    for field, plain in (("bias", "none"), ("use_dora", False), ("modules_to_save", None), ("lora_dropout", 0.0), ("rank_pattern", {})):
+    for field, plain in (
+        ("bias", "none"),
+        ("use_dora", False),
+        ("modules_to_save", None),
+        ("lora_dropout", 0.0),
+        ("rank_pattern", {}),
+    ):
         value = getattr(config, field, plain)
         if value and value != plain:
-            raise AdapterMismatch(f"The adapter in {folder} has {field}={value!r}; the torch training engine trains plain LoRA only.")
+            raise AdapterMismatch(
+                f"The adapter in {folder} has {field}={value!r}; the torch training engine trains plain LoRA only."
+            )
     if "lm_head" in (config.target_modules or ()):
-        raise AdapterMismatch(f"The adapter in {folder} adapts lm_head; the torch training engine keeps the output matrix frozen.")
+        raise AdapterMismatch(
+            f"The adapter in {folder} adapts lm_head; the torch training engine keeps the output matrix frozen."
+        )
 
 
 def _check_state(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], folder: Path, base: str) -> None:
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         which = f"it lacks {missing[0]}" if missing else f"it has {extra[0]}, which the base has not"
-        raise AdapterMismatch(f"The adapter in {folder} does not fit {base}: {which} ({len(missing)} missing, {len(extra)} too many).")
+        raise AdapterMismatch(
+            f"The adapter in {folder} does not fit {base}: {which} ({len(missing)} missing, {len(extra)} too many)."
+        )
     for name, tensor in state.items():
         if tensor.shape != expected[name]:
             raise AdapterMismatch(
-                f"The adapter in {folder} does not fit {base}: {name} has the shape {tuple(tensor.shape)}, not {tuple(expected[name])}."
+                f"The adapter in {folder} does not fit {base}: {name} has the shape {tuple(tensor.shape)}, not"
+                f" {tuple(expected[name])}."
             )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterMismatch(f"The adapter in {folder} holds values that are not finite, in {name}.")
@@ -254,4 +279,9 @@ def _check_state(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]
 
 def _shape(config: Any) -> tuple[Any, ...]:
     targets = config.target_modules
-    return (config.r, config.lora_alpha, config.use_rslora, frozenset(targets) if not isinstance(targets, str) else targets)
+    return (
+        config.r,
+        config.lora_alpha,
+        config.use_rslora,
+        frozenset(targets) if not isinstance(targets, str) else targets,
+    )

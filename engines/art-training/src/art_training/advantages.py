@@ -29,11 +29,14 @@ def group_advantages(rewards: Values, *, scale: bool) -> Values:
 def balance_step(advantages: Values, trained_tokens: npt.NDArray[np.int64], balance: float) -> tuple[Values, Values]:
     """Normalize over a whole step; returns (A, w), one value a trajectory.
 
-    w = 1 / trained tokens of the trajectory, then w /= mean(w). `balance` b > 0 scales negative advantages by 1 - b, b < 0
-    positive ones by 1 + b. Then A /= mean(|A| w). Both means are taken over trained tokens. An A of 0, which b = ±1 makes, stays 0.
+    w = 1 / trained tokens of the trajectory, then w /= mean(w). `balance` b > 0 scales negative advantages by 1 - b,
+    b < 0 positive ones by 1 + b. Then A /= mean(|A| w). Both means are taken over trained tokens. An A of 0, which b
+    = ±1 makes, stays 0.
     """
     if not -1.0 <= balance <= 1.0:
-        raise ValueError(f"advantage_balance is {balance}; it lies between -1 (only negative advantages) and 1 (only positive).")
+        raise ValueError(
+            f"advantage_balance is {balance}; it lies between -1 (only negative advantages) and 1 (only positive)."
+        )
     tokens = np.asarray(trained_tokens, dtype=np.float64)
     if tokens.size == 0:
         return np.zeros(0), np.zeros(0)

@@ -1,4 +1,5 @@
-"""Keep freed memory in the process: the large blocks of one row are the next row's, and handing them back costs page faults.
+"""Keep freed memory in the process: the large blocks of one row are the next row's, and handing them back costs page
+faults.
 
 Knows glibc's two thresholds; does nothing anywhere else.
 """

@@ -1,8 +1,8 @@
 """Logprobs of chosen next tokens from hidden states, a chunk of positions at a time.
 
-The tokens x vocabulary matrix is never held. The gradient of log p(t) towards the hidden state is W[t] - Σ p(v) W[v]; that
-expectation is taken while a chunk's probabilities are at hand, so backward needs neither the logits nor a second pass.
-Knows no model: it takes hidden states and the frozen output matrix.
+The tokens x vocabulary matrix is never held. The gradient of log p(t) towards the hidden state is W[t] - Σ p(v) W[v];
+that expectation is taken while a chunk's probabilities are at hand, so backward needs neither the logits nor a second
+pass. Knows no model: it takes hidden states and the frozen output matrix.
 """
 
 from __future__ import annotations
@@ -20,20 +20,13 @@ def next_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T] of `targets`, and the entropies [U] of the U distributions, in nats, fp32.
 
-    `hidden` is [U, H], one row for each position whose next-token distribution is needed; `weight` is the output matrix [V, H] and
-    gets no gradient; `target_parent` [T] says which row of `hidden` predicts each target. Entropies carry no gradient.
-    `chunk` is the number of positions a time; by default as many as keep the logits near 64 MiB.
+    `hidden` is [U, H], one row for each position whose next-token distribution is needed; `weight` is the output
+    matrix [V, H] and gets no gradient; `target_parent` [T] says which row of `hidden` predicts each target. Entropies
+    carry no gradient. `chunk` is the number of positions a time; by default as many as keep the logits near 64 MiB.
     """
     size = chunk or max(16, _CHUNK_BYTES // (4 * weight.shape[0]))
     result: tuple[Tensor, Tensor] = _NextTokenLogprobs.apply(hidden, weight, target_parent, targets, size)  # type: ignore[no-untyped-call]
     return result
-
-
-def top_logprobs(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most likely next tokens of each row of `hidden` [U, H]: logprobs [U, k] and token ids [U, k]. No gradient."""
-    with torch.no_grad():
-        found = [torch.log_softmax((h @ weight.T).float(), -1).topk(k) for h in hidden.split(64)]
-        return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 class _NextTokenLogprobs(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The policy losses: pure functions from logprobs to a loss, nothing else.
 
-They work on entries, one for each sampled token of each sequence, flat and in any order, so they know neither packing nor
-models. The formulas and defaults are those of the ART contract; each option's sentence below says what it does.
+They work on entries, one for each sampled token of each sequence, flat and in any order, so they know neither packing
+nor models. The formulas and defaults are those of the ART contract; each option's sentence below says what it does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ Level = Literal["token", "sequence", "average", "geometric_average"]
 class LossOptions:
     """Which loss, and how it treats the importance ratio ρ = exp(new - old).
 
-    `loss_fn`: CISPO is -clip(sg ρ, 1-ε, 1+ε_high) A log π; PPO is -min(ρA, clip(ρ, 1-ε, 1+ε_high) A).
-    `epsilon`, `epsilon_high`: None means 1 and 4 for CISPO, 0.2 for both in PPO; a given `epsilon` alone leaves PPO's upper bound
-    equal to it.
-    `importance_sampling_level`: ρ of each token; of its whole sequence, exp(mean difference); or the two's arithmetic or geometric mean.
-    `max_negative_advantage_importance_sampling_weight` caps ρ where A < 0.
-    `mask_prob_ratio` sets ρ to 0 outside (1-ε, 1+ε_high).
-    `kimi_k2_tau`: A -= τ (new - old), no gradient.
+    `loss_fn`: CISPO is -clip(sg ρ, 1-ε, 1+ε_high) A log π; PPO is -min(ρA, clip(ρ, 1-ε, 1+ε_high) A). `epsilon`,
+    `epsilon_high`: None means 1 and 4 for CISPO, 0.2 for both in PPO; a given `epsilon` alone leaves PPO's upper
+    bound equal to it. `importance_sampling_level`: ρ of each token; of its whole sequence, exp(mean difference); or
+    the two's arithmetic or geometric mean. `max_negative_advantage_importance_sampling_weight` caps ρ where A < 0.
+    `mask_prob_ratio` sets ρ to 0 outside (1-ε, 1+ε_high). `kimi_k2_tau`: A -= τ (new - old), no gradient.
     `kl_penalty_coef`: A += coef (mean KL - KL), KL = new - reference of the token, no gradient.
     `truncated_importance_sampling` multiplies the loss by min(ρ, bound), no gradient.
     """
@@ -55,9 +53,10 @@ class LossOptions:
 class Entries:
     """Sampled tokens, all tensors of shape [E].
 
-    `old_logprobs`: under the policy that sampled them, or as recalculated before the step; NaN is taken as equal to the new
-    one. `advantages` and `weights` are normalized over the step. `sequence` numbers the sequences from 0. `sampled_logprobs`, when
-    old ones were recalculated, are what the engine reported; `reference_logprobs` belong to the KL reference policy.
+    `old_logprobs`: under the policy that sampled them, or as recalculated before the step; NaN is taken as equal to
+    the new one. `advantages` and `weights` are normalized over the step. `sequence` numbers the sequences from 0.
+    `sampled_logprobs`, when old ones were recalculated, are what the engine reported; `reference_logprobs` belong to
+    the KL reference policy.
     """
 
     old_logprobs: Tensor
@@ -72,8 +71,8 @@ class Entries:
 class LossSums:
     """Sums over entries; divide by `count` for means. Only `loss` carries a gradient.
 
-    `kl_div` sums the estimator ρ - 1 - log ρ of the divergence between the sampling policy and the present one, `kl_policy_ref`
-    new - reference (None without a reference).
+    `kl_div` sums the estimator ρ - 1 - log ρ of the divergence between the sampling policy and the present one,
+    `kl_policy_ref` new - reference (None without a reference).
     """
 
     loss: Tensor
@@ -132,7 +131,9 @@ def _ratio(difference: Tensor, sequence: Tensor, level: Level) -> Tensor:
 
 
 def _mismatch(ratio: Tensor, old: Tensor, fixed: Tensor, entries: Entries) -> Tensor:
-    """The ratio that truncated importance sampling bounds: trainer against engine where old logprobs were recalculated."""
+    """The ratio that truncated importance sampling bounds: trainer against engine where old logprobs were
+    recalculated.
+    """
     if entries.sampled_logprobs is None:
         return ratio.detach()
     sampled = torch.where(entries.sampled_logprobs.isnan(), fixed, entries.sampled_logprobs)

@@ -1,9 +1,9 @@
 """Lay token rows out as prefix trees, so that a prefix which several rows share is computed once.
 
-The rows of a step are sorted; what each adds to the row before it is a piece. Pieces in sorted order are a depth-first walk of
-the step's prefix tree, so the tokens that may see a given token (its descendants) are one contiguous range right after it.
-Everything a policy needs follows from that: `tree_end` for a mask, or blocks for exact attention without one.
-Plain numpy over whole pieces; knows no model and no loss.
+The rows of a step are sorted; what each adds to the row before it is a piece. Pieces in sorted order are a
+depth-first walk of the step's prefix tree, so the tokens that may see a given token (its descendants) are one
+contiguous range right after it. Everything a policy needs follows from that: `tree_end` for a mask, or blocks for
+exact attention without one. Plain numpy over whole pieces; knows no model and no loss.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from .rows import Floats, Ints, TokenRow
 class PackedRow:
     """One forest of token sequences, as one row of tokens. All positions are positions in this row.
 
-    Tokens, shape [S]: `token_ids`; `position_ids`, the depth of each in its tree; `tree_end`: token q sees token k exactly
-    when k <= q < tree_end[k].
-    The same as blocks: `causal_blocks` [pieces, 2] are ranges (start, end) that see themselves causally; `cross_blocks`
-    [blocks, 4] are (q_start, q_end, k_start, k_end), every q seeing every k.
-    Predictions: `parents` [U] are the positions whose next-token distribution is needed, ascending; prediction t is the token
-    `targets[t]` after position `parents[target_parent[t]]`, both of shape [T], each (position, token) once.
+    Tokens, shape [S]: `token_ids`; `position_ids`, the depth of each in its tree; `tree_end`: token q sees token k
+    exactly when k <= q < tree_end[k]. The same as blocks: `causal_blocks` [pieces, 2] are ranges (start, end) that
+    see themselves causally; `cross_blocks` [blocks, 4] are (q_start, q_end, k_start, k_end), every q seeing every k.
+    Predictions: `parents` [U] are the positions whose next-token distribution is needed, ascending; prediction t is
+    the token `targets[t]` after position `parents[target_parent[t]]`, both of shape [T], each (position, token) once.
     Entries, shape [E], one for each sampled token of each sequence: `entry_target` (index of its prediction),
-    `entry_sequence` (its sequence within this row, from 0), `entry_trajectory` (index in the step) and `old_logprobs`.
-    `sequences` says which rows of the step are in this one.
+    `entry_sequence` (its sequence within this row, from 0), `entry_trajectory` (index in the step) and
+    `old_logprobs`. `sequences` says which rows of the step are in this one.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -59,9 +58,9 @@ class PackedRow:
 def pack_rows(rows: Sequence[TokenRow], capacity: int) -> list[PackedRow]:
     """Pack a step's rows into as few packed rows of at most `capacity` tokens as a good fit finds.
 
-    What follows a row's last sampled token, that token included, is never an input and is left out. A tree larger than
-    `capacity` is split and the prefix that both parts need is repeated. Raises ValueError for a row without a sampled token or
-    longer than `capacity`: dropping one is the caller's decision, never made here.
+    What follows a row's last sampled token, that token included, is never an input and is left out. A tree larger
+    than `capacity` is split and the prefix that both parts need is repeated. Raises ValueError for a row without a
+    sampled token or longer than `capacity`: dropping one is the caller's decision, never made here.
     """
     if not rows:
         return []
@@ -141,8 +140,12 @@ def _lay_out(
     trained = np.concatenate(members_trained)
     per_member = np.fromiter((len(t) for t in members_trained), dtype=np.int64, count=len(members_trained))
     parent_of_entry = trained - 1 + np.repeat(np.asarray(shifts, dtype=np.int64), counts)
-    token_of_entry = np.concatenate([rows[i].token_ids[t] for i, t in zip(indices.tolist(), members_trained, strict=True)])
-    parents, targets, target_parent, entry_target = _predictions(parent_of_entry, token_of_entry.astype(np.int64), total)
+    token_of_entry = np.concatenate(
+        [rows[i].token_ids[t] for i, t in zip(indices.tolist(), members_trained, strict=True)]
+    )
+    parents, targets, target_parent, entry_target = _predictions(
+        parent_of_entry, token_of_entry.astype(np.int64), total
+    )
     trajectories = np.fromiter((rows[i].trajectory for i in indices.tolist()), dtype=np.int64, count=len(indices))
     return PackedRow(
         token_ids=np.concatenate(

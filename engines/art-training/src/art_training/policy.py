@@ -1,7 +1,8 @@
 """What a training library has to offer for the shared trainer to train with it: the border of a training engine.
 
-A policy is a base model with one trainable LoRA adapter. It turns a packed row into hidden states; logprobs, losses, the
-optimizer and checkpoints are the trainer's. A factory `(PolicyRequest) -> Policy` is named `module:attr` to the worker.
+A policy is a base model with one trainable LoRA adapter. It turns a packed row into hidden states; logprobs, losses,
+the optimizer and checkpoints are the trainer's. A factory `(PolicyRequest) -> Policy` is named `module:attr` to the
+worker.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 class PolicyRequest:
     """What the worker asks of a policy factory.
 
-    `base_model` is a folder of weights with its tokenizer. `dtype` "auto" means bf16 where the machine computes in it, else fp32.
-    `device` "auto" means the first CUDA device, else the CPU. `gradient_checkpointing` None lets the policy decide row by row.
+    `base_model` is a folder of weights with its tokenizer. `dtype` "auto" means bf16 where the machine computes in
+    it, else fp32. `device` "auto" means the first CUDA device, else the CPU. `gradient_checkpointing` None lets the
+    policy decide row by row. `max_seq_length` is the longest row, in tokens, for libraries that fix it on loading.
     `init_args` are the engine's own; an unknown one is refused by name.
     """
 
@@ -31,6 +33,7 @@ class PolicyRequest:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool | None = None
+    max_seq_length: int = 32768
     init_args: Mapping[str, Any] | None = None
 
 
@@ -66,7 +69,9 @@ class Policy(Protocol):
         """The frozen output matrix [vocabulary, hidden size]; logits are hidden states times its transpose."""
 
     def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters by name, in an order that is the same after every load. fp32 whatever the base's dtype."""
+        """The trainable parameters by name, in an order that is the same after every load. fp32 whatever the base's
+        dtype.
+        """
 
     def hidden_states(self, row: PackedRow) -> torch.Tensor:
         """Final hidden states [S, hidden size] of a packed row, each token seeing its ancestors and itself.

@@ -22,8 +22,8 @@ _WINDOW = 512
 class Order:
     """Rows in lexicographic order of their tokens.
 
-    `permutation[i]` is the row at sorted position i, `lengths[i]` its length, `shared[i]` how many leading tokens it has in
-    common with sorted position i - 1 (0 for the first).
+    `permutation[i]` is the row at sorted position i, `lengths[i]` its length, `shared[i]` how many leading tokens it
+    has in common with sorted position i - 1 (0 for the first).
     """
 
     permutation: npt.NDArray[np.int64]

@@ -1,7 +1,7 @@
 """What a training step is made of before it is packed: token rows, and which of their tokens were sampled.
 
-Plain numpy data, no torch and no tokenizer. A row is one token sequence; a trajectory may have several, and every row of
-a trajectory shares its advantage and its weight.
+Plain numpy data, no torch and no tokenizer. A row is one token sequence; a trajectory may have several, and every row
+of a trajectory shares its advantage and its weight.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class TokenRow:
     """One token sequence as the policy saw it.
 
     `token_ids` has shape [length]. `trained` holds the positions of the sampled tokens, ascending, each at least 1;
-    `old_logprobs` their logprobs under the policy that sampled them, NaN where unknown; both have shape [trained tokens].
-    `trajectory` is the index of the row's trajectory in its `TokenizedStep`.
+    `old_logprobs` their logprobs under the policy that sampled them, NaN where unknown; both have shape [trained
+    tokens]. `trajectory` is the index of the row's trajectory in its `TokenizedStep`.
     """
 
     token_ids: Ints

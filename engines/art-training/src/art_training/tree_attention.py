@@ -1,9 +1,9 @@
 """Attention over a packed row in which each token sees its ancestors and itself, exactly, and nothing is masked away.
 
-On a CPU the row is a list of blocks: pieces that see themselves causally, and ranges that see a shared stretch whole. Each
-block is one call of PyTorch's flash kernel; a query's partial results are merged by their log-sum-exps, and backward runs
-the same blocks against the merged result. On CUDA it is one flex_attention call with the row's block mask.
-Knows blocks and tensors; knows no model.
+On a CPU the row is a list of blocks: pieces that see themselves causally, and ranges that see a shared stretch whole.
+Each block is one call of PyTorch's flash kernel; a query's partial results are merged by their log-sum-exps, and
+backward runs the same blocks against the merged result. On CUDA it is one flex_attention call with the row's block
+mask. Knows blocks and tensors; knows no model.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, log_sum = ctx.saved_tensors
-        grads = tuple(
+        grads = [
             torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for x in (query, key, value)
-        )
+        ]
         for start, end in ctx.plan.causal:
             part = slice(start, end)
             blocks = _backward(
@@ -108,4 +108,4 @@ class _BlockAttention(torch.autograd.Function):
             )  # fmt: skip
             for whole, block, place in zip(grads, blocks, (part, seen, seen), strict=True):
                 whole[:, :, place] += block
-        return (*grads, None, None)
+        return grads[0], grads[1], grads[2], None, None
