@@ -3,6 +3,18 @@
 `create_app(routes, api_key=...)` is the ASGI application; `Gateway` the same for a host that mounts it in its own.
 """
 
+from .app import Gateway, create_app
+from .limits import SERVER_OPTIONS, GatewayLimits, raise_file_limit
 from .routes import Route, Routes, RouteUnavailable, ServedModel
 
-__all__ = ["Route", "RouteUnavailable", "Routes", "ServedModel"]
+__all__ = [
+    "SERVER_OPTIONS",
+    "Gateway",
+    "GatewayLimits",
+    "Route",
+    "RouteUnavailable",
+    "Routes",
+    "ServedModel",
+    "create_app",
+    "raise_file_limit",
+]

@@ -1,0 +1,46 @@
+"""How long the gateway waits, how much it takes, and how the server under it is set up for thousands of requests."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+#: Keyword arguments for `uvicorn.Config`. Idle connections are kept far longer than clients keep them, so that it is
+#: always the client that closes one, never we while a request is on its way.
+SERVER_OPTIONS: dict[str, Any] = {
+    "http": "httptools",
+    "loop": "uvloop",
+    "ws": "none",
+    "access_log": False,
+    "log_level": "warning",
+    "timeout_keep_alive": 300,
+    "backlog": 16_384,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayLimits:
+    """Sizes in bytes, times in seconds.
+
+    `answer_s` bounds a whole answer, streaming included; `route_s` the wait for a route, as while an engine restarts;
+    `request_s` the arrival of a request's body; `connect_s` the connection to an engine.
+    """
+
+    request_bytes: int = 64 * 2**20
+    request_s: float = 120.0
+    route_s: float = 300.0
+    connect_s: float = 10.0
+    answer_s: float = 1200.0
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as the system allows it, and say how many.
+
+    Every request in flight takes two: the client's connection and the engine's. The usual limit of 1,024 is spent at
+    some 500 requests.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
