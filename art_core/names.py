@@ -59,7 +59,7 @@ def parse_inference_name(text: str) -> tuple[str, int | None]:
     name, at, step = text.partition("@")
     if not at:
         return name, None
-    if not step.isascii() or not step.isdigit():
+    if not re.fullmatch(r"[0-9]{1,18}", step):
         raise InvalidName(f"{text!r} is not a model name: after '@' comes a step number, as in {name + '@3'!r}.")
     return name, int(step)
 

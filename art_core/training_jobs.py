@@ -28,12 +28,12 @@ class TrainOptions(BaseModel):
     `packed_sequence_length` is in tokens.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    learning_rate: float = Field(5e-6, ge=0, allow_inf_nan=False)
+    learning_rate: float = Field(5e-6, ge=0)
     loss_fn: Literal["cispo", "ppo"] = "cispo"
     normalize_advantages: bool = True
-    kl_penalty_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
+    kl_penalty_coef: float = Field(0.0, ge=0)
     kl_penalty_reference_step: int | None = Field(None, ge=0)
     kl_ref_adapter_path: Path | None = None
     epsilon: float | None = Field(None, ge=0)
@@ -129,6 +129,8 @@ class JobProgress(BaseModel):
 class GradientStep(BaseModel):
     """One optimizer step was taken."""
 
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
     event: Literal["gradient_step"] = "gradient_step"
     index: int
     total: int
@@ -144,6 +146,8 @@ class JobSaved(BaseModel):
 
 class JobEnded(BaseModel):
     """The last event of a job that worked. With 0 gradient steps the checkpoint is the one it started from."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     event: Literal["ended"] = "ended"
     metrics: dict[str, float]

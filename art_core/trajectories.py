@@ -15,7 +15,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
 from .errors import InvalidTrajectory
 
@@ -62,20 +70,27 @@ def _read_item(item: Any) -> Any:
     if "finish_reason" in item and "message" in item:
         from openai.types.chat.chat_completion import Choice
 
-        return Choice.model_validate(item)
+        try:
+            return Choice.model_validate(item)
+        except ValidationError:
+            # An engine may have finish reasons of its own; the openai client takes them in, so they must come back.
+            if not isinstance(item["message"], dict):
+                raise
+            return Choice.construct(**item)
     if "role" not in item:
         raise ValueError(f"a message needs a 'role'; got a dictionary with the keys {sorted(item)}")
     return item
 
 
 def _write_item(item: Any) -> Any:
-    return item if isinstance(item, dict) else item.model_dump(mode="json", warnings=False)
+    # Mode "json" would turn a logprob of -inf into null, which cannot be read back.
+    return item if isinstance(item, dict) else item.model_dump(mode="python", warnings=False)
 
 
 class History(BaseModel):
     """One conversation: an agent that runs several, or rewrites its own, has additional ones beside the first."""
 
-    model_config = ConfigDict(extra="forbid", defer_build=True)
+    model_config = ConfigDict(extra="forbid", defer_build=True, ser_json_inf_nan="constants")
 
     messages_and_choices: MessagesAndChoices = Field(default_factory=list)
     tools: Tools | None = None
@@ -83,6 +98,8 @@ class History(BaseModel):
     @field_validator("messages_and_choices", mode="before")
     @classmethod
     def _read_items(cls, items: Any) -> Any:
+        if not isinstance(items, Sequence) or isinstance(items, str):
+            raise ValueError(f"expected a list of messages and choices, not {type(items).__name__}")
         return [_read_item(item) for item in items]
 
     @field_serializer("messages_and_choices", mode="wrap")
@@ -190,7 +207,7 @@ class TrajectoryGroup(BaseModel):
     `art.gather_trajectory_groups` runs; an awaitable that raises becomes one of `exceptions`.
     """
 
-    model_config = ConfigDict(extra="forbid", defer_build=True)
+    model_config = ConfigDict(extra="forbid", defer_build=True, ser_json_inf_nan="constants")
 
     trajectories: list[Trajectory] = Field(default_factory=list)
     exceptions: list[RolloutError] = Field(default_factory=list)
@@ -298,6 +315,9 @@ class PendingTrajectoryGroup:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for item in self._items:
+                if asyncio.iscoroutine(item):
+                    item.close()  # one that was cancelled before it began would warn that nobody awaited it
 
 
 async def _guarded(item: Any) -> Trajectory | BaseException:
@@ -307,6 +327,11 @@ async def _guarded(item: Any) -> Trajectory | BaseException:
         result = await item
     except Exception as error:
         return error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return error  # something within the attempt was cancelled, not the attempt
     if not isinstance(result, Trajectory):
         return TypeError(f"a rollout must return a Trajectory, not {type(result).__name__}")
     return result.stamp_policy_versions()
@@ -319,6 +344,10 @@ def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
     counted.
     """
     for g, group in enumerate(groups):
+        if isinstance(group, PendingTrajectoryGroup):
+            raise InvalidTrajectory(
+                f"trajectory_groups[{g}] is still pending; await it, or await art.gather_trajectory_groups([...])."
+            )
         if not isinstance(group, TrajectoryGroup):
             raise InvalidTrajectory(
                 f"trajectory_groups[{g}] is a {type(group).__name__}, not a TrajectoryGroup;"
@@ -330,3 +359,14 @@ def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
                     f"trajectory_groups[{g}].trajectories[{t}].reward is {trajectory.reward}: a reward must be a finite"
                     " number, since every advantage of its group is computed from it. Set it, or drop the trajectory."
                 )
+            for history in trajectory.histories():
+                for i, item in enumerate(history.messages_and_choices):
+                    _check_item(item, f"trajectory_groups[{g}].trajectories[{t}]: item {i}")
+
+
+def _check_item(item: Any, where: str) -> None:
+    # A list takes anything that is appended to it, after its model was validated.
+    try:
+        _read_item(item)
+    except ValueError as error:
+        raise InvalidTrajectory(f"{where} cannot be used: {error}") from error
