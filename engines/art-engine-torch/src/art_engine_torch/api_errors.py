@@ -1,4 +1,4 @@
-"""The one form of every error that the server answers with: OpenAI's, with a status, a code and a sentence to act on."""
+"""The one form of every error that the server answers with: OpenAI's, with a status, a code and what to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What clients may send to the two generation endpoints, checked field by field.
 
-A field that would change the answer and isn't implemented is refused by name, never ignored. Knows shapes of JSON and limits
-of values; templates, token ids and the engine are elsewhere.
+A field that would change the answer and isn't implemented is refused by name, never ignored. Knows shapes of JSON and
+limits of values; templates, token ids and the engine are elsewhere.
 """
 
 from __future__ import annotations
@@ -15,8 +15,18 @@ from .api_errors import bad_request
 
 # OpenAI's and vLLM's fields that change nothing here: bookkeeping, or hints to services that this server is not.
 HARMLESS: Final = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
-    "request_id cache_salt priority".split()
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "cache_salt",
+        "priority",
+    ]
 )
 # Fields that do nothing at these values and would change the answer at others.
 ONLY: Final[dict[str, tuple[Any, ...]]] = {
@@ -125,8 +135,8 @@ class CompletionRequest(SamplingFields):
         if not self.prompt:
             raise bad_request("prompt is empty; send a string, token ids, or a list of either.", "prompt")
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 R = TypeVar("R", bound=SamplingFields)
@@ -162,7 +172,7 @@ def _check_chat(request: ChatRequest) -> None:
         raise bad_request("top_logprobs needs logprobs=true.", "top_logprobs")
     if request.tool_choice not in (None, "none", "auto"):
         raise bad_request(
-            f"tool_choice={request.tool_choice!r} is not supported: engine torch does not force calls. Use 'auto' or 'none'.",
+            f"tool_choice={request.tool_choice!r} is not supported: no call can be forced. Use 'auto' or 'none'.",
             "tool_choice",
         )
     if request.tool_choice == "auto" and not request.tools:

@@ -1,6 +1,7 @@
 """The HTTP surface: vLLM's addresses and fields over the engine's thread.
 
-Knows requests and answers, and hands work to the engine; it computes nothing. A client that goes away takes its sequences along.
+Knows requests and answers, and hands work to the engine; it computes nothing. A client that goes away takes its
+sequences along.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class InferenceApp:
     ) -> Response:
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[tuple[int, SequenceUpdate]] = asyncio.Queue()
-        tokenizer = self._prompts().tokenizer
+        tokenizer: Any = self._prompts().tokenizer
         stops, include_stop = asked.stops, asked.include_stop_str_in_output
         requests = []
         for number, prompt in enumerate(prompts):
@@ -213,8 +214,8 @@ class InferenceApp:
             )
         if max_tokens is not None and prompt + max_tokens > limit:
             raise bad_request(
-                f"This model's context is {limit} tokens; the prompt has {prompt} and max_tokens asks for {max_tokens} more, "
-                f"{prompt + max_tokens} together. Shorten the prompt or ask for at most {limit - prompt}.",
+                f"This model's context is {limit} tokens; the prompt has {prompt} and max_tokens asks for {max_tokens} "
+                f"more, {prompt + max_tokens} together. Shorten the prompt or ask for at most {limit - prompt}.",
                 "max_tokens",
                 "context_length_exceeded",
             )

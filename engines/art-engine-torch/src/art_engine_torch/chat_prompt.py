@@ -24,7 +24,7 @@ class PromptBuilder:
     """The tokenizer of a model folder. `end_ids` are the token ids that end an answer."""
 
     def __init__(self, folder: Path, *, chat_template: Path | None, vocab: int) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template.read_text()
         self._vocab = vocab
@@ -44,14 +44,16 @@ class PromptBuilder:
             )
         messages = [_for_template(index, message) for index, message in enumerate(request.messages)]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=request.tools or None,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-                **(request.chat_template_kwargs or {}),
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=request.tools or None,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=request.add_generation_prompt,
+                    continue_final_message=request.continue_final_message,
+                    **(request.chat_template_kwargs or {}),
+                )
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise bad_request(f"The chat template does not take these messages: {error}", "messages") from error

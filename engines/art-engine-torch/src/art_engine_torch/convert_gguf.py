@@ -29,7 +29,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
     plain.load_state_dict(dequantized.state_dict())
     plain.tie_weights()
     plain.generation_config = dequantized.generation_config
-    plain.to(torch.bfloat16).save_pretrained(folder)
+    plain.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

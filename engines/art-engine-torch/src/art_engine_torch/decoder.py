@@ -1,7 +1,7 @@
 """The forward pass of a Llama- or Qwen-shaped decoder over a flat batch of tokens, with the weights fused for speed.
 
-Knows weights, rotary positions and where keys and values go. It must not know requests, adapters' files, sampling or HTTP:
-one call takes token ids and a plan that says which rows are single decode steps and which are pieces of prompts.
+Knows weights, rotary positions and where keys and values go. It must not know requests, adapters' files, sampling or
+HTTP: one call takes token ids and a plan that says which rows are single decode steps and which are pieces of prompts.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class DecoderShape:
 class DecodeRows:
     """Rows of the batch that are one new token each of sequences with a row of their own in a lane of the cache.
 
-    `kv` is the lane, [layers, 2, rows, capacity, kv_heads, head_dim]; the batch's rows from `offset` on are its first `count`
-    rows. `slots` [count] says where each new token goes, as row * capacity + position. `mask` [count, 1, heads per kv head,
-    length] is added to the scores and hides what lies beyond each sequence's end.
+    `kv` is the lane, [layers, 2, rows, capacity, kv_heads, head_dim]; the batch's rows from `offset` on are its first
+    `count` rows. `slots` [count] says where each new token goes, as row * capacity + position. `mask` [count, 1, heads
+    per kv head, length] is added to the scores and hides what lies beyond each sequence's end.
     """
 
     kv: Tensor
@@ -78,7 +78,9 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class PromptPiece:
-    """`count` consecutive tokens of one prompt, from position `start`. `kv` is its own [layers, 2, length, kv_heads, head_dim]."""
+    """`count` consecutive tokens of one prompt, from position `start`. `kv` is its own [layers, 2, length, kv_heads,
+    head_dim].
+    """
 
     kv: Tensor
     offset: int
@@ -159,13 +161,14 @@ class Decoder:
         limit = config.max_position_embeddings if max_len is None else max_len
         _refuse_unsupported(config, limit)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
-        return cls(model.eval().requires_grad_(False), device, limit)
+        return cls(model, device, limit)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, plan: BatchPlan, lora: LoraBatch | None) -> Tensor:
-        """Next-token logits, float32 [outputs, vocab], of the rows in `plan.outputs`; keys and values go where the plan says.
+        """Next-token logits, float32 [outputs, vocab], of `plan.outputs`; keys and values go where the plan says.
 
-        `tokens` and `positions` are int64 [rows]; `lora` says which adapter each row runs under (None: all the base model).
+        `tokens` and `positions` are int64 [rows]; `lora` says which adapter each row runs under (None: all the base
+        model).
         """
         shape = self.shape
         total = tokens.shape[0]
@@ -229,7 +232,7 @@ class Decoder:
         keys.view(-1, shape.kv_heads, shape.head_dim).index_copy_(0, rows.slots, key[here])
         values.view(-1, shape.kv_heads, shape.head_dim).index_copy_(0, rows.slots, value[here])
         # The query heads that share a key head stand where other code has query positions: no key is ever repeated.
-        grouped = query[here].unflatten(1, (shape.kv_heads, -1))
+        grouped = query[here].view(rows.count, shape.kv_heads, -1, shape.head_dim)
         result = F.scaled_dot_product_attention(
             grouped,
             keys[: rows.count, : rows.length].transpose(1, 2),
@@ -300,7 +303,9 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _piece_mask(piece: PromptPiece, shape: DecoderShape, device: torch.device) -> Tensor | None:
-    """Which positions each token of a later piece sees, repeated for the query heads of a key head; None for a first piece."""
+    """Which positions each token of a later piece sees, repeated for the query heads of a key head; None for a first
+    piece.
+    """
     if piece.start == 0:
         return None
     seen = torch.ones(piece.count, piece.start + piece.count, dtype=torch.bool, device=device).tril_(piece.start)
@@ -310,7 +315,9 @@ def _piece_mask(piece: PromptPiece, shape: DecoderShape, device: torch.device) -
 def _rotary_tables(
     body: Any, max_len: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_len, head_dim]; the first half of sin is negated, so that a roll by half a head does the rotation."""
+    """cos and sin [max_len, head_dim]; the first half of sin is negated, so that a roll by half a head does the
+    rotation.
+    """
     positions = torch.arange(max_len, device=body.embed_tokens.weight.device).unsqueeze(0)
     probe = torch.zeros(1, 1, dtype=torch.float32, device=positions.device)
     cos, sin = body.rotary_emb(probe, positions)
@@ -325,8 +332,8 @@ def _rotary_tables(
 def _refuse_unsupported(config: Any, max_len: int) -> None:
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise UnsupportedModel(
-            f"Engine torch does not know model type {config.model_type!r}; it serves {', '.join(SUPPORTED_MODEL_TYPES)}. "
-            "Another inference engine may: pip install art-engine-vllm."
+            f"Engine torch does not know model type {config.model_type!r}; it serves "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}. Another inference engine may: pip install art-engine-vllm."
         )
     rope = getattr(config, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")

@@ -167,7 +167,7 @@ class InferenceEngineThread:
         return self.call(do)
 
     def sleep(self) -> Future[None]:
-        """Pauses, gives cache memory back and moves the weights off the device. Running sequences go on after waking."""
+        """Pauses, gives cache memory back and moves the weights off the device; wake goes on where it was."""
 
         def do() -> None:
             decoder = self.scheduler.decoder

@@ -24,8 +24,9 @@ TopLogprobs = list[tuple[int, float]]
 class SequenceUpdate:
     """News of sample `index` of a request: the tokens since the last news, and, once, how it ended.
 
-    A streaming request hears of every token; any other hears once, at the end. `text` is set where the engine detokenizes
-    (streams, and requests with stop strings). `reason` is the stop string or stop token id that ended it, or an error's text.
+    A streaming request hears of every token; any other hears once, at the end. `text` is set where the engine
+    detokenizes (streams, and requests with stop strings). `reason` is the stop string or stop token id that ended it,
+    or an error's text.
     """
 
     index: int
@@ -41,7 +42,8 @@ class SequenceUpdate:
 class GenerationRequest:
     """One prompt and its samples. `listener` is called in the engine's thread and must only hand over.
 
-    `end_ids` end a sequence without being named as a reason, `stop_ids` are the user's. `max_tokens` bounds each sample.
+    `end_ids` end a sequence without being named as a reason, `stop_ids` are the user's. `max_tokens` bounds each
+    sample.
     """
 
     prompt: Tokens

@@ -1,7 +1,7 @@
 """Where the keys and values of running sequences live: lanes of rows, one lane for each class of length.
 
-A lane's running rows are always its first ones, so that attention over a lane is one call on a slice, without a copy. Knows rows
-and lengths; what a sequence is, and whose adapter made it, it does not know.
+A lane's running rows are always its first ones, so that attention over a lane is one call on a slice, without a copy.
+Knows rows and lengths; what a sequence is, and whose adapter made it, it does not know.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Occupant(Protocol):
 
 @dataclass(eq=False)
 class Lane:
-    """Rows of one capacity. `kv` is [layers, 2, rows, capacity, kv_heads, head_dim]; row i belongs to `occupants[i]`."""
+    """Rows of one capacity. `kv` is [layers, 2, rows, capacity, kv_heads, head_dim]; row i is `occupants[i]`'s."""
 
     capacity: int
     kv: Tensor
@@ -72,7 +72,7 @@ class KVCache:
         return sum(lane.rows * lane.capacity for lane in self._lanes.values())
 
     def insert(self, occupant: Occupant, kv: Tensor) -> bool:
-        """Gives `occupant` a row and copies its `computed` first tokens from `kv` [layers, 2, tokens, heads, dim] into it.
+        """Gives `occupant` a row; its `computed` first tokens come from `kv` [layers, 2, tokens, heads, dim].
 
         The row has room for at least one token more. False when there is no memory for it now.
         """

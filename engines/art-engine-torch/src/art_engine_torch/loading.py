@@ -13,6 +13,7 @@ from typing import Final
 
 import psutil
 import torch
+from transformers.utils import logging as transformers_logging
 
 from .decoder import BatchPlan, Decoder, PromptPiece
 from .scheduler import Limits, Scheduler
@@ -59,6 +60,7 @@ def build_scheduler(options: argparse.Namespace) -> Scheduler:
     """Loads the model of the server's command line and sizes its memory."""
     if not (options.model / "config.json").is_file():
         raise ValueError(f"--model {options.model} is no model folder: it has no config.json.")
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     if options.threads is not None:

@@ -1,6 +1,7 @@
-"""Applies the LoRA adapters of a mixed batch: every row under its own adapter, or under none, in two products a projection.
+"""Applies the LoRA adapters of a mixed batch, every row under its own adapter or under none.
 
-Knows adapters only as matrices that fit the decoder's fused projections. Files and their checks are `lora_files`' business.
+Knows adapters only as matrices that fit the decoder's fused projections. Files and their checks are `lora_files`'
+business.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FUSED: Final = {
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
-    """One loaded adapter. `down[layer, module]` is [in, rank], `up[layer, module]` [rank, out] with the scaling folded in.
+    """One loaded adapter. `down[layer, module]` is [in, rank], `up[layer, module]` [rank, out], scaling folded in.
 
     `uid` is never used again in a process: a cache keyed by it cannot mix two adapters of one name.
     """

@@ -133,8 +133,8 @@ def _check_tensor(weights: Path, key: str, tensor: Tensor, side: str, rank: int,
     expected = (rank, width[0]) if side == "A" else (width[1], rank)
     if tuple(tensor.shape) != expected:
         raise AdapterRefused(
-            f"{weights}: {key} has shape {tuple(tensor.shape)} instead of {expected}: the rank is not the configuration's "
-            "or the adapter was made for another base model."
+            f"{weights}: {key} has shape {tuple(tensor.shape)} instead of {expected}: the rank is not the "
+            "configuration's, or the adapter was made for another base model."
         )
     if not tensor.is_floating_point():
         raise AdapterRefused(f"{weights}: {key} holds {tensor.dtype}, not floating-point numbers.")

@@ -1,7 +1,7 @@
-"""Keeps the keys and values of computed prompts and finished sequences, and finds the longest one a new prompt starts with.
+"""Keeps the keys and values of computed sequences, and finds the longest one that a new prompt starts with.
 
-Everything is keyed by the adapter that computed it (its uid, never its name), because keys and values of one adapter are
-wrong under another. Knows token ids and tensors, not requests.
+Everything is keyed by the adapter that computed it (its uid, never its name), because keys and values of one adapter
+are wrong under another. Knows token ids and tensors, not requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ Tokens = NDArray[np.int32]
 
 @dataclass(eq=False)
 class CachedPrefix:
-    """`tokens` computed under adapter `uid` (0: the base model), with their `kv` [layers, 2, tokens, kv_heads, head_dim]."""
+    """`tokens` computed under adapter `uid` (0: the base model), with their `kv` [layers, 2, tokens, kv_heads,
+    head_dim].
+    """
 
     uid: int
     tokens: Tokens

@@ -1,7 +1,8 @@
 """Chooses the next token of every row of a batch at once, and says how likely it was.
 
-Logprobs are those of the model itself, log softmax of the logits at temperature 1, whatever temperature, top_p and top_k
-did to the choice. Knows numbers only. Randomness is a hash of (seed, position): what else is in the batch changes nothing.
+Logprobs are those of the model itself, log softmax of the logits at temperature 1, whatever temperature, top_p and
+top_k did to the choice. Knows numbers only. Randomness is a hash of (seed, position): what else is in the batch changes
+nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One token a row. `tokens` and `logprobs` [rows]; `top[i]` holds (token, logprob) pairs, likeliest first, where asked for.
+    """One token a row. `tokens` and `logprobs` [rows]; `top[i]`: (token, logprob) pairs, likeliest first.
 
     A row whose logits were not finite has logprob NaN, and its token means nothing.
     """
@@ -42,7 +43,9 @@ class Sampled:
 
 
 def sample(logits: Tensor, settings: Sequence[SamplingSettings], positions: Sequence[int]) -> Sampled:
-    """`logits` float32 [rows, vocab]; `positions` is each row's count of tokens so far, the second half of its random number."""
+    """`logits` float32 [rows, vocab]; `positions` is each row's count of tokens so far, the second half of its random
+    number.
+    """
     device = logits.device
     temperature = torch.tensor([s.temperature for s in settings], device=device, dtype=torch.float32)
     uniform = torch.from_numpy(_uniform([s.seed for s in settings], positions)).to(device)
@@ -56,12 +59,11 @@ def sample(logits: Tensor, settings: Sequence[SamplingSettings], positions: Sequ
     else:
         divisor = torch.where(temperature == 0.0, 1.0, temperature).unsqueeze(1)
         weights = (logits - highest).div_(divisor).exp_()
-    chunks = weights.unflatten(1, (-1, _chunk(logits.shape[1])))
+    chunks = weights.view(len(settings), -1, _chunk(logits.shape[1]))
     sums = chunks.sum(-1)
-    if plain:
-        normalizer = sums.double().sum(-1).log().float() + highest[:, 0]
-    else:
-        normalizer = torch.logsumexp(logits, -1)
+    # Relative to each row's highest logit, where float32 is fine enough not to round the logprobs.
+    mass = sums.double().sum(-1) if plain else (logits - highest).exp_().sum(-1)
+    normalizer = mass.log().float().unsqueeze(1)
     tokens = _draw_chunked(chunks, sums, uniform)
     if greedy:
         rows = torch.tensor(greedy, device=device)
@@ -70,13 +72,15 @@ def sample(logits: Tensor, settings: Sequence[SamplingSettings], positions: Sequ
         rows = torch.tensor(filtered, device=device)
         chosen = [settings[i] for i in filtered]
         tokens[rows] = _draw_filtered(logits[rows] / temperature[rows].unsqueeze(1), chosen, uniform[rows])
-    logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - normalizer
-    top = _top_logprobs(logits, normalizer, settings)
-    return Sampled(tokens.tolist(), logprobs.tolist(), top)
+    logprobs = logits.gather(1, tokens.unsqueeze(1)) - highest - normalizer
+    top = _top_logprobs(logits, highest, normalizer, settings)
+    return Sampled(tokens.tolist(), logprobs.squeeze(1).tolist(), top)
 
 
 def _draw_chunked(chunks: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw in two steps, a chunk and then a token in it: two short cumulative sums instead of one over the vocabulary."""
+    """Inverse-CDF draw in two steps, a chunk and then a token in it: two short cumulative sums instead of one over the
+    vocabulary.
+    """
     cumulative = sums.double().cumsum(-1)
     target = (uniform * cumulative[:, -1]).unsqueeze(1)
     chunk = torch.searchsorted(cumulative, target, right=True).clamp_(max=sums.shape[1] - 1)
@@ -113,14 +117,14 @@ def _draw_filtered(scaled: Tensor, settings: Sequence[SamplingSettings], uniform
 
 
 def _top_logprobs(
-    logits: Tensor, normalizer: Tensor, settings: Sequence[SamplingSettings]
+    logits: Tensor, highest: Tensor, normalizer: Tensor, settings: Sequence[SamplingSettings]
 ) -> dict[int, list[tuple[int, float]]]:
     asked = [i for i, s in enumerate(settings) if s.top_logprobs]
     if not asked:
         return {}
     rows = torch.tensor(asked, device=logits.device)
     values, tokens = logits[rows].topk(max(settings[i].top_logprobs for i in asked), dim=-1)
-    pairs = zip(tokens.tolist(), (values - normalizer[rows].unsqueeze(1)).tolist(), strict=True)
+    pairs = zip(tokens.tolist(), (values - highest[rows] - normalizer[rows]).tolist(), strict=True)
     return {
         i: list(zip(ids, logprobs, strict=True))[: settings[i].top_logprobs]
         for i, (ids, logprobs) in zip(asked, pairs, strict=True)

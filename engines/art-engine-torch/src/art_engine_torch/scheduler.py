@@ -1,7 +1,8 @@
 """Decides what each step computes: which pieces of which prompts, which running sequences, under which adapters.
 
-Single-threaded: `step()` does one forward pass for everything that is due. A prompt is computed once for all samples and all
-requests that share it; sequences that no longer fit in memory give way and are computed again later. Knows no HTTP.
+Single-threaded: `step()` does one forward pass for everything that is due. A prompt is computed once for all samples
+and all requests that share it; sequences that no longer fit in memory give way and are computed again later. Knows no
+HTTP.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decoder import BatchPlan, DecodeRows, Decoder, PromptPiece
+from .decoder import BatchPlan, Decoder, DecodeRows, PromptPiece
 from .generation import GenerationRequest, Sequence
 from .kv_cache import KVCache
 from .lora_batch import LoraAdapter, LoraBatch, LoraStack
@@ -73,7 +74,8 @@ class Scheduler:
         self._prefixes = PrefixCache(limits.prefix_bytes)
         self._waiting: deque[_Prompt] = deque()
         self._started: list[_Prompt] = []
-        # Sequences with a first token whose row in the cache is still to be given, with the keys and values to put there.
+        # Sequences with a first token whose row in the cache is still to be given, with the keys and values to put
+        # there.
         self._ready: deque[tuple[Sequence, Tensor]] = deque()
         self._prompts: dict[tuple[int, bytes], _Prompt] = {}
         self._stacks: OrderedDict[tuple[int, ...], LoraStack] = OrderedDict()

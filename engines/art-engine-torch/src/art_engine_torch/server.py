@@ -1,7 +1,7 @@
-"""The inference server's process: reads its command line, loads the model behind an already answering port, and ends cleanly.
+"""The inference server's process: reads its command line, loads the model behind an open port, ends cleanly.
 
-`python -m art_engine_torch.server --model FOLDER --served-model-name NAME --port N`. The API key comes from the variable
-ART_TORCH_API_KEY, never from the command line. /health answers 503 until the model is loaded.
+`python -m art_engine_torch.server --model FOLDER --served-model-name NAME --port N`. The API key comes from the
+variable ART_TORCH_API_KEY, never from the command line. /health answers 503 until the model is loaded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Final
 
 import uvicorn
 
+from art_training.allocator import keep_freed_memory
+
 from .app import InferenceApp
 from .chat_prompt import PromptBuilder
 from .engine import InferenceEngineThread
+from .names import API_KEY_VARIABLE
 from .scheduler import Scheduler
 
-API_KEY_VARIABLE: Final = "ART_TORCH_API_KEY"
 STOP_TIMEOUT_S: Final = 10.0
 logger = logging.getLogger("art_engine_torch")
 
@@ -71,6 +73,7 @@ class _Server(uvicorn.Server):
 def main(argv: list[str] | None = None) -> int:
     """Serves until a signal (0) or until the engine fails (1)."""
     options = arguments().parse_args(argv)
+    keep_freed_memory()
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tokenizers: list[PromptBuilder] = []
     failures: list[BaseException] = []
@@ -98,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         engine,
         lambda: tokenizers[0],
         served_name=options.served_model_name,
-        api_key=os.environ.get(API_KEY_VARIABLE) or None,
+        api_key=os.environ.pop(API_KEY_VARIABLE, None) or None,
     )
     config = uvicorn.Config(
         app.asgi,
