@@ -126,7 +126,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message = (
             f"There is nothing at {request.method} {request.url.path}. The gateway answers"
-            " /PROJECT/v1/chat/completions, /PROJECT/v1/completions and /PROJECT/v1/models, and the same without /PROJECT."
+            " /PROJECT/v1/chat/completions, /PROJECT/v1/completions and /PROJECT/v1/models, also without /PROJECT."
         )
         return _error(ApiError(404, message, code="unknown_url"))
     if error.status_code == 405:

@@ -7,23 +7,25 @@ route is held until the last byte has gone out or the client is gone, and releas
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import Any
 
 import aiohttp
 import orjson
 from starlette.types import Message, Receive, Scope, Send
 
-from art_core import ArtError, CheckpointNotFound, EngineRefused, InvalidName, parse_inference_name
+from art_core import ArtError, CheckpointNotFound, InvalidName, parse_inference_name
 from art_core.engines import Endpoint
 
+from .answers import StreamNormaliser, died, normalise_answer
 from .catalogue import not_served, several_projects
 from .errors import ApiError, engine_error, send_bytes
 from .limits import GatewayLimits
 from .routes import Route, Routes, RouteUnavailable
-from .sse import DONE, EventReader
 
 # Below every server's own limit for idle connections (uvicorn's is 5 s), so that none is used while it is being closed.
 _IDLE_CONNECTION_S = 2.0
+_ONE_PIECE = 2**20
 _STREAM = b"text/event-stream; charset=utf-8"
 
 
@@ -155,10 +157,12 @@ class Completions:
             payload = orjson.dumps(route.engine.prepare_request(self._endpoint, request, route.adapter))
         except ArtError as error:
             raise ApiError(400, str(error), code="engine_cannot") from error
+        # A large body goes out in pieces, with other requests in between.
+        data = io.BytesIO(payload) if len(payload) > _ONE_PIECE else payload
         url = f"{route.upstream_url}/v1/{self._endpoint}"
         step = (b"x-art-step", b"%d" % route.step)
         try:
-            async with self._upstream.session.post(url, data=payload, headers=headers, allow_redirects=False) as answer:
+            async with self._upstream.session.post(url, data=data, headers=headers, allow_redirects=False) as answer:
                 content_type = answer.headers.get("Content-Type", "application/json")
                 if answer.status == 200 and content_type.startswith("text/event-stream"):
                     await self._relay(answer, route, step, send)
@@ -172,7 +176,7 @@ class Completions:
             message = f"The engine behind {route.name} gave no whole answer within {self._limits.answer_s:g} s."
             raise engine_error(504, message, code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _died(route, error) from error
+            raise died(route, error) from error
         if status in (401, 403):
             # The user's key never reaches the engine; passed on, this would blame it.
             raise engine_error(
@@ -182,14 +186,7 @@ class Completions:
         if status != 200:
             await send_bytes(send, status, body, content_type=content_type.encode(), headers=headers_out)
             return
-        await send_bytes(send, 200, self._normalise(route, body), headers=headers_out)
-
-    def _normalise(self, route: Route, body: bytes) -> bytes:
-        try:
-            answer = route.engine.read_response(self._endpoint, orjson.loads(body))
-        except (orjson.JSONDecodeError, EngineRefused) as error:
-            raise _unreadable(route, error) from error
-        return orjson.dumps(_stamp(answer, route))
+        await send_bytes(send, 200, normalise_answer(route, self._endpoint, body), headers=headers_out)
 
     async def _relay(self, answer: aiohttp.ClientResponse, route: Route, step: tuple[bytes, bytes], send: Send) -> None:
         """Pass a stream on event by event. Whatever ends it early becomes an error event, so that a cut answer never
@@ -197,43 +194,28 @@ class Completions:
         """
         headers = [(b"content-type", _STREAM), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"), step]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        reader = EventReader()
-        ended = False
+        stream = StreamNormaliser(route, self._endpoint)
+        out = bytearray()
         failure: ApiError | None = None
         try:
             async for piece in answer.content.iter_any():
-                out = bytearray()
-                for event in reader.feed(piece):
-                    if event.data is None:
-                        out += event.raw
-                        continue
-                    if event.data == DONE:
-                        ended = True
-                        out += event.raw
-                        continue
-                    chunk = orjson.loads(event.data)
-                    if not isinstance(chunk, dict):
-                        raise EngineRefused(route.engine.name, "stream", "an event of the stream is no JSON object")
-                    if "error" in chunk or "choices" not in chunk:
-                        ended = ended or "error" in chunk
-                        out += event.raw
-                        continue
-                    out += event.with_data(orjson.dumps(_stamp(route.engine.read_chunk(self._endpoint, chunk), route)))
+                for event in stream.feed(piece):
+                    out += event
                 if out:
                     await send({"type": "http.response.body", "body": bytes(out), "more_body": True})
-                if reader.left > self._limits.request_bytes:
-                    raise EngineRefused(route.engine.name, "stream", "an event of the stream has no end")
-        except (orjson.JSONDecodeError, EngineRefused) as error:
-            failure = _unreadable(route, error)
+                    out.clear()
+            if not stream.ended:
+                failure = died(route, "its stream ended without [DONE]")
+        except ApiError as error:
+            failure = error
         except TimeoutError:
             message = f"The engine behind {route.name} did not end its stream within {self._limits.answer_s:g} s."
             failure = engine_error(504, message, code="engine_timeout")
         except (aiohttp.ClientError, OSError) as error:
-            failure = _died(route, error)
-        if failure is None and not ended:
-            failure = _died(route, EOFError("its stream ended without [DONE]"))
-        last = b"" if failure is None else b"data: " + orjson.dumps(failure.body) + b"\n\n"
-        await send({"type": "http.response.body", "body": last})
+            failure = died(route, error)
+        if failure is not None:
+            out += b"data: " + orjson.dumps(failure.body) + b"\n\n"
+        await send({"type": "http.response.body", "body": bytes(out)})
 
 
 def _parse(content: bytes) -> dict[str, Any]:
@@ -254,14 +236,6 @@ def _parse(content: bytes) -> dict[str, Any]:
     return request
 
 
-def _stamp(answer: dict[str, Any], route: Route) -> dict[str, Any]:
-    """Say which step answered, on the answer and on each of its choices."""
-    answer["model"] = route.name
-    for choice in answer.get("choices", ()):
-        choice["policy_version"] = route.step
-    return answer
-
-
 async def _until_gone(receive: Receive) -> None:
     message: Message = {"type": ""}
     while message["type"] != "http.disconnect":
@@ -270,14 +244,3 @@ async def _until_gone(receive: Receive) -> None:
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"The request is larger than {limit // 2**20} MiB.", code="request_too_large")
-
-
-def _died(route: Route, error: BaseException) -> ApiError:
-    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    message = f"The engine behind {route.name} went away before its answer was whole ({reason}). Ask again."
-    return engine_error(502, message, code="engine_died")
-
-
-def _unreadable(route: Route, error: Exception) -> ApiError:
-    message = f"The answer of the engine behind {route.name} cannot be used: {error}"
-    return engine_error(502, message, code="engine_answer_unusable")
