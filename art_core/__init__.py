@@ -43,7 +43,8 @@ from .errors import (
 )
 from .hookspecs import hookimpl
 from .names import ModelKey, adapter_name, check_name, inference_name, parse_inference_name
-from .plugins import API_VERSION, PluginInfo, PluginRegistry, PluginStatus, installed_plugins, instantiate
+from .plugin_gates import API_VERSION
+from .plugins import PluginInfo, PluginRegistry, PluginStatus, installed_plugins, instantiate, load_factory
 from .publication import (
     Publication,
     PublicationLimits,
@@ -145,6 +146,7 @@ __all__ = [
     "inference_name",
     "installed_plugins",
     "instantiate",
+    "load_factory",
     "parse_inference_name",
     "publish",
     "require",

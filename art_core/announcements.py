@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .backend import PolicyModel
-from .errors import BaseModelNotFound
+from .errors import BaseModelNotFound, PluginError
 from .plugins import PluginRegistry
 
 ANNOUNCEMENT_LIMIT_S = 300.0
@@ -21,17 +21,17 @@ ANNOUNCEMENT_LIMIT_S = 300.0
 
 async def ask_permission(registry: PluginRegistry, hook: str, **arguments: Any) -> None:
     """Call an `art_before_*` hook. The first implementation that raises refuses, and its error is the caller's."""
-    for implementation in _implementations(registry, hook):
-        await _call(implementation, arguments)
+    for implementation in _implementations(registry, hook, arguments):
+        await _call(implementation, hook, arguments)
 
 
 async def announce(registry: PluginRegistry, hook: str, **arguments: Any) -> None:
     """Call an announcing hook. An implementation that raises is warned of by name and keeps no other from being
     called.
     """
-    for implementation in _implementations(registry, hook):
+    for implementation in _implementations(registry, hook, arguments):
         try:
-            await _call(implementation, arguments)
+            await _call(implementation, hook, arguments)
         except Exception as error:
             warnings.warn(
                 f"plugin {implementation.plugin_name!r} failed in {hook}: {type(error).__name__}: {error}",
@@ -76,12 +76,22 @@ async def resolve_checkpoint(registry: PluginRegistry, model: PolicyModel, step:
     return None if found is None else Path(found)
 
 
-def _implementations(registry: PluginRegistry, hook: str) -> list[Any]:
-    return list(reversed(getattr(registry.hooks.hook, hook).get_hookimpls()))
+def _implementations(registry: PluginRegistry, hook: str, arguments: dict[str, Any]) -> list[Any]:
+    implementations = list(reversed(getattr(registry.hooks.hook, hook).get_hookimpls()))
+    registry.trace(hook, arguments, [implementation.plugin_name for implementation in implementations])
+    return implementations
 
 
-async def _call(implementation: Any, arguments: dict[str, Any]) -> None:
+async def _call(implementation: Any, hook: str, arguments: dict[str, Any]) -> None:
     outcome = implementation.function(*(arguments[name] for name in implementation.argnames))
-    if inspect.isawaitable(outcome):
-        async with asyncio.timeout(ANNOUNCEMENT_LIMIT_S):
+    if not inspect.isawaitable(outcome):
+        return
+    try:
+        async with asyncio.timeout(ANNOUNCEMENT_LIMIT_S) as limit:
             await outcome
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise PluginError(
+            f"plugin {implementation.plugin_name!r} did not end {hook} within {ANNOUNCEMENT_LIMIT_S:g} s"
+        ) from error

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .errors import did_you_mean
 from .plugins import PluginInfo, PluginRegistry, PluginStatus, installed_plugins
 
 cli = typer.Typer(
@@ -69,10 +70,10 @@ def check() -> None:
     shadow = foreign_art()
     if shadow:
         typer.echo(shadow, err=True)
-    if wrong or shadow:
-        typer.echo(f"{len(infos) - len(wrong)} of {len(infos)} plugins are active.", err=True)
-        raise typer.Exit(1)
-    typer.echo(f"All {len(infos)} plugins are active." if infos else "No plugins are installed.")
+    bad = bool(wrong or shadow)
+    summary = f"{len(infos) - len(wrong)} of {len(infos)} plugins are active."
+    typer.echo(summary if infos else "No plugins are installed.", err=bad)
+    raise typer.Exit(int(bad))
 
 
 @plugins_cli.command()
@@ -81,8 +82,9 @@ def show(name: Annotated[str, typer.Argument(help="The plugin's name, as `art pl
     registry = _registry()
     infos = [info for info in registry.infos if info.name == name]
     if not infos:
-        there = ", ".join(info.name for info in registry.infos) or "none"
-        typer.echo(f"No plugin is called {name!r}. Installed: {there}.", err=True)
+        there = [info.name for info in registry.infos]
+        near = did_you_mean(name, there)
+        typer.echo(f"No plugin is called {name!r}.{near} Installed: {', '.join(there) or 'none'}.", err=True)
         raise typer.Exit(1)
     meanings = capability_meanings()
     for info in infos:
@@ -118,8 +120,8 @@ def foreign_art() -> str:
         return (
             "The package `art` of art-core is missing. Reinstall it: pip install --force-reinstall --no-deps art-core"
         )
-    ours = Path(spec.origin).parent / "train_config.py"
-    if ours.exists():
+    # A foreign `art` in the same site-packages overwrites single files of ours; only its content tells whose it is.
+    if "art_core" in Path(spec.origin).read_text(errors="replace"):
         return ""
     return (
         f"`import art` gives a foreign package at {Path(spec.origin).parent}: the name `art` on PyPI belongs to another"
@@ -149,5 +151,12 @@ def _print_table(infos: list[PluginInfo]) -> None:
 
 def main() -> None:
     """Run the `art` command with the commands of every active plugin."""
-    _registry().hooks.hook.art_register_commands(cli=cli)
+    registry = _registry()
+    for implementation in registry.hooks.hook.art_register_commands.get_hookimpls():
+        try:
+            implementation.function(*([cli] if implementation.argnames else []))
+        except Exception as error:
+            reason = f"its art_register_commands failed: {type(error).__name__}: {error}"
+            registry.give_up(implementation.plugin_name, reason)
+            typer.echo(f"plugin {implementation.plugin_name!r} is broken: {reason}", err=True)
     cli()

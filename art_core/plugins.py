@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pluggy
@@ -23,23 +21,15 @@ import pluggy
 from . import hookspecs
 from .backend import BackendSpec
 from .engines import InferenceEngineSpec, PluginSpec, TrainingEngineSpec
-from .errors import MisspeltHook, PluginError, PluginNotInstalled, did_you_mean
+from .errors import PluginError, PluginNotInstalled, did_you_mean
+from .plugin_gates import API_VERSION, implemented_hooks, refused_api, refused_range, registered_cards
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-# importlib.metadata and packaging are imported where they are used: together they are a fifth of `import art_core`.
 ENTRY_POINT_GROUP = "art"
-API_VERSION = 1
-OLDEST_API_VERSION = 1
-
 Kind = Literal["backend", "inference engine", "training engine"]
 SpecT = TypeVar("SpecT", bound=PluginSpec)
-_REGISTRATION: dict[str, tuple[Kind, type[PluginSpec]]] = {
-    "art_register_backends": ("backend", BackendSpec),
-    "art_register_inference_engines": ("inference engine", InferenceEngineSpec),
-    "art_register_training_engines": ("training engine", TrainingEngineSpec),
-}
 # The pip line for plugins of this project that may not be installed. Text only: nothing here imports them.
 _PIP_LINES: dict[tuple[Kind, str], str] = {
     ("backend", "local"): "art-backend-local",
@@ -104,8 +94,7 @@ class _Found:
     """A plugin that was imported and passed its gates, and the cards it registered."""
 
     info: PluginInfo
-    plugin: object
-    specs: tuple[tuple[Kind, PluginSpec], ...]
+    cards: tuple[tuple[str, PluginSpec], ...]
 
 
 class PluginRegistry:
@@ -119,8 +108,9 @@ class PluginRegistry:
         self.hooks = pluggy.PluginManager(hookspecs.PROJECT)
         self.hooks.add_hookspecs(hookspecs)
         self._infos: dict[tuple[str, str], PluginInfo] = {}
-        self._specs: dict[tuple[Kind, str], tuple[PluginSpec, PluginInfo]] = {}
-        self._disputed: dict[tuple[Kind, str], str] = {}
+        self._specs: dict[tuple[str, str], tuple[PluginSpec, PluginInfo]] = {}
+        self._disputed: dict[tuple[str, str], list[PluginInfo]] = {}
+        self._tracing = False
 
     @property
     def infos(self) -> list[PluginInfo]:
@@ -131,8 +121,8 @@ class PluginRegistry:
         """Load every installed plugin, or the given entry points. Warns once for each that can't be used."""
         disabled, only = _names("ART_DISABLE_PLUGINS"), _names("ART_LOAD_PLUGINS")
         if os.environ.get("ART_TRACE_PLUGINS"):
-            self._trace()
-        from importlib import metadata
+            self._start_tracing()
+        from importlib import metadata  # a tenth of `import art_core`, which doesn't need it
 
         found_points = list(metadata.entry_points(group=ENTRY_POINT_GROUP) if entry_points is None else entry_points)
         # An editable install next to a wheel shows the same distribution twice; that is one plugin.
@@ -140,6 +130,12 @@ class PluginRegistry:
         by_name: dict[str, list[EntryPoint]] = {}
         for point in points:
             by_name.setdefault(point.name, []).append(point)
+        for variable, names in (("ART_DISABLE_PLUGINS", disabled), ("ART_LOAD_PLUGINS", only)):
+            for unknown in sorted(names - by_name.keys()):
+                near = did_you_mean(unknown, by_name)
+                warnings.warn(
+                    f"{variable} names {unknown!r}, which is no plugin here.{near}", RuntimeWarning, stacklevel=2
+                )
         for name, same in sorted(by_name.items()):
             for point in same:
                 distribution, version = _distribution(point)
@@ -155,18 +151,42 @@ class PluginRegistry:
                     self._load_one(info, point.load, _requirements(point))
 
     def register(self, plugin: object, name: str) -> None:
-        """Add a plugin object or module by hand. Raises PluginError saying why when it can't be used."""
+        """Add a plugin object or module by hand. Raises PluginError saying why when it can't be used; nothing changes
+        then.
+        """
+        for info in self._infos.values():
+            if info.name == name and info.status is PluginStatus.ACTIVE:
+                raise PluginError(f"there is a plugin {name!r} already, of {info.distribution}; unregister it first")
         info = PluginInfo(name=name, distribution="(registered by hand)", version="", status=PluginStatus.ACTIVE)
-        self._load_one(info, lambda: plugin, (), warn=False)
-        problem = self._infos[name, info.distribution]
-        if problem.status is not PluginStatus.ACTIVE:
-            raise PluginError(f"the plugin {name!r} is {problem.status.value}: {problem.error}")
+        found = self._examine(info, lambda: plugin)
+        if isinstance(found, PluginInfo):
+            raise PluginError(f"the plugin {name!r} is {found.status.value}: {found.error}")
+        for kind, card in found.cards:
+            for rival in self._providers(kind, card.name):
+                self.hooks.unregister(name=name)
+                raise PluginError(
+                    f"the {kind} {card.name!r} of {name!r} is there already, from {rival.distribution}"
+                    f" (plugin {rival.name!r}); unregister that one first"
+                )
+        self._adopt(found, warn=False)
 
     def unregister(self, name: str) -> None:
-        """Take back a plugin that was registered by hand."""
-        self.hooks.unregister(name=name)
+        """Take a plugin out of this registry, with all that it provides. Raises PluginError when it isn't in use."""
+        if not self.hooks.has_plugin(name):
+            raise PluginError(f"no plugin {name!r} is in use here.{did_you_mean(name, (i.name for i in self.infos))}")
+        self._withdraw(name)
         self._infos = {key: info for key, info in self._infos.items() if key[0] != name}
-        self._specs = {key: entry for key, entry in self._specs.items() if entry[1].name != name}
+
+    def give_up(self, name: str, reason: str) -> None:
+        """Count an active plugin as broken from now on, because it failed at what it must be able to do."""
+        self._withdraw(name)
+        for info in [info for info in self._infos.values() if info.name == name]:
+            self._note(replace(info, status=PluginStatus.BROKEN, error=reason))
+
+    def trace(self, hook: str, arguments: Iterable[str], plugins: Iterable[str]) -> None:
+        """Say on stderr that a hook is called, when ART_TRACE_PLUGINS is set."""
+        if self._tracing:
+            print(f"art: {hook}({', '.join(arguments)}) → {', '.join(plugins) or 'nobody'}", file=sys.stderr)
 
     def backend(self, name: str) -> BackendSpec:
         """The card of a backend. Raises PluginNotInstalled with its pip line, or PluginError with what is wrong."""
@@ -185,105 +205,107 @@ class PluginRegistry:
         return sorted(name for k, name in self._specs if k == kind)
 
     def _spec(self, kind: Kind, name: str, expected: type[SpecT]) -> SpecT:
-        if (kind, name) in self._disputed:
-            raise PluginError(self._disputed[kind, name])
         if (kind, name) in self._specs:
             spec = self._specs[kind, name][0]
             assert isinstance(spec, expected)
             return spec
-        for info in self._infos.values():
-            if info.name == name and info.status is not PluginStatus.ACTIVE:
+        unusable = [info for info in self._infos.values() if info.status is not PluginStatus.ACTIVE]
+        for info in unusable:
+            if info.name == name or f"{kind} {name}" in info.provides:
                 raise PluginError(
-                    f"the {kind} {name!r} cannot be used: its plugin ({info.distribution} {info.version}) is"
-                    f" {info.status.value}: {info.error}"
+                    f"the {kind} {name!r} cannot be used: its plugin {info.name!r} ({info.distribution} {info.version})"
+                    f" is {info.status.value}: {info.error}"
                 )
         there = self.provided(kind)
         line = _PIP_LINES.get((kind, name))
         to_install = f"pip install {line}" if line else _TO_INSTALL[kind]
+        left_out = ", ".join(sorted({info.name for info in unusable}))
         raise PluginNotInstalled(
             f"no {kind} is called {name!r}.{did_you_mean(name, there) if not line else ''}"
-            f" Installed: {', '.join(there) or 'none'}. To install one: {to_install}"
+            f" Installed: {', '.join(there) or 'none'}. To install one: {to_install}."
+            + (f" Left out: {left_out}; `art plugins check` says why." if left_out else "")
         )
 
-    def _load_one(
-        self, info: PluginInfo, load: Callable[[], object], requirements: tuple[str, ...], *, warn: bool = True
-    ) -> None:
-        refused = next(filter(None, map(_refused_range, requirements)), "")
+    def _load_one(self, info: PluginInfo, load: Callable[[], object], requirements: tuple[str, ...]) -> None:
+        refused = next(filter(None, map(refused_range, requirements)), "")
         if refused:
-            self._note(replace(info, status=PluginStatus.INCOMPATIBLE, error=refused), warn=warn)
+            self._note(replace(info, status=PluginStatus.INCOMPATIBLE, error=refused), warn=True)
             return
+        found = self._examine(info, load)
+        if isinstance(found, PluginInfo):
+            self._note(found, warn=True)
+        else:
+            self._adopt(found, warn=True)
+
+    def _examine(self, info: PluginInfo, load: Callable[[], object]) -> _Found | PluginInfo:
+        """What a plugin provides, or what is wrong with it; in the latter case none of its hooks stay registered."""
         try:
             plugin = load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"it could not be imported: {type(error).__name__}: {error}"
-            self._note(replace(info, status=PluginStatus.BROKEN, error=reason), warn=warn)
-            return
+            return replace(info, status=PluginStatus.BROKEN, error=reason)
         api = getattr(plugin, "art_api", None)
         if not isinstance(api, int):
             reason = f"it declares no art_api; write `art_api = {API_VERSION}` in it"
-            self._note(replace(info, status=PluginStatus.BROKEN, error=reason), warn=warn)
-            return
+            return replace(info, status=PluginStatus.BROKEN, error=reason)
         info = replace(info, api=api)
-        if not OLDEST_API_VERSION <= api <= API_VERSION:
-            side = "upgrade art-core" if api > API_VERSION else f"upgrade {info.distribution}"
-            reason = f"it speaks plugin API {api}, art-core speaks {OLDEST_API_VERSION} to {API_VERSION}; {side}"
-            self._note(replace(info, status=PluginStatus.INCOMPATIBLE, error=reason), warn=warn)
-            return
+        if refused := refused_api(api, info.distribution):
+            return replace(info, status=PluginStatus.INCOMPATIBLE, error=refused)
         try:
-            found = self._examine(info, plugin)
-        except Exception as error:
+            hooks = implemented_hooks(self.hooks, plugin)
+            self.hooks.register(plugin, name=info.name)
+            cards = registered_cards(self.hooks, plugin)
+        except (Exception, SystemExit) as error:
             reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-            if self.hooks.has_plugin(info.name):
+            if self.hooks.get_plugin(info.name) is plugin:
                 self.hooks.unregister(name=info.name)
-            self._note(replace(info, status=PluginStatus.BROKEN, error=reason), warn=warn)
-            return
-        self._adopt(found, warn=warn)
-
-    def _examine(self, info: PluginInfo, plugin: object) -> _Found:
-        hooks = _implemented_hooks(self.hooks, plugin)
-        self.hooks.register(plugin, name=info.name)
-        specs: list[tuple[Kind, PluginSpec]] = []
-        for hook, (kind, expected) in _REGISTRATION.items():
-            if hook not in hooks:
-                continue
-            for spec in getattr(plugin, hook)():
-                if not isinstance(spec, expected):
-                    raise PluginError(f"{hook} must give {expected.__name__} objects, not {type(spec).__name__}")
-                specs.append((kind, spec))
+            return replace(info, status=PluginStatus.BROKEN, error=reason)
         described = replace(
             info,
             hooks=tuple(hooks),
-            provides=tuple(f"{kind} {spec.name}" for kind, spec in specs),
+            provides=tuple(f"{kind} {card.name}" for kind, card in cards),
             capabilities={
-                f"{kind} {spec.name}": tuple(sorted(str(c.value) for c in getattr(spec, "capabilities", ())))
-                for kind, spec in specs
+                f"{kind} {card.name}": tuple(sorted(str(c.value) for c in getattr(card, "capabilities", ())))
+                for kind, card in cards
             },
         )
-        return _Found(described, plugin, tuple(specs))
+        return _Found(described, tuple(cards))
+
+    def _providers(self, kind: str, name: str) -> list[PluginInfo]:
+        if (kind, name) in self._specs:
+            return [self._specs[kind, name][1]]
+        return self._disputed.get((kind, name), [])
 
     def _adopt(self, found: _Found, *, warn: bool) -> None:
-        for kind, spec in found.specs:
-            rival = self._specs.get((kind, spec.name))
-            if rival is not None:
-                other = rival[1]
-                error = (
-                    f"the {kind} {spec.name!r} is provided by {other.distribution} (plugin {other.name!r}) and by"
-                    f" {found.info.distribution} (plugin {found.info.name!r}); uninstall one of them"
-                )
-                self._disputed[kind, spec.name] = error
-                for info in (other, found.info):
-                    self._note(replace(info, status=PluginStatus.DUPLICATE, error=error), warn=warn)
-                    if self.hooks.has_plugin(info.name):
-                        self.hooks.unregister(name=info.name)
-                names = {other.name, found.info.name}
-                self._specs = {key: entry for key, entry in self._specs.items() if entry[1].name not in names}
+        for kind, card in found.cards:
+            rivals = self._providers(kind, card.name)
+            if rivals:
+                self._dispute(kind, card.name, [*rivals, found.info], warn=warn)
                 return
-        for kind, spec in found.specs:
-            self._specs[kind, spec.name] = (spec, found.info)
+        for kind, card in found.cards:
+            self._specs[kind, card.name] = (card, found.info)
         self._note(found.info)
+
+    def _dispute(self, kind: str, name: str, providers: list[PluginInfo], *, warn: bool) -> None:
+        self._disputed[kind, name] = providers
+        who = " and ".join(f"{info.distribution} (plugin {info.name!r})" for info in providers)
+        error = f"the {kind} {name!r} is provided by {who}; uninstall all but one"
+        for info in providers:
+            known = self._infos.get((info.name, info.distribution))
+            told = known is not None and known.status is PluginStatus.DUPLICATE
+            self._note(replace(info, status=PluginStatus.DUPLICATE, error=error), warn=warn and not told)
+            self._withdraw(info.name)
+
+    def _withdraw(self, name: str) -> None:
+        if self.hooks.has_plugin(name):
+            self.hooks.unregister(name=name)
+        self._specs = {key: entry for key, entry in self._specs.items() if entry[1].name != name}
 
     def _note(self, info: PluginInfo, *, warn: bool = False) -> None:
         self._infos[info.name, info.distribution] = info
+        if self._tracing:
+            what = info.error or ", ".join((*info.provides, *info.hooks)) or "nothing"
+            print(f"art: plugin {info.name} ({info.distribution}): {info.status.value}: {what}", file=sys.stderr)
         if warn:
             warnings.warn(
                 f"plugin {info.name!r} of {info.distribution} is {info.status.value} and left out: {info.error}",
@@ -291,14 +313,16 @@ class PluginRegistry:
                 stacklevel=4,
             )
 
-    def _trace(self) -> None:
+    def _start_tracing(self) -> None:
         def before(hook: str, impls: Any, kwargs: Mapping[str, Any]) -> None:
-            print(f"art: {hook}({', '.join(kwargs)}) → {[impl.plugin_name for impl in impls]}", file=sys.stderr)
+            self.trace(hook, kwargs, [impl.plugin_name for impl in reversed(impls)])
 
         def after(outcome: Any, hook: str, impls: Any, kwargs: Mapping[str, Any]) -> None:
             return None
 
-        self.hooks.add_hookcall_monitoring(before, after)
+        if not self._tracing:
+            self.hooks.add_hookcall_monitoring(before, after)
+        self._tracing = True
 
 
 @functools.cache
@@ -322,9 +346,9 @@ def load_factory(spec: PluginSpec) -> Any:
         factory = importlib.import_module(module_name)
         for part in attribute.split("."):
             factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise PluginError(
-            f"{spec.name!r} is registered as {spec.factory}, which cannot be imported: {error}"
+            f"{spec.name!r} is registered as {spec.factory}, which cannot be imported: {type(error).__name__}: {error}"
         ) from error
     return factory
 
@@ -339,50 +363,3 @@ def _distribution(point: EntryPoint) -> tuple[str, str]:
 
 def _requirements(point: EntryPoint) -> tuple[str, ...]:
     return tuple(point.dist.requires or ()) if point.dist else ()
-
-
-def _refused_range(line: str) -> str:
-    """Why the installed art-core is outside a plugin's pip range, or an empty string."""
-    from importlib import metadata
-
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    try:
-        requirement = Requirement(line)
-    except InvalidRequirement:
-        return ""
-    if requirement.name.lower().replace("_", "-") != "art-core":
-        return ""
-    try:
-        version = metadata.version("art-core")
-    except metadata.PackageNotFoundError:
-        return ""
-    if requirement.specifier.contains(version, prereleases=True):
-        return ""
-    return f"it needs art-core {requirement.specifier}, installed is {version}; upgrade the one or the other"
-
-
-def _implemented_hooks(hooks: pluggy.PluginManager, plugin: object) -> list[str]:
-    """The hooks that a plugin implements. Raises MisspeltHook for one that doesn't exist or has lost its decorator."""
-    known = {name for name in vars(hookspecs) if name.startswith("art_")}
-    implemented = []
-    for name in dir(plugin):
-        if not name.startswith("art_") or not callable(getattr(plugin, name, None)):
-            continue
-        options = hooks.parse_hookimpl_opts(plugin, name)
-        if name not in known:
-            if options is not None or _defined_in(plugin, name):
-                raise MisspeltHook(f"it implements {name}, which is not a hook.{did_you_mean(name, known)}")
-            continue
-        if options is None:
-            raise MisspeltHook(f"its {name} is not decorated with @hookimpl, so it would never be called")
-        if options.get("wrapper") or options.get("hookwrapper"):
-            raise MisspeltHook(f"its {name} is a wrapper; the hooks of ART are called one by one and can't be wrapped")
-        implemented.append(name)
-    return implemented
-
-
-def _defined_in(plugin: object, name: str) -> bool:
-    return inspect.isfunction(function := getattr(plugin, name)) and (
-        not isinstance(plugin, ModuleType) or function.__module__ == plugin.__name__
-    )
