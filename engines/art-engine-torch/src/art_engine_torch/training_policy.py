@@ -60,12 +60,14 @@ def load_policy(request: PolicyRequest) -> TorchPolicy:
     """The factory that the worker is given. Reads the base model's weights and tokenizer from a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
     from transformers.modeling_utils import AttentionInterface
+    from transformers.utils import logging as transformers_logging
 
     init_args = dict(request.init_args or {})
     for name in init_args:
         if name not in _INIT_ARGS:
             raise UnknownArgument(name, where="init_args of the torch training engine", known=_INIT_ARGS)
     AttentionInterface.register(ATTENTION, _attend)
+    transformers_logging.disable_progress_bar()
     auto = "cuda:0" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if request.device == "auto" else request.device)
     dtype = compute_dtype(device, request.dtype)
@@ -95,6 +97,11 @@ class TorchPolicy:
     def __init__(self, model: Any, tokenizer: Any, base_model: str, gradient_checkpointing: bool | None) -> None:
         self._base = model.requires_grad_(False).eval()
         self._config = model.config.get_text_config()
+        self._linears = {
+            name: (module.in_features, module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
         self._peft: Any = None
         self._reference_loaded: tuple[Path, bytes] | None = None
         self._checkpointing = gradient_checkpointing
@@ -177,30 +184,27 @@ class TorchPolicy:
             self._peft.set_adapter(TRAINED)
 
     def _install(self, folder: Path, name: str) -> None:
-        from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
         config = LoraConfig.from_pretrained(str(folder))
-        _check_config(config, folder)
         config.inference_mode = False
+        _check_config(config, folder)
         state = load_file(folder / ADAPTER_WEIGHTS)
-        try:
-            if self._peft is None:
-                self._peft = PeftModel(self._base, config, adapter_name=name)
-            elif name not in self._peft.peft_config:
+        # All of it is held against the base first: PEFT, failing half-way, would leave the model half changed.
+        _check_state(self._shapes_for(config), state, folder, self.base_model)
+        if self._peft is None:
+            self._peft = PeftModel(self._base, config, adapter_name=name)
+        elif name not in self._peft.peft_config:
+            self._peft.add_adapter(name, config)
+        elif _shape(self._peft.peft_config[name]) != _shape(config):
+            other = TRAINED if name == REFERENCE else REFERENCE
+            if other in self._peft.peft_config:
+                self._peft.set_adapter(other)
+                self._peft.delete_adapter(name)
                 self._peft.add_adapter(name, config)
-            elif _shape(self._peft.peft_config[name]) != _shape(config):
-                other = TRAINED if name == REFERENCE else REFERENCE
-                if other in self._peft.peft_config:
-                    self._peft.set_adapter(other)
-                    self._peft.delete_adapter(name)
-                    self._peft.add_adapter(name, config)
-                else:
-                    self._base = self._peft.unload()
-                    self._peft = PeftModel(self._base, config, adapter_name=name)
-        except ValueError as error:
-            raise AdapterMismatch(f"The adapter in {folder} does not fit {self.base_model}: {error}") from error
-        expected = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
-        _check_state({k: v.shape for k, v in expected.items()}, state, folder, self.base_model)
+            else:
+                self._base = self._peft.unload()
+                self._peft = PeftModel(self._base, config, adapter_name=name)
         self._peft.peft_config[name] = config
         set_peft_model_state_dict(self._peft, state, adapter_name=name)
         for parameter_name, parameter in self._peft.named_parameters():
@@ -208,6 +212,17 @@ class TorchPolicy:
                 parameter.data = parameter.data.to(self.device, torch.float32)
                 parameter.requires_grad_(name == TRAINED)
         use_single_steps(self._peft)
+
+    def _shapes_for(self, config: Any) -> dict[str, tuple[int, int]]:
+        """The tensors that an adapter of this configuration has, by PEFT's names in files."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        shapes: dict[str, tuple[int, int]] = {}
+        for module, (wide_in, wide_out) in self._linears.items():
+            if check_target_module_exists(config, module):
+                shapes[f"base_model.model.{module}.lora_A.weight"] = (config.r, wide_in)
+                shapes[f"base_model.model.{module}.lora_B.weight"] = (wide_out, config.r)
+        return shapes
 
     def _require_adapter(self) -> None:
         if self._peft is None:
@@ -226,11 +241,16 @@ class TorchPolicy:
             return
         self._checkpointing_now = on
         if on:
-            self._base.gradient_checkpointing_enable({"use_reentrant": False})
+            _renamed(self._base, "enable")({"use_reentrant": False})
             self._base.train()
         else:
-            self._base.gradient_checkpointing_disable()
+            _renamed(self._base, "disable")()
             self._base.eval()
+
+
+def _renamed(model: Any, verb: str) -> Any:
+    """transformers 5 renamed this on the way; both names take the same arguments."""
+    return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")
 
 
 def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
@@ -242,6 +262,8 @@ def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def _check_config(config: Any, folder: Path) -> None:
+    if not config.target_modules:
+        raise AdapterMismatch(f"The adapter in {folder} names no target_modules.")
     for field, plain in (
         ("bias", "none"),
         ("use_dora", False),
@@ -260,15 +282,17 @@ def _check_config(config: Any, folder: Path) -> None:
         )
 
 
-def _check_state(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], folder: Path, base: str) -> None:
+def _check_state(expected: Mapping[str, tuple[int, int]], state: Mapping[str, Tensor], folder: Path, base: str) -> None:
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         which = f"it lacks {missing[0]}" if missing else f"it has {extra[0]}, which the base has not"
         raise AdapterMismatch(
             f"The adapter in {folder} does not fit {base}: {which} ({len(missing)} missing, {len(extra)} too many)."
         )
+    if not expected:
+        raise AdapterMismatch(f"The adapter in {folder} does not fit {base}: none of its target_modules is there.")
     for name, tensor in state.items():
-        if tensor.shape != expected[name]:
+        if tuple(tensor.shape) != expected[name]:
             raise AdapterMismatch(
                 f"The adapter in {folder} does not fit {base}: {name} has the shape {tuple(tensor.shape)}, not"
                 f" {tuple(expected[name])}."

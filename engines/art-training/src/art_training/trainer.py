@@ -124,7 +124,9 @@ class Trainer:
         seconds = time.monotonic() - started
         metrics = step.metrics | _totals(tokens, trained, sum(map(len, packed)), total) | _mean(samples)
         metrics |= {"time/step_trainer_s": seconds, "throughput/step_trainer_tok_per_s": tokens / seconds}
-        self._save(job, metrics, canary.make())
+        made = canary.make()
+        _stop_if(cancelled)
+        self._save(job, metrics, made)
         self._remember(job.destination, optimizer_options)
         yield JobSaved(path=job.destination)
         yield JobEnded(metrics=metrics)
@@ -219,7 +221,7 @@ class Trainer:
             _stop_if(cancelled)
             loss, entropy = row.loss(self._policy, loss_options)
             (loss.loss / count).backward()  # type: ignore[no-untyped-call]
-            sums["loss/train"] += float(loss.loss)
+            sums["loss/train"] += float(loss.loss.detach())
             sums["loss/entropy"] += float(entropy)
             sums["loss/kl_div"] += float(loss.kl_div)
             if loss.kl_policy_ref is not None:
