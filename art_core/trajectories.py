@@ -7,10 +7,11 @@ tokens being trained, of backends or of engines. The openai package is imported 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
@@ -301,13 +302,22 @@ class PendingTrajectoryGroup:
         results: list[Trajectory | BaseException] = [item async for item in self.completed(return_in_order=True)]
         return self.group_of(results)
 
+    def rollouts(self) -> list[Coroutine[Any, Any, Trajectory | BaseException]]:
+        """Each attempt as a coroutine that gives its trajectory, or the exception that it raised."""
+        return [_guarded(item) for item in self._items]
+
+    def close(self) -> None:
+        """Give up the attempts that have not begun, so that none is reported as never awaited."""
+        for item in self._items:
+            close_unstarted(item)
+
     def group_of(self, results: Iterable[Trajectory | BaseException]) -> TrajectoryGroup:
         """The finished group, with this pending group's metadata, metrics and logs."""
         return TrajectoryGroup(results, **self._fields)
 
     async def completed(self, *, return_in_order: bool = False) -> AsyncIterator[Trajectory | BaseException]:
         """Yield each attempt's trajectory or exception as it ends, or in the order given."""
-        tasks = [asyncio.ensure_future(_guarded(item)) for item in self._items]
+        tasks = [asyncio.ensure_future(rollout) for rollout in self.rollouts()]
         try:
             for next_result in tasks if return_in_order else asyncio.as_completed(tasks):
                 yield await next_result
@@ -315,9 +325,13 @@ class PendingTrajectoryGroup:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for item in self._items:
-                if asyncio.iscoroutine(item):
-                    item.close()  # one that was cancelled before it began would warn that nobody awaited it
+            self.close()
+
+
+def close_unstarted(item: object) -> None:
+    """Close a coroutine that was made and has not begun; anything else is left alone."""
+    if inspect.iscoroutine(item) and inspect.getcoroutinestate(item) == inspect.CORO_CREATED:
+        item.close()
 
 
 async def _guarded(item: Any) -> Trajectory | BaseException:

@@ -1,0 +1,205 @@
+"""A keep-alive HTTP/1.1 client for one kind of request: POST a body, read the whole answer.
+
+It holds thousands of connections at once and does a fixed amount of work per request however many there are. It knows
+nothing of OpenAI, of retries or of redirects: an answer is returned whatever its status, and every failure is an
+OSError. Responses are parsed by httptools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult
+
+import httptools
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+# Servers queue a limited number of connections that they have not accepted yet (2048 for uvicorn); one more is dropped
+# and costs its client a second.
+CONNECTING_AT_ONCE = 256
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole HTTP answer; header names are lower case."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class _Connection(asyncio.Protocol):
+    """One connection: idle, or with one request under way whose answer goes to `waiter`."""
+
+    def __init__(self, pool: KeepAlivePool) -> None:
+        self._pool = pool
+        self._parser: Any = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._answer = Answer()
+        self._chunks: list[bytes] = []
+        self.waiter: asyncio.Future[Answer] | None = None
+        self.open = False
+        self.idle_since = 0.0
+
+    def send(self, request: bytes, waiter: asyncio.Future[Answer]) -> None:
+        assert self._transport is not None
+        self._answer, self._chunks, self.waiter = Answer(), [], waiter
+        self._transport.write(request)
+
+    def close(self) -> None:
+        self.open = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport, self.open = transport, True
+        self._pool.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(ConnectionError(f"the server's answer is not HTTP: {error}"))
+            self.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.open = False
+        self._pool.forget(self)
+        lengthless = not {"content-length", "transfer-encoding"} & self._answer.headers.keys()
+        if error is None and self._answer.status and lengthless:
+            self._succeed()  # such an answer ends with its connection
+        else:
+            self._fail(error or ConnectionResetError("the server closed the connection before it answered"))
+
+    # httptools' side
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._answer.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self._answer.status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+
+    def on_message_complete(self) -> None:
+        if 100 <= self._answer.status < 200:  # the answer itself is still to come
+            self._answer = Answer()
+            return
+        reusable = self._parser.should_keep_alive()
+        self._succeed()
+        if not reusable:
+            self.close()
+
+    def _succeed(self) -> None:
+        self._answer.body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(self._answer)
+
+    def _fail(self, error: Exception) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_exception(error)
+
+
+class KeepAlivePool:
+    """Connections to one server, for the event loop it is first used on; they are closed when that loop ends.
+
+    `limits`: `connect_s` and `answer_s` in seconds. A connection that was idle for longer than `idle_s` is not used
+    again, as the server may be about to close it.
+    """
+
+    def __init__(self, address: SplitResult, *, tls: SSLContext | None, idle_s: float = 15.0) -> None:
+        self._host = address.hostname or ""
+        self._port = address.port or (443 if tls else 80)
+        self._tls = tls
+        self._idle_s = idle_s
+        self._idle: dict[_Connection, None] = {}
+        self._resolved: str | None = None
+        self._connecting = asyncio.Semaphore(CONNECTING_AT_ONCE)
+        self._closer: AsyncGenerator[None] | None = None
+        self.connections: set[_Connection] = set()
+
+    async def post(self, head: bytes, body: bytes, *, connect_s: float | None, answer_s: float | None) -> Answer:
+        """Send `head` (request line and headers, without the content length and the empty line) and `body`.
+
+        Raises OSError (TimeoutError among them) when no whole answer came.
+        """
+        loop = asyncio.get_running_loop()
+        connection = self._take(loop) or await self._connect(loop, connect_s)
+        waiter: asyncio.Future[Answer] = loop.create_future()
+        late = loop.call_later(answer_s, _time_out, waiter, answer_s) if answer_s is not None else None
+        try:
+            connection.send(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body), waiter)
+            answer = await waiter
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            if late is not None:
+                late.cancel()
+        if connection.open:
+            connection.idle_since = loop.time()
+            self._idle[connection] = None
+        return answer
+
+    def forget(self, connection: _Connection) -> None:
+        """The connection is gone."""
+        self.connections.discard(connection)
+        self._idle.pop(connection, None)
+
+    def close(self) -> None:
+        """Drop every connection; requests under way fail."""
+        for connection in list(self.connections):
+            connection.close()
+
+    def _take(self, loop: asyncio.AbstractEventLoop) -> _Connection | None:
+        while self._idle:
+            connection, _ = self._idle.popitem()
+            if connection.open and loop.time() - connection.idle_since < self._idle_s:
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self, loop: asyncio.AbstractEventLoop, limit_s: float | None) -> _Connection:
+        if self._closer is None:
+            # asyncio ends the asynchronous generators of a loop before it closes the loop.
+            self._closer = self._close_with_loop()
+            await anext(self._closer)
+        async with self._connecting:
+            if (freed := self._take(loop)) is not None:
+                return freed
+            async with asyncio.timeout(limit_s):
+                if self._resolved is None:
+                    found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+                    self._resolved = str(found[0][4][0])
+                try:
+                    _, connection = await loop.create_connection(
+                        lambda: _Connection(self),
+                        self._resolved,
+                        self._port,
+                        ssl=self._tls,
+                        server_hostname=self._host if self._tls else None,
+                    )
+                except OSError:
+                    self._resolved = None  # the name may stand for another address by now
+                    raise
+        return connection
+
+    async def _close_with_loop(self) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            self.close()
+
+
+def _time_out(waiter: asyncio.Future[Answer], limit_s: float) -> None:
+    if not waiter.done():
+        waiter.set_exception(TimeoutError(f"no whole answer within {limit_s:g} s"))

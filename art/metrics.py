@@ -1,0 +1,69 @@
+"""What a step's trajectories say as numbers: means of rewards and metrics, and how often rollouts failed.
+
+Knows trajectories and the names of metrics; writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, pstdev
+
+from art_core import TrajectoryGroup
+
+# A metric of one of these sections has its full name already; any other is put under its split.
+SECTIONS = frozenset({"train", "val", "test", "loss", "data", "time", "throughput", "costs"})
+
+
+def trajectory_metrics(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, float]:
+    """The metrics of a step, each under its section or under `split`.
+
+    `reward` is the mean over all trajectories; `reward_std_dev` the population standard deviation within a group,
+    averaged over the groups that hold at least two; `exception_rate` the share of rollouts that raised. A trajectory's
+    own metric is averaged over the trajectories that have it, a group's over the groups that have it (`group_<name>`).
+    """
+    rewards = [[trajectory.reward for trajectory in group] for group in groups]
+    flat = [reward for group in rewards for reward in group]
+    failures = sum(len(group.exceptions) for group in groups)
+    computed = _means(trajectory.metrics for group in groups for trajectory in group)
+    computed |= {f"group_{name}": value for name, value in _means(group.metrics for group in groups).items()}
+    if flat:
+        spreads = [_spread(group) for group in rewards if len(group) > 1]
+        computed |= {"reward": _mean(flat), "reward_std_dev": _mean(spreads) if spreads else 0.0}
+    if flat or failures:
+        computed["exception_rate"] = failures / (len(flat) + failures)
+    return with_sections(computed, split)
+
+
+def with_sections(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+    """Full metric names: `reward` becomes `train/reward`, `loss/train` stays."""
+    return {
+        name if name.partition("/")[0] in SECTIONS and "/" in name else f"{split}/{name}": float(value)
+        for name, value in metrics.items()
+    }
+
+
+def warn_of_non_finite(metrics: Mapping[str, float]) -> None:
+    """Name the metrics that are NaN or infinite; they are kept as they are."""
+    strange = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if strange:
+        listed = ", ".join(f"{name}={value}" for name, value in strange.items())
+        warnings.warn(f"logged metrics that are not finite numbers: {listed}", RuntimeWarning, stacklevel=3)
+
+
+def _means(metrics: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for each in metrics:
+        for name, value in each.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: _mean(given) for name, given in values.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    # fmean raises for infinities of both signs.
+    return fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return pstdev(values) if all(map(math.isfinite, values)) else math.nan

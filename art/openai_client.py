@@ -1,0 +1,219 @@
+"""The OpenAI client that a model hands out: the openai package's own, made to hold thousands of requests at once.
+
+The package spends a millisecond or more of the event loop on each chat completion (it walks the messages' types, builds
+an httpx request and constructs the answer in Python). The plain case, a dictionary in and a ChatCompletion out, is
+done here directly; whatever is not plain (streams, extra headers, a proxy, a status to retry) goes the package's way,
+over its aiohttp transport. Knows the openai package in its versions 2 and 3; knows nothing of models or trajectories.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import ssl
+import sys
+import urllib.request
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from openai.resources.chat import AsyncChat
+from openai.resources.chat.completions import AsyncCompletions
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel, ValidationError
+
+from .keep_alive import Answer, KeepAlivePool
+
+REQUEST_TIMEOUT_S = 1200.0
+CONNECT_TIMEOUT_S = 5.0
+MAX_CONNECTIONS = 100_000
+IDLE_CONNECTION_S = 15.0
+# The HTTP package that this version of openai is built on: httpx for 2.x, httpx2 for 3.x.
+_httpx: Any = sys.modules[
+    next(kind for kind in openai.DefaultAioHttpClient.__mro__ if kind.__name__ == "AsyncClient").__module__.split(".")[
+        0
+    ]
+]
+_UNDERSTOOD = inspect.signature(AsyncCompletions.create).parameters.keys() - {
+    "self",
+    "extra_headers",
+    "extra_query",
+    "timeout",
+}
+_ABSENT: tuple[type, ...] = tuple(
+    kind for kind in (getattr(openai, name, None) for name in ("NotGiven", "Omit")) if kind is not None
+)
+_RETRIED_STATUSES = frozenset({408, 409, 429})
+
+
+def make_openai_client(*, base_url: str, api_key: str) -> openai.AsyncOpenAI:
+    """A client for any OpenAI-compatible endpoint.
+
+    A request may take 1200 s, connecting 5 s; there is no limit on requests at once below 100,000. Its connections
+    belong to the event loop it is first used on.
+    """
+    return _ManyRequestsClient(
+        base_url=base_url,
+        api_key=api_key,
+        timeout=openai.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+        http_client=_SharedTransport(
+            limits=_httpx.Limits(
+                max_connections=MAX_CONNECTIONS,
+                max_keepalive_connections=MAX_CONNECTIONS,
+                keepalive_expiry=IDLE_CONNECTION_S,
+            )
+        ),
+    )
+
+
+class _SharedTransport(openai.DefaultAioHttpClient):
+    """What a client and its copies (`with_options`) share: the package's aiohttp transport and our own connections."""
+
+    _pools: dict[tuple[str, str], KeepAlivePool | None]
+
+    def pool(self, base_url: str) -> KeepAlivePool | None:
+        """Our connections to a server; None when a proxy stands between, which is the package's affair."""
+        address = urlsplit(base_url)
+        pools = self.__dict__.setdefault("_pools", {})
+        key = (address.scheme, address.netloc)
+        if key not in pools:
+            proxied = address.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(
+                address.hostname or ""
+            )
+            tls: ssl.SSLContext | None = _httpx.create_ssl_context() if address.scheme == "https" else None
+            pools[key] = None if proxied else KeepAlivePool(address, tls=tls, idle_s=IDLE_CONNECTION_S)
+        pool: KeepAlivePool | None = pools[key]
+        return pool
+
+    async def aclose(self) -> None:
+        for pool in self.__dict__.get("_pools", {}).values():
+            if pool is not None:
+                pool.close()
+        await super().aclose()
+
+
+class _ManyRequestsClient(openai.AsyncOpenAI):
+    @cached_property
+    def chat(self) -> AsyncChat:
+        return _Chat(self)
+
+    def plain_request(self) -> tuple[KeepAlivePool, bytes] | None:
+        """The connections for a plain chat completion and the head of its request; None when it can't be plain."""
+        transport = self._client
+        if not isinstance(transport, _SharedTransport) or self.max_retries < 1 or self.default_query:
+            return None
+        base_url = str(self.base_url)
+        key = (base_url, self.api_key)
+        if self.__dict__.get("_plain_key") != key:
+            pool = transport.pool(base_url)
+            self.__dict__["_plain_key"] = key
+            self.__dict__["_plain"] = None if pool is None else (pool, self._request_head(base_url))
+        plain: tuple[KeepAlivePool, bytes] | None = self.__dict__["_plain"]
+        return plain
+
+    def _request_head(self, base_url: str) -> bytes:
+        address = urlsplit(base_url)
+        headers = {
+            name.lower(): value
+            for name, value in {**self.default_headers, **self.auth_headers}.items()
+            if isinstance(value, str)
+        }
+        headers |= {"host": address.netloc, "accept-encoding": "identity", "content-type": "application/json"}
+        if any(set("\r\n") & set(name + value) for name, value in headers.items()):
+            raise ValueError("a header of this client holds a line break")
+        lines = [f"POST {address.path.rstrip('/')}/chat/completions HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return ("\r\n".join(lines) + "\r\n").encode("latin-1")
+
+    def limits(self) -> tuple[float | None, float | None]:
+        """Seconds to connect and to answer."""
+        timeout = self.timeout
+        if timeout is None or isinstance(timeout, float | int):
+            return timeout, timeout
+        return timeout.connect, timeout.read
+
+
+class _Chat(AsyncChat):
+    @cached_property
+    def completions(self) -> AsyncCompletions:
+        return _Completions(self._client)
+
+
+class _Completions(AsyncCompletions):
+    _client: _ManyRequestsClient
+
+    async def create(self, **params: Any) -> Any:
+        """As the openai package documents it; takes the short way when the request is plain."""
+        client = self._client
+        plain = client.plain_request()
+        body = _encode(params) if plain is not None else None
+        if plain is None or body is None:
+            return await super().create(**params)
+        pool, head = plain
+        connect_s, answer_s = client.limits()
+        try:
+            answer = await pool.post(head, body, connect_s=connect_s, answer_s=answer_s)
+        except OSError:
+            return await self._again(params)
+        if 200 <= answer.status < 300 and "content-encoding" not in answer.headers:
+            return _read_completion(answer)
+        if 400 <= answer.status < 500 and answer.status not in _RETRIED_STATUSES:
+            response = _httpx.Response(
+                answer.status,
+                headers=answer.headers,
+                content=answer.body,
+                request=_httpx.Request("POST", f"{str(client.base_url).rstrip('/')}/chat/completions"),
+            )
+            raise client._make_status_error_from_response(response)
+        return await self._again(params)
+
+    async def _again(self, params: dict[str, Any]) -> Any:
+        """The package's own way, with its waits between attempts and its errors; one attempt was ours."""
+        await asyncio.sleep(0)
+        client = self._client.with_options(max_retries=self._client.max_retries - 1)
+        return await AsyncCompletions(client).create(**params)
+
+
+def _encode(params: dict[str, Any]) -> bytes | None:
+    """The request's body, or None when the arguments are not plain JSON and only the package knows what to do."""
+    if not params.keys() <= _UNDERSTOOD or "messages" not in params or "model" not in params:
+        return None
+    body = {name: value for name, value in params.items() if not isinstance(value, _ABSENT)}
+    if body.get("stream"):
+        return None
+    extra = body.pop("extra_body", None)
+    if extra is not None:
+        if not isinstance(extra, dict):
+            return None
+        body |= extra
+    try:
+        return json.dumps(
+            body, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_message_fields
+        ).encode()
+    except (TypeError, ValueError):
+        return None
+
+
+def _message_fields(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    raise TypeError
+
+
+def _read_completion(answer: Answer) -> ChatCompletion:
+    try:
+        completion = ChatCompletion.model_validate_json(answer.body)
+    except ValidationError:
+        try:
+            fields = json.loads(answer.body)
+        except ValueError as error:
+            raise openai.APIConnectionError(
+                message=f"the endpoint answered with HTTP {answer.status} and something that isn't JSON:"
+                f" {answer.body[:200].decode(errors='replace')!r}",
+                request=_httpx.Request("POST", "chat/completions"),
+            ) from error
+        completion = ChatCompletion.construct(**fields)
+    completion._request_id = answer.headers.get("x-request-id")
+    return completion

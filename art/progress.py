@@ -1,0 +1,116 @@
+"""The bar of a gathering: how many rollouts are done, the mean reward and metrics so far, and how many raised.
+
+Work per finished rollout is fixed, whatever their number: sums are kept, and the bar's text is made only when it is
+about to be drawn. Knows trajectories and tqdm; decides nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from art_core import RolloutError, Trajectory, TrajectoryGroup
+
+REDRAW_S = 0.1
+
+
+class RolloutProgress:
+    """Counts finished rollouts and shows them on stderr as tqdm does; shows nothing without a description.
+
+    `total` is how many are known to come. `max_metrics` limits how many metrics are shown beside the reward, None for
+    all. `completion_tokens` counts the sampled tokens too.
+    """
+
+    def __init__(
+        self, description: str | None, *, total: int, max_metrics: int | None = None, completion_tokens: bool = False
+    ) -> None:
+        self._description = description
+        self.total = total
+        self._max_metrics = max_metrics
+        self._count_tokens = completion_tokens
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._tokens = 0
+        self._unsaid = 0
+        self._drawn_at = 0.0
+        self._bar: Any = None
+        self.exceptions = 0
+
+    def __enter__(self) -> Self:
+        if self._description is not None:
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            self._bar = tqdm(desc=self._description, total=self.total, mininterval=REDRAW_S, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._draw()
+            self._bar.close()
+
+    def expect(self, more: int) -> None:
+        """That many more rollouts turned out to belong to it."""
+        self.total += more
+        if self._bar is not None:
+            self._bar.total = self.total
+
+    def rollout(self, result: Trajectory | BaseException | RolloutError) -> None:
+        """One rollout ended."""
+        self._count(result)
+        self._advance()
+
+    def batch(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """A batch of groups ended, which counts as one."""
+        for group in groups:
+            for trajectory in group.trajectories:
+                self._count(trajectory)
+            for error in group.exceptions:
+                self._count(error)
+        self._advance()
+
+    def _count(self, result: Trajectory | BaseException | RolloutError) -> None:
+        if isinstance(result, Trajectory):
+            self._add("reward", result.reward)
+            for name, value in result.metrics.items():
+                self._add(name, float(value))
+            if self._count_tokens and self._bar is not None:
+                self._tokens += completion_tokens(result)
+        else:
+            self.exceptions += 1
+
+    def _advance(self) -> None:
+        self._unsaid += 1
+        if self._bar is not None and time.monotonic() - self._drawn_at >= REDRAW_S:
+            self._draw()
+
+    def _add(self, name: str, value: float) -> None:
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (total + value, count + 1)
+
+    def _draw(self) -> None:
+        self._drawn_at = time.monotonic()
+        shown = {name: total / count for name, (total, count) in list(self._sums.items())[: self._shown_metrics()]}
+        text: dict[str, Any] = {name: f"{mean:.4g}" for name, mean in shown.items()}
+        if self._count_tokens:
+            text["completion_tokens"] = self._tokens
+        if self.exceptions:
+            text["exceptions"] = self.exceptions
+        self._bar.set_postfix(text, refresh=False)
+        self._bar.update(self._unsaid)
+        self._unsaid = 0
+
+    def _shown_metrics(self) -> int | None:
+        return None if self._max_metrics is None else self._max_metrics + 1  # the reward comes first
+
+
+def completion_tokens(trajectory: Trajectory) -> int:
+    """How many tokens were sampled, by the choices' token ids or else their logprobs."""
+    total = 0
+    for history in trajectory.histories():
+        for choice in history.choices():
+            token_ids = getattr(choice, "token_ids", None)
+            if token_ids is None:
+                token_ids = (choice.logprobs.content if choice.logprobs else None) or ()
+            total += len(token_ids)
+    return total

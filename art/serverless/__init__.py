@@ -1,0 +1,1 @@
+"""The remote backend's place in the client; see `art.serverless.backend`."""
