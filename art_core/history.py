@@ -41,13 +41,13 @@ def append_history(path: Path, metrics: Mapping[str, float], *, step: int, split
         ) from error
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path | str) -> list[dict[str, Any]]:
     """The records of a history file, oldest first; an absent file has none.
 
     A line that a killed writer left unfinished is skipped, with a warning unless it is the last.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     records = []
