@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-
-import aiohttp
+from typing import TYPE_CHECKING, Self
 
 from art_core import LaunchPlan, ProcessFailed
 
 from .ports import check_port_is_ours
 from .spawning import Child, last_lines, spawn_tethered
+
+if TYPE_CHECKING:
+    import aiohttp
 
 _WATCH_INTERVAL_S = 0.05
 _HEALTH_INTERVAL_S = 0.1
@@ -167,6 +168,9 @@ class SupervisedProcess:
         return ended
 
     async def _wait_ready(self, on_progress: Callable[[StartProgress], None] | None) -> None:
+        # Here, because a client that only starts its host has no use for it, and it takes a quarter of a second.
+        import aiohttp
+
         began = time.monotonic()
         reported = began
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)) as session:
@@ -189,10 +193,12 @@ class SupervisedProcess:
             raise ProcessFailed(f"{error} Its log ({self.log_file}) ends:\n{self.log_tail()}") from error
 
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
+        from aiohttp import ClientError
+
         try:
             async with session.get(f"{self.base_url}{self._plan.health_path}") as answer:
                 return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (ClientError, TimeoutError, OSError):
             return False
 
     async def _abandon(self) -> None:
