@@ -1,0 +1,286 @@
+"""The documents hold: their Python blocks run, their lists of hooks, options and settings are the code's, links lead
+somewhere.
+
+A block ```` ```python ```` runs in the fast test; one marked `backend` needs real weights and runs in the slow one,
+together with its page's others; one marked `file=...` is a file of a project, which other tests install and check.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from pydantic_core import PydanticUndefined
+
+from art_core import InferenceLaunch, PluginRegistry, hookspecs, instantiate
+from art_core.publication import PublicationStage
+from art_core.training_jobs import TrainOptions
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+READMES = sorted(p for p in ROOT.glob("*/*/README.md") if not p.relative_to(ROOT).parts[0].startswith("."))
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the words after it, its text, and the line on which that begins."""
+
+    language: str
+    marks: tuple[str, ...]
+    text: str
+    line: int
+
+    @property
+    def file(self) -> str | None:
+        """The path that the block is the content of."""
+        return next((mark.removeprefix("file=") for mark in self.marks if mark.startswith("file=")), None)
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    content = page.read_text()
+    for match in FENCE.finditer(content):
+        language, *marks = shlex.split(match["info"]) or [""]
+        yield Block(language, tuple(marks), match["text"], content[: match.start("text")].count("\n") + 1)
+
+
+def runnable(page: Path, *, with_backend: bool) -> list[Block]:
+    python = [block for block in blocks_of(page) if block.language == "python" and block.file is None]
+    return [block for block in python if with_backend or "backend" not in block.marks]
+
+
+def run_blocks(page: Path, blocks: list[Block]) -> dict[str, Any]:
+    """Run blocks in order in one namespace, with `await` allowed at the top, as in a notebook."""
+    module = ModuleType(f"page_{page.stem.replace('-', '_')}")
+
+    async def run() -> None:
+        for block in blocks:
+            # Lines are counted as in the page, so that a traceback points into it.
+            source = "\n" * (block.line - 1) + block.text
+            code = compile(source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+            outcome = eval(code, module.__dict__)
+            if inspect.isawaitable(outcome):
+                await outcome
+
+    asyncio.run(run())
+    return module.__dict__
+
+
+def pages_with(*, backend: bool) -> list[Any]:
+    wanted = [
+        page
+        for page in PAGES
+        if page.exists()
+        and (
+            any("backend" in block.marks for block in blocks_of(page))
+            if backend
+            else runnable(page, with_backend=False)
+        )
+    ]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in wanted]
+
+
+@pytest.mark.parametrize("page", pages_with(backend=False))
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_blocks(page, runnable(page, with_backend=False))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", pages_with(backend=True))
+def test_the_python_of_a_page_runs_with_a_real_backend(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        names = run_blocks(page, runnable(page, with_backend=True))
+    finally:
+        # A page may leave servers running on purpose; they are this test's to end.
+        subprocess.run(
+            [sys.executable, "-m", "art_core", "down", "--path", str(tmp_path / ".art")], timeout=120, check=False
+        )
+    if page.name == "training.md":
+        documented = set(table_of(page, "metric"))
+        assert set(names["result"].metrics) <= documented, "the training engine gives metrics that the page lacks"
+
+
+def test_every_page_has_only_marks_that_mean_something() -> None:
+    for page in PAGES:
+        for block in blocks_of(page) if page.exists() else ():
+            if block.language == "python":
+                assert all(mark == "backend" or mark.startswith("file=") for mark in block.marks), (page, block)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (*PAGES, *READMES):
+        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text() if page.exists() else ""):
+            if not target.startswith(("http:", "https:")):
+                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def table_of(page: Path, first_column: str) -> dict[str, list[str]]:
+    """The rows of the table whose first column has this title, by their first cell without backquotes."""
+    lines = page.read_text().splitlines()
+    (start,) = [n for n, line in enumerate(lines) if line.startswith(f"| {first_column} |")]
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        first, *others = (cell.strip() for cell in line.strip("|").split(" | "))
+        rows[first.strip("| `")] = [cell.strip("| ") for cell in others]
+    return rows
+
+
+def hooks_in_page() -> dict[str, tuple[list[str], str]]:
+    text = (ROOT / "docs" / "hooks.md").read_text()
+    found = re.findall(r"^### `(art_\w+)\(([^)]*)\)`\n\nKind: ([a-z ]+)\. ", text, re.MULTILINE)
+    assert len(found) == text.count("\n### "), "a hook's section doesn't begin as the others do"
+    return {name: ([a for a in arguments.split(", ") if a], kind) for name, arguments, kind in found}
+
+
+def kind_of(hook: str) -> str:
+    specification = getattr(hookspecs, hook)
+    if hook.startswith("art_register_"):
+        return "collected"
+    if specification.art_spec["firstresult"]:
+        return "first result"
+    return "may refuse" if hook.startswith("art_before_") else "announced"
+
+
+def test_the_page_of_hooks_is_the_hooks() -> None:
+    real = {name for name in vars(hookspecs) if name.startswith("art_")}
+    assert hooks_in_page() == {name: (hookspecs.signature_of(name), kind_of(name)) for name in real}
+
+
+def test_the_page_of_options_is_the_options() -> None:
+    rows = table_of(ROOT / "docs" / "training.md", "option")
+    assert set(rows) == set(TrainOptions.model_fields)
+    for name, field in TrainOptions.model_fields.items():
+        assert field.default is not PydanticUndefined
+        assert ast.literal_eval(rows[name][0].strip("`")) == field.default, f"the default of {name}"
+        assert len(rows[name][1]) > 10, f"the meaning of {name}"
+
+
+def test_the_page_of_publication_has_every_stage() -> None:
+    rows = table_of(ROOT / "docs" / "publication.md", "stage")
+    assert list(rows) == [stage.value for stage in PublicationStage]
+
+
+@pytest.fixture
+def projects(tmp_path: Path) -> Path:
+    """The projects of writing-a-plugin.md, written to disk."""
+    for block in blocks_of(ROOT / "docs" / "writing-a-plugin.md"):
+        if block.file is not None:
+            file = tmp_path / "projects" / block.file
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text)
+    return tmp_path / "projects"
+
+
+@pytest.fixture
+def engine(projects: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The page's engine, made from its card."""
+    monkeypatch.syspath_prepend(str(projects / "art-engine-mine"))
+    registry = PluginRegistry()
+    from art_engine_mine import plugin  # type: ignore[import-not-found,unused-ignore]
+
+    registry.register(plugin, name="mine")
+    yield instantiate(registry.inference_engine("mine"))
+    for name in [name for name in sys.modules if name.startswith("art_engine_mine")]:
+        del sys.modules[name]
+
+
+def test_the_ten_lines_are_ten_and_a_plugin(
+    projects: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = (projects / "art-bell" / "art_bell.py").read_text()
+    assert len([line for line in source.splitlines() if line.strip()]) <= 10
+    monkeypatch.syspath_prepend(str(projects / "art-bell"))
+    import art_bell  # type: ignore[import-not-found,unused-ignore]
+
+    from art_core import ModelKey, PublicationReceipt, announce
+
+    registry = PluginRegistry()
+    registry.register(art_bell, name="bell")
+    receipt = PublicationReceipt(model=ModelKey("p", "agent"), step=3, inference_name="agent@3")
+    asyncio.run(announce(registry, "art_checkpoint_published", model=None, checkpoint=None, receipt=receipt))
+    assert capsys.readouterr().out == "\aagent@3 is served\n"
+
+
+def test_the_engine_of_the_page_makes_a_plan_without_a_secret_in_it(engine: Any, tmp_path: Path) -> None:
+    launch = InferenceLaunch(
+        base_model=tmp_path,
+        served_name="base",
+        host="127.0.0.1",
+        port=12345,
+        api_key="secret-key",
+        python=sys.executable,
+        engine_args={"threads": 2},
+    )
+    plan = engine.launch(launch)
+    assert plan.argv[:3] == (sys.executable, "-m", "art_engine_torch.server")
+    assert plan.argv[-2:] == ("--threads", "2")
+    assert "secret-key" not in repr(plan)
+    lines = [line for line in inspect.getsource(type(engine)).splitlines() if line.strip()]
+    assert len(lines) <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_projects_of_the_page_install_and_conform(projects: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
+    subprocess.run([*pip, *map(str, sorted(projects.iterdir()))], check=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+
+    def art(*arguments: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-m", "art_core", *arguments],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return ran.stdout
+
+    page = (ROOT / "docs" / "writing-a-plugin.md").read_text()
+    assert f"```\n{art('plugins', 'show', 'mine')}```" in page
+    rows = {row["name"]: row for row in json.loads(art("plugins", "--json"))}
+    assert rows["bell"]["hooks"] == ["art_checkpoint_published"]
+    for name, project in (("bell", "art-bell"), ("mine", "art-engine-mine")):
+        declared = tomllib.loads((projects / project / "pyproject.toml").read_text())["project"]
+        assert (rows[name]["status"], rows[name]["version"]) == ("active", declared["version"])
+    only_bell = subprocess.run(
+        [sys.executable, "-c", ONE_ROW], env=env, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert only_bell.stdout in page
+    tests = projects / "art-engine-mine" / "test_conformance.py"
+    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tests.parent), str(tests)]
+    ran = subprocess.run(suite, env=env, cwd=tests.parent, capture_output=True, text=True, timeout=1500, check=False)
+    assert ran.returncode == 0, ran.stdout[-6000:]
+    assert "NOT conformant" not in ran.stdout
+
+
+ONE_ROW = """
+from art_core import cli, installed_plugins
+cli._print_table([info for info in installed_plugins().infos if info.name == "bell"])
+"""
