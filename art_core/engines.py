@@ -183,18 +183,60 @@ class PluginSpec:
     summary: str
 
 
+Flavour = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlavourSpec:
+    """What an engine's environment holds on one kind of machine, as versions that were seen to work.
+
+    Installed in this order: `requirements`; `without_dependencies`, whose own needs are left out; `local_projects`,
+    folders of small distributions shipped with the engine. Then `uninstall` is taken out again. `probe` is run by the
+    environment's interpreter (arguments and added variables) and ends with 0 when the engine can be used. `hint` says
+    what to try when installing fails.
+    """
+
+    requirements: tuple[str, ...]
+    without_dependencies: tuple[str, ...] = ()
+    local_projects: tuple[Path, ...] = ()
+    uninstall: tuple[str, ...] = ()
+    probe: tuple[str, ...]
+    probe_env: Mapping[str, str] = field(default_factory=dict)
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentSpec:
+    """The virtual environment that an engine needs for itself.
+
+    `provided_by` are requirements; an environment where one of them is met holds the engine already. `shown` are the
+    distributions whose versions tell the most about it.
+    """
+
+    provided_by: tuple[str, ...]
+    shown: tuple[str, ...]
+    flavours: Mapping[Flavour, FlavourSpec]
+
+
 @dataclass(frozen=True, kw_only=True)
 class InferenceEngineSpec(PluginSpec):
-    """The card of an inference engine."""
+    """The card of an inference engine.
+
+    `environment` is the "module:attribute" of its EnvironmentSpec, None for an engine that lives in the client's own.
+    With one, the factory takes `flavour`: `capabilities` are those of every flavour, which an instance made without
+    `flavour` declares; an instance made with it may declare more.
+    """
 
     capabilities: frozenset[InferenceCapability] = frozenset()
+    environment: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingEngineSpec(PluginSpec):
-    """The card of a training engine."""
+    """The card of a training engine; `environment` as for an inference engine."""
 
     capabilities: frozenset[TrainingCapability] = frozenset()
+    environment: str | None = None
 
 
 def refuse_unless_ok(engine: str, call: EngineCall, status: int, body: bytes) -> None:
