@@ -1,0 +1,451 @@
+"""LocalBackend: serves and trains models on this machine, through a host process that owns the engines.
+
+This is the client's side: it resolves names, asks plugins, writes the step's trajectories to a file and follows the
+host's work. No weights, no traffic and no engine ever live in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from art_core import (
+    BackendCapability,
+    CheckpointNotFound,
+    CheckpointRef,
+    LocalTrainResult,
+    ModelKey,
+    NotRegistered,
+    PluginError,
+    PolicyModel,
+    Registration,
+    TrajectoryGroup,
+    announce,
+    ask_permission,
+    check_groups,
+    inference_name,
+    installed_plugins,
+    resolve_checkpoint,
+)
+from art_core.checkpoint import step_folder
+from art_core.training_jobs import TrainOptions
+from art_runtime import accelerators
+
+from .control_client import ControlClient
+from .device_turns import works_at_once
+from .engine_choice import EngineChoice, choose_engines
+from .forking import copy_adapter
+from .groups_file import groups_file
+from .registration import registration_request
+from .settings import ModelSettings, read_settings
+from .train_hooks import TrainHooks
+from .waiting import TrainingBar, Waiting
+from .wire import (
+    ForkRequest,
+    LeaseEnd,
+    LeaseRequest,
+    OfModel,
+    PublishRequest,
+    RefuseRequest,
+    StepsRequest,
+    TrainRequest,
+)
+
+DEFAULT_IDLE_TIMEOUT_S = 1800.0
+DEFAULT_MAX_ADAPTERS = 8
+_ALWAYS = frozenset(BackendCapability) - {
+    BackendCapability.CONCURRENT_INFERENCE,
+    BackendCapability.CHECKPOINTS_AS_ARTIFACTS,
+}
+
+
+class LocalBackend:
+    """Serves and trains models on this machine.
+
+    `in_process=True`: everything ends when this process ends, however it ends. `in_process=False`: a host process
+    outlives it, is found again by the next client with the same path without loading weights again, and ends after
+    `idle_timeout_s` seconds without use or by `art down`. `path` holds models, checkpoints and logs; None is `.art` in
+    the root of the git repository around the working folder, or in the working folder. `inference_engine` and
+    `training_engine` are names of installed plugins; None chooses among those and prints why. An engine holds at most
+    `max_adapters` steps at once.
+
+    `save_checkpoint` of `train`: with True the step's PEFT folder stays on disk; with False it goes once a later step
+    is served. Either way the step is published.
+    """
+
+    name = "local"
+
+    def __init__(
+        self,
+        *,
+        in_process: bool = False,
+        path: str | Path | None = None,
+        inference_engine: str | None = None,
+        training_engine: str | None = None,
+        idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S,
+        max_adapters: int = DEFAULT_MAX_ADAPTERS,
+        show_progress: bool = True,
+    ) -> None:
+        if max_adapters < 2:
+            raise ValueError("max_adapters must be at least 2: a new step is loaded while the old one is still served.")
+        self._registry = installed_plugins()
+        for given, card in (
+            (inference_engine, self._registry.inference_engine),
+            (training_engine, self._registry.training_engine),
+        ):
+            if given is not None:
+                card(given)
+        self._inference_engine, self._training_engine = inference_engine, training_engine
+        self._path = Path(path).expanduser().resolve() if path is not None else default_path()
+        self._max_adapters = max_adapters
+        self._show = show_progress
+        self._client = ControlClient(self._path, in_process=in_process, idle_timeout_s=idle_timeout_s)
+        self._registered: dict[ModelKey, int] = {}
+        self._choice: EngineChoice | None = None
+        self._has_gpu = bool(accelerators())
+        self._capabilities = self._declare(ModelSettings())
+
+    def __repr__(self) -> str:
+        return f"LocalBackend(path={str(self._path)!r})"
+
+    @property
+    def path(self) -> Path:
+        """Where models, checkpoints and logs are."""
+        return self._path
+
+    @property
+    def capabilities(self) -> frozenset[BackendCapability]:
+        """What it declares for a model without GPU lists of its own; see `capabilities_for`."""
+        return self._capabilities
+
+    def capabilities_for(self, model: PolicyModel) -> frozenset[BackendCapability]:
+        """What it declares for this model: CONCURRENT_INFERENCE depends on whether training and inference share a
+        GPU.
+        """
+        return self._declare(read_settings(model.internal_config))
+
+    async def register(self, model: PolicyModel) -> Registration:
+        """Serve the model at its latest whole checkpoint, or at step 0, and load what trains it. A second call changes
+        nothing.
+
+        Raises BaseModelNotFound, AdapterMismatch for an adapter folder that doesn't fit its base, PathInUse,
+        ProcessFailed with the end of an engine's log.
+        """
+        key = ModelKey(model.project, model.name)
+        choice = self._engines()
+        request = await registration_request(
+            self._registry, model, choice, max_adapters=self._max_adapters, session=self._client.session
+        )
+        with Waiting(f"Registering {key}", enabled=self._show) as waiting:
+            answer = await self._client.follow("register", request, waiting.show)
+        self._registered[key] = int(answer["step"])
+        return Registration(
+            inference_base_url=answer["inference_base_url"],
+            inference_api_key=answer["inference_api_key"],
+            base_path=self._path,
+        )
+
+    async def train(
+        self,
+        model: PolicyModel,
+        trajectory_groups: Sequence[TrajectoryGroup],
+        *,
+        learning_rate: float = 5e-6,
+        loss_fn: Literal["cispo", "ppo"] = "cispo",
+        normalize_advantages: bool = True,
+        kl_penalty_coef: float = 0.0,
+        kl_penalty_reference_step: int | None = None,
+        kl_ref_adapter_path: str | Path | None = None,
+        epsilon: float | None = None,
+        epsilon_high: float | None = None,
+        advantage_balance: float = 0.0,
+        scale_rewards: bool = True,
+        importance_sampling_level: Literal["token", "sequence", "average", "geometric_average"] = "token",
+        max_negative_advantage_importance_sampling_weight: float | None = None,
+        mask_prob_ratio: bool = False,
+        kimi_k2_tau: float | None = None,
+        precalculate_logprobs: bool = False,
+        allow_training_without_logprobs: bool = False,
+        plot_tensors: bool = False,
+        truncated_importance_sampling: float | None = None,
+        packed_sequence_length: int | None = None,
+        grad_accumulation_sequences: int | None = None,
+        num_trajectories_learning_rate_multiplier_power: float = 0.0,
+        save_checkpoint: bool = True,
+        verbose: bool = False,
+        **unknown: Any,
+    ) -> LocalTrainResult:
+        """Train one step on the groups and publish it: new requests for the model's name go to it when this returns.
+
+        Logs nothing; `model.log` does. A step with nothing to train on carries the checkpoint on to the next step.
+        `art_core.training_jobs.TrainOptions` documents the arguments. Raises UnknownArgument for any other,
+        InvalidTrajectory, ModelBusy while the model is being trained, TrainingFailed, PublicationFailed; after each the
+        step before is still served. Cancelling it stops the step and keeps nothing of it.
+        """
+        given = {k: v for k, v in locals().items() if k not in ("self", "model", "trajectory_groups", "unknown")}
+        options = TrainOptions.of({**given, **unknown}, where="LocalBackend.train")
+        groups = list(trajectory_groups)
+        check_groups(groups)
+        key = self._require_registered(model)
+        steps = await self._steps(model)
+        hooks = TrainHooks(self._registry, self, model, step=max([steps["routed"], *steps["steps"]]) + 1)
+        try:
+            await ask_permission(
+                self._registry, "art_before_train", backend=self, model=model, step=hooks.step, groups=groups
+            )
+            result = await self._train(model, key, groups, options, hooks)
+        except BaseException as error:
+            await hooks.failed(error)
+            raise
+        await hooks.worked(result)
+        return result
+
+    async def get_step(self, model: PolicyModel) -> int:
+        """The latest published step."""
+        step = int((await self._steps(model))["routed"])
+        self._registered[ModelKey(model.project, model.name)] = step
+        return step
+
+    async def list_steps(self, model: PolicyModel) -> list[int]:
+        """Every step whose checkpoint is whole and on disk, oldest first."""
+        return list((await self._steps(model))["steps"])
+
+    def inference_name(self, model: PolicyModel, step: int | None = None) -> str:
+        """`name@step`: of `step`, or of the latest step that this client has seen published."""
+        if step is None:
+            step = self._registered.get(ModelKey(model.project, model.name))
+        return inference_name(model.name, step)
+
+    @asynccontextmanager
+    async def lease(self, model: PolicyModel, step: int | None = None) -> AsyncIterator[str]:
+        """Hold a step (None: the routed one) under its own name, `name@step`, which this gives. A client that dies lets
+        go.
+
+        Raises CheckpointNotFound for a step that isn't there.
+        """
+        self._require_registered(model)
+        session = await self._client.session()
+        answer = await self._client.call(
+            "lease", LeaseRequest(session=session, project=model.project, name=model.name, step=step)
+        )
+        try:
+            yield inference_name(model.name, answer["step"])
+        finally:
+            await self._client.call("end_lease", LeaseEnd(session=session, lease=answer["lease"]))
+
+    async def delete_checkpoints(self, model: PolicyModel, steps: Sequence[int]) -> list[int]:
+        """Delete steps and say which were; unknown ones are passed over. Raises CheckpointInUse, and deletes nothing,
+        when one of them is served, leased or being trained from.
+        """
+        key = self._require_registered(model)
+        request = StepsRequest(**await self._of(model), steps=list(steps))
+        deleted = [int(step) for step in (await self._client.call("delete", request))["deleted"]]
+        await self._announce_deleted(model, key, deleted)
+        return deleted
+
+    async def fork_checkpoint(
+        self,
+        model: PolicyModel,
+        from_model: str,
+        *,
+        from_project: str | None = None,
+        not_after_step: int | None = None,
+    ) -> int:
+        """Start `model` from the latest checkpoint of another (not after a step), optimizer state included; gives the
+        step.
+
+        Works before registration too. Raises CheckpointNotFound, or CheckpointError when `model` has come that far
+        itself.
+        """
+        request = ForkRequest(
+            **await self._of(model), from_model=from_model, from_project=from_project, not_after_step=not_after_step
+        )
+        step = int((await self._client.call("fork", request))["step"])
+        key = ModelKey(model.project, model.name)
+        if key in self._registered:
+            self._registered[key] = step
+        return step
+
+    async def pull_checkpoint(
+        self,
+        model: PolicyModel,
+        *,
+        step: int | Literal["latest"] | None = None,
+        local_path: Path | str | None = None,
+    ) -> Path:
+        """The PEFT folder of a step (None and "latest": the routed one): copied to `local_path`, which must be new or
+        empty, or without it the folder where the backend keeps it. Raises CheckpointNotFound.
+        """
+        key = self._require_registered(model)
+        there = await self._steps(model)
+        wanted = int(there["routed"]) if step in (None, "latest") else int(step)
+        if wanted in there["steps"]:
+            folder: Path | None = step_folder(key.folder(self._path) / "checkpoints", wanted)
+        else:
+            folder = await resolve_checkpoint(self._registry, model, wanted)
+        if folder is None:
+            steps = ", ".join(map(str, there["steps"])) or "none"
+            raise CheckpointNotFound(f"{key} has no whole checkpoint of step {wanted}; there: {steps}.")
+        if local_path is None:
+            return folder
+        return await asyncio.to_thread(copy_adapter, folder, Path(local_path))
+
+    async def _experimental_fork_checkpoint(
+        self,
+        model: PolicyModel,
+        from_model: str,
+        from_project: str | None = None,
+        not_after_step: int | None = None,
+    ) -> int:
+        """The published name of `fork_checkpoint`."""
+        return await self.fork_checkpoint(model, from_model, from_project=from_project, not_after_step=not_after_step)
+
+    async def _experimental_pull_model_checkpoint(
+        self,
+        model: PolicyModel,
+        *,
+        step: int | Literal["latest"] | None = None,
+        local_path: Path | str | None = None,
+    ) -> Path:
+        """The published name of `pull_checkpoint`."""
+        return await self.pull_checkpoint(model, step=step, local_path=local_path)
+
+    async def close(self) -> None:
+        """Let go of everything this client holds; with in_process=True the engines stop. A second call does nothing."""
+        self._registered.clear()
+        await self._client.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._registered.clear()
+        self._client.close_now()
+
+    async def _train(
+        self,
+        model: PolicyModel,
+        key: ModelKey,
+        groups: list[TrajectoryGroup],
+        options: TrainOptions,
+        hooks: TrainHooks,
+    ) -> LocalTrainResult:
+        reference, options = await self._reference(model, options)
+        of_model = await self._of(model)
+        async with groups_file(key.folder(self._path) / "jobs", groups) as file:
+            request = TrainRequest(**of_model, groups_file=file, options=options, reference=reference)
+            with TrainingBar(f"train {model.name}@{hooks.step}", enabled=self._show) as bar:
+                saved = await self._client.follow("train", request, bar.show)
+        step, hold = int(saved["step"]), str(saved["hold"])
+        hooks.step = step
+        checkpoint = CheckpointRef(key, step, Path(saved["path"]))
+        await hooks.saved(checkpoint)
+        try:
+            await ask_permission(self._registry, "art_before_publish_checkpoint", model=model, checkpoint=checkpoint)
+        except BaseException as error:
+            answer = await self._client.call("refuse", RefuseRequest(**of_model, step=step), hold=hold)
+            await hooks.publish_failed(CheckpointRef(key, step, Path(answer["path"])), error)
+            raise
+        start = time.perf_counter()
+        try:
+            receipt = await self._client.follow(
+                "publish",
+                PublishRequest(**of_model, step=step, keep=options.save_checkpoint),
+                lambda _: None,
+                hold=hold,
+            )
+        except BaseException as error:
+            path = Path(getattr(error, "refused_path", checkpoint.path))
+            await hooks.publish_failed(CheckpointRef(key, step, path), error)
+            raise
+        seconds = time.perf_counter() - start
+        self._registered[key] = step
+        await hooks.published(checkpoint, receipt["seconds"])
+        await self._announce_deleted(model, key, receipt["removed"])
+        return LocalTrainResult(
+            step=step,
+            metrics={**saved["metrics"], "time/step_publish_s": seconds},
+            checkpoint_path=str(checkpoint.path) if options.save_checkpoint else None,
+        )
+
+    async def _reference(self, model: PolicyModel, options: TrainOptions) -> tuple[Path | None, TrainOptions]:
+        """The KL reference's folder when it isn't one of the host's own steps, and the options that go with it."""
+        step = options.kl_penalty_reference_step
+        if step is not None and step not in await self.list_steps(model):
+            folder = await resolve_checkpoint(self._registry, model, step)
+            if folder is not None:
+                return folder, options.model_copy(update={"kl_penalty_reference_step": None})
+        given = options.kl_ref_adapter_path
+        if given is None:
+            return None, options
+        folder = given.expanduser().resolve()
+        if not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"LocalBackend.train: kl_ref_adapter_path={str(given)!r} is not a PEFT adapter folder.")
+        return folder, options.model_copy(update={"kl_ref_adapter_path": folder})
+
+    async def _announce_deleted(self, model: PolicyModel, key: ModelKey, steps: Sequence[int]) -> None:
+        for step in steps:
+            folder = step_folder(key.folder(self._path) / "checkpoints", step)
+            await announce(
+                self._registry, "art_checkpoint_deleted", model=model, checkpoint=CheckpointRef(key, step, folder)
+            )
+
+    async def _steps(self, model: PolicyModel) -> dict[str, Any]:
+        self._require_registered(model)
+        return await self._client.call("steps", OfModel(**await self._of(model)))
+
+    async def _of(self, model: PolicyModel) -> dict[str, str]:
+        return {"session": await self._client.session(), "project": model.project, "name": model.name}
+
+    def _require_registered(self, model: PolicyModel) -> ModelKey:
+        key = ModelKey(model.project, model.name)
+        if key not in self._registered:
+            raise NotRegistered(
+                f"{key} is not registered with this backend; call `await model.register(backend)` first."
+            )
+        return key
+
+    def _engines(self) -> EngineChoice:
+        if self._choice is None:
+            self._choice = choose_engines(
+                self._registry, inference=self._inference_engine, training=self._training_engine, has_gpu=self._has_gpu
+            )
+            if self._choice.reason and self._show:
+                print(
+                    f"LocalBackend uses {self._choice.reason}. To choose: LocalBackend(inference_engine=...,"
+                    " training_engine=...)",
+                    file=sys.stderr,
+                )
+        return self._choice
+
+    def _declare(self, settings: ModelSettings) -> frozenset[BackendCapability]:
+        try:
+            engine = choose_engines(
+                self._registry, inference=self._inference_engine, training=self._training_engine, has_gpu=self._has_gpu
+            ).inference
+        except PluginError:
+            return _ALWAYS
+        declared = self._registry.inference_engine(engine).capabilities
+        concurrent = works_at_once(settings, declared, has_gpu=self._has_gpu)
+        return _ALWAYS | {BackendCapability.CONCURRENT_INFERENCE} if concurrent else _ALWAYS
+
+
+def default_path() -> Path:
+    """`.art` in the root of the git repository around the working folder, or in the working folder."""
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
+    return root / ".art"

@@ -1,0 +1,224 @@
+"""The control API of a host: HTTP addresses under `/_art/` for its clients and for `art ps`, behind a token of their
+own.
+
+Turns requests into calls and nothing more; what they do is the state's, the training step's and the models'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from art_core import ArtError, ModelKey, PublicationFailed
+
+from .event_stream import Emit, EventStream
+from .forking import fork_checkpoint
+from .host_state import HostState
+from .host_status import host_status
+from .sessions import Session
+from .training_step import publish_step, train_step
+from .wire import (
+    PREFIX,
+    ForkRequest,
+    LeaseEnd,
+    LeaseRequest,
+    OfModel,
+    PublishRequest,
+    RefuseRequest,
+    RegisterRequest,
+    StepsRequest,
+    TrainRequest,
+)
+from .wire_errors import error_to_json
+
+JSON = dict[str, Any]
+RequestT = TypeVar("RequestT", bound=BaseModel)
+_log = logging.getLogger(__name__)
+
+
+class ControlApp:
+    """The ASGI application. `port` is where the gateway listens, `api_key` what it takes, `shut_down` ends the host."""
+
+    def __init__(self, state: HostState, *, token: str, api_key: str, port: int, shut_down: Callable[[], None]) -> None:
+        self._state = state
+        self._api_key = api_key
+        self._port = port
+        self._shut_down = shut_down
+        answers: dict[str, Callable[[Request], Awaitable[Any]]] = {
+            "steps": self._steps, "delete": self._delete, "fork": self._fork, "refuse": self._refuse,
+            "lease": self._lease, "end_lease": self._end_lease, "shutdown": self._stop,
+        }  # fmt: skip
+        routes = [
+            Route(f"{PREFIX}/status", self._answered(self._status)),
+            Route(f"{PREFIX}/session", self._session, methods=["POST"]),
+            Route(f"{PREFIX}/register", self._register, methods=["POST"]),
+            Route(f"{PREFIX}/train", self._train, methods=["POST"]),
+            Route(f"{PREFIX}/publish", self._publish, methods=["POST"]),
+            *(Route(f"{PREFIX}/{name}", self._answered(work), methods=["POST"]) for name, work in answers.items()),
+        ]
+        self.app: ASGIApp = _RequireToken(Starlette(routes=routes, exception_handlers={ValueError: _misread}), token)
+
+    def _answered(self, work: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            try:
+                return _json(200, await work(request))
+            except (ArtError, OSError, ValueError, TypeError) as error:
+                return _json(409, {"error": error_to_json(error)})
+
+        return answer
+
+    async def _status(self, request: Request) -> JSON:
+        return await asyncio.to_thread(host_status, self._state)
+
+    async def _session(self, request: Request) -> EventStream:
+        async def work(emit: Emit) -> None:
+            session = self._state.sessions.begin()
+            try:
+                emit({"event": "session", "id": session.id})
+                while True:
+                    emit({"event": "warning", "message": await session.events.get()})
+            finally:
+                self._state.sessions.end(session)
+
+        return EventStream(work)
+
+    async def _register(self, request: Request) -> ASGIApp:
+        given = await _read(request, RegisterRequest)
+
+        async def work(emit: Emit) -> JSON:
+            self._session_of(given)
+            model = await self._state.register(given, emit)
+            return {
+                "inference_base_url": f"http://127.0.0.1:{self._port}/{given.project}/v1",
+                "inference_api_key": self._api_key,
+                "step": model.steps.routed,
+            }
+
+        return EventStream(work)
+
+    async def _train(self, request: Request) -> ASGIApp:
+        given = await _read(request, TrainRequest)
+        return EventStream(lambda emit: train_step(self._state, self._session_of(given), given, emit))
+
+    async def _publish(self, request: Request) -> ASGIApp:
+        given = await _read(request, PublishRequest)
+        hold = request.query_params.get("hold", "")
+
+        async def work(emit: Emit) -> JSON:
+            session = self._session_of(given)
+            model = self._state.model(given.key)
+            try:
+                return await publish_step(model, given)
+            except PublicationFailed as error:
+                if error.stage in ("check", "verify") and model.server.up:
+                    aside = await model.set_refused_aside(given.step)
+                    error.args = (f"{error} The checkpoint is kept as {aside}.",)
+                    error.refused_path = str(aside)  # type: ignore[attr-defined]
+                raise
+            finally:
+                session.let_go(hold)
+
+        return EventStream(work)
+
+    async def _refuse(self, request: Request) -> JSON:
+        given = await _read(request, RefuseRequest)
+        session, model = self._session_of(given), self._state.model(given.key)
+        try:
+            return {"path": str(await model.set_refused_aside(given.step))}
+        finally:
+            session.let_go(request.query_params.get("hold", ""))
+
+    async def _steps(self, request: Request) -> JSON:
+        given = await _read(request, OfModel)
+        model = self._state.model(given.key)
+        return {
+            "routed": model.steps.routed,
+            "steps": list(await model.on_disk()),
+            "loaded": sorted(model.steps.loaded),
+        }
+
+    async def _delete(self, request: Request) -> JSON:
+        given = await _read(request, StepsRequest)
+        return {"deleted": await self._state.model(given.key).delete(given.steps)}
+
+    async def _fork(self, request: Request) -> JSON:
+        given = await _read(request, ForkRequest)
+        source = ModelKey(given.from_project or given.project, given.from_model)
+        step = await asyncio.to_thread(
+            fork_checkpoint, self._state.path, source, given.key, not_after_step=given.not_after_step
+        )
+        model = self._state.models.get(given.key)
+        if model is not None:
+            await model.publish_latest()
+        return {"step": step}
+
+    async def _lease(self, request: Request) -> JSON:
+        given = await _read(request, LeaseRequest)
+        session, model = self._session_of(given), self._state.model(given.key)
+        while True:
+            step = model.steps.routed if given.step is None else given.step
+            assert step is not None, "a registered model has a routed step"
+            await model.ensure_loaded(step)
+            if step in model.steps.loaded:
+                break
+        model.steps.lease(step)
+        leased = step
+
+        def let_go() -> None:
+            model.steps.end_lease(leased)
+            model.ended.set()
+
+        return {"lease": session.hold(let_go), "step": step}
+
+    async def _end_lease(self, request: Request) -> JSON:
+        given = await _read(request, LeaseEnd)
+        self._state.sessions.get(given.session).let_go(given.lease)
+        return {}
+
+    async def _stop(self, request: Request) -> JSON:
+        self._shut_down()
+        return {}
+
+    def _session_of(self, request: OfModel) -> Session:
+        return self._state.sessions.get(request.session)
+
+
+class _RequireToken:
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if secrets.compare_digest(given, self._expected):
+            await self._app(scope, receive, send)
+        else:
+            await _json(401, {"error": {"type": "BackendUnreachable", "message": "the control token is wrong"}})(
+                scope, receive, send
+            )
+
+
+async def _read(request: Request, kind: type[RequestT]) -> RequestT:
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise ValueError(f"the host does not understand the client: {error}. Are their versions the same?") from error
+
+
+async def _misread(request: Request, error: Exception) -> Response:
+    return _json(409, {"error": error_to_json(error)})
+
+
+def _json(status: int, value: Any) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")

@@ -1,0 +1,168 @@
+"""A client's end of the control API: its connection to the path's host, opened when it is needed, on each event loop.
+
+The connection is also the client's presence: while it is open the host keeps what the client leases and trains. Knows
+HTTP and errors as JSON; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import aiohttp
+import orjson
+from pydantic import BaseModel
+
+from art_runtime import Child
+
+from .host_files import HostRecord
+from .host_start import find_host, start_host
+from .wire import PREFIX
+from .wire_errors import error_from_json, unreachable
+
+JSON = dict[str, Any]
+SILENCE_LIMIT_S = 60.0
+CALL_LIMIT_S = 300.0
+_LEAVE_POLL_S = 0.02
+
+
+@dataclass
+class _Connection:
+    http: aiohttp.ClientSession
+    session: str
+    listening: asyncio.Task[None]
+
+
+class ControlClient:
+    """Talks to the host of a path. `in_process` ties the host's life to this process."""
+
+    def __init__(self, path: Path, *, in_process: bool, idle_timeout_s: float) -> None:
+        self.path = path
+        self._in_process = in_process
+        self._idle_timeout_s = idle_timeout_s
+        self._child: Child | None = None
+        self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, _Connection] = WeakKeyDictionary()
+        self._locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+    async def session(self) -> str:
+        """The id of this client's session, with the host started if there is none."""
+        return (await self._connected()).session
+
+    async def call(self, name: str, request: BaseModel, *, hold: str = "") -> JSON:
+        """One question, one answer. Raises the host's error as the type that it was."""
+        connection = await self._connected()
+        try:
+            async with connection.http.post(
+                f"{PREFIX}/{name}",
+                data=request.model_dump_json(),
+                params={"hold": hold} if hold else None,
+                timeout=aiohttp.ClientTimeout(total=CALL_LIMIT_S),
+            ) as response:
+                answer: JSON = orjson.loads(await response.read())
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise unreachable(self.path, repr(error)) from error
+        if "error" in answer:
+            raise error_from_json(answer["error"])
+        return answer
+
+    async def follow(self, name: str, request: BaseModel, on_event: Callable[[JSON], None], *, hold: str = "") -> JSON:
+        """Start work in the host and follow it to its end; cancelling this cancels the work. Gives its result.
+
+        Raises the host's error as the type that it was, BackendUnreachable when the host is gone or silent.
+        """
+        connection = await self._connected()
+        try:
+            async with connection.http.post(
+                f"{PREFIX}/{name}",
+                data=request.model_dump_json(),
+                params={"hold": hold} if hold else None,
+                timeout=aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S),
+            ) as response:
+                async for line in response.content:
+                    event = orjson.loads(line)
+                    if "error" in event:
+                        raise error_from_json(event["error"])
+                    if event["event"] == "done":
+                        return event["result"] or {}
+                    if event["event"] != "alive":
+                        on_event(event)
+        except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+            raise unreachable(self.path, repr(error)) from error
+        raise unreachable(self.path, "its answer ended early")
+
+    async def close(self) -> None:
+        """Hang up; a host that belongs to this client is stopped and waited for."""
+        connection = self._connections.pop(asyncio.get_running_loop(), None)
+        if connection is not None:
+            connection.listening.cancel()
+            await asyncio.gather(connection.listening, return_exceptions=True)
+            await connection.http.close()
+        child, self._child = self._child, None
+        if child is not None and self._in_process:
+            child.end()
+            try:
+                while child.poll() is None:
+                    await asyncio.sleep(_LEAVE_POLL_S)
+            finally:
+                child.let_go()
+
+    def close_now(self) -> None:
+        """`close` for code without an event loop; connections end with their loops."""
+        child, self._child = self._child, None
+        if child is not None and self._in_process:
+            child.stop()
+
+    async def _connected(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        lock = self._locks.setdefault(loop, asyncio.Lock())
+        async with lock:
+            connection = self._connections.get(loop)
+            if connection is not None and not connection.listening.done():
+                return connection
+            if connection is not None:
+                await connection.http.close()
+            record = await self._host()
+            connection = self._connections[loop] = await self._connect(record)
+            return connection
+
+    async def _host(self) -> HostRecord:
+        record = await asyncio.to_thread(find_host, self.path, in_process=self._in_process, own=self._child)
+        if record is None:
+            started, self._child = await asyncio.to_thread(
+                start_host, self.path, in_process=self._in_process, idle_timeout_s=self._idle_timeout_s
+            )
+            return started
+        return record
+
+    async def _connect(self, record: HostRecord) -> _Connection:
+        http = aiohttp.ClientSession(
+            record.url,
+            headers={"Authorization": f"Bearer {record.token}", "Content-Type": "application/json"},
+            connector=aiohttp.TCPConnector(limit=0),
+            read_bufsize=2**20,
+        )
+        started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        listening = asyncio.create_task(self._listen(http, started), name=f"session with the host of {self.path}")
+        both: list[asyncio.Future[Any]] = [started, listening]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=SILENCE_LIMIT_S)
+        if not started.done():
+            listening.cancel()
+            cause = (await asyncio.gather(listening, return_exceptions=True))[0]
+            await http.close()
+            raise unreachable(self.path, repr(cause))
+        return _Connection(http, started.result(), listening)
+
+    async def _listen(self, http: aiohttp.ClientSession, started: asyncio.Future[str]) -> None:
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S)
+        async with http.post(f"{PREFIX}/session", data=b"{}", timeout=timeout) as response:
+            async for line in response.content:
+                event = orjson.loads(line)
+                if event["event"] == "session":
+                    started.set_result(event["id"])
+                elif event["event"] == "warning":
+                    warnings.warn(event["message"], RuntimeWarning, stacklevel=2)

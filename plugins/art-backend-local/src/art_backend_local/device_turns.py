@@ -1,0 +1,73 @@
+"""Who has the device: inference steps aside while a step trains, unless both can work at once.
+
+Knows the capabilities that engines declare; knows no jobs and no checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+
+from art_core import ArtError, EngineCall, InferenceCapability, ProcessFailed
+
+from .engine_server import EngineServer
+from .settings import ModelSettings
+
+DRAIN_LIMIT_S = 1200.0
+
+
+def works_at_once(settings: ModelSettings, declared: Collection[object], *, has_gpu: bool) -> bool:
+    """True when inference goes on while a step trains: on devices of their own, or on a CPU with an engine that
+    declares CONCURRENT_TRAINING. Two processes on one GPU take turns whatever they declare, since its memory is one.
+    """
+    return settings.dedicated or (not has_gpu and InferenceCapability.CONCURRENT_TRAINING in declared)
+
+
+@asynccontextmanager
+async def inference_aside(
+    server: EngineServer, *, in_flight: Callable[[], int], report: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """Hold inference while the block runs. New requests wait at the gate; those under way are paused, or waited for
+    when the engine declares no PAUSE. An engine that declares SLEEP gives its memory back meanwhile.
+    """
+    declared = server.engine.capabilities
+    server.gate.clear()
+    undo: list[EngineCall] = []
+    try:
+        if InferenceCapability.PAUSE in declared:
+            undo.append(server.engine.resume())
+            await server.call(server.engine.pause())
+        else:
+            await _drained(in_flight)
+        if InferenceCapability.SLEEP in declared:
+            undo.append(server.engine.wake())
+            await server.call(server.engine.sleep())
+        yield
+    finally:
+        await asyncio.shield(asyncio.ensure_future(_undo(server, undo, report)))
+
+
+async def _drained(in_flight: Callable[[], int]) -> None:
+    try:
+        async with asyncio.timeout(DRAIN_LIMIT_S):
+            while in_flight():
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise ProcessFailed(
+            f"{in_flight()} requests did not end within {DRAIN_LIMIT_S:g} s, so training on the same device can't"
+            " begin. Limit"
+            " their max_tokens, or use dedicated mode (trainer_gpu_ids and inference_gpu_ids)."
+        ) from None
+
+
+async def _undo(server: EngineServer, calls: list[EngineCall], report: Callable[[str], None]) -> None:
+    try:
+        for call in reversed(calls):
+            await server.call(call)
+    except ArtError as error:
+        # A server that died meanwhile comes back awake by itself.
+        if server.up:
+            report(f"inference could not go on after training: {error}")
+    finally:
+        server.gate.set()

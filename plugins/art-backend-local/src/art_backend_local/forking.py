@@ -1,0 +1,67 @@
+"""Copies checkpoints: into another model (fork, optimizer state included) and out to a folder of the user's (pull).
+
+Everything appears under its final name only when it is whole. Knows files only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from uuid import uuid4
+
+from art_core import CheckpointError, CheckpointNotFound, ModelKey
+from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest, saving, step_folder, whole_steps
+
+
+def fork_checkpoint(path: Path, source: ModelKey, target: ModelKey, *, not_after_step: int | None) -> int:
+    """Copy the latest whole checkpoint of `source`, not after a step, to `target` under the same step.
+
+    Raises CheckpointNotFound when there is none, CheckpointError when `target` has come that far by itself.
+    """
+    if source == target:
+        raise CheckpointError(f"{target} cannot be forked from itself; give another from_model.")
+    steps = whole_steps(source.folder(path) / "checkpoints")
+    fitting = [step for step in steps if not_after_step is None or step <= not_after_step]
+    if not fitting:
+        limit = "" if not_after_step is None else f" of step {not_after_step} or before"
+        there = ", ".join(map(str, steps)) or "none"
+        raise CheckpointNotFound(f"{source} has no whole checkpoint{limit} to fork from; there: {there}.")
+    step = max(fitting)
+    checkpoints = target.folder(path) / "checkpoints"
+    own = max(whole_steps(checkpoints), default=-1)
+    if own >= step:
+        raise CheckpointError(
+            f"{target} is at step {own} already, so step {step} of {source} would not become its latest. Fork into a"
+            " new model"
+            " name."
+        )
+    manifest = read_manifest(steps[step], hashes=True)
+    with saving(
+        step_folder(checkpoints, step),
+        step=step,
+        base_model=manifest.base_model,
+        engine=manifest.engine,
+        metrics=manifest.metrics,
+    ) as folder:
+        for name in manifest.files:
+            shutil.copyfile(steps[step] / name, folder / name)
+    return step
+
+
+def copy_adapter(checkpoint: Path, destination: Path) -> Path:
+    """Copy a checkpoint's PEFT adapter to `destination`, which must be new or an empty folder; gives its path."""
+    destination = destination.expanduser().resolve()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} is not empty; give local_path a new folder.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}-{uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(checkpoint / name, temporary / name)
+        temporary.replace(destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return destination

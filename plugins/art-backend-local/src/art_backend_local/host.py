@@ -1,0 +1,168 @@
+"""The host process: `python -m art_backend_local.host --path PATH`. Gateway and control API in one server on one port.
+
+Takes the path's lock, writes `host.json` once it answers, and ends when it is told to, when nobody has used it for a
+while, or when the client it belongs to has gone. Everything it does in between is the state's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import uvicorn
+from filelock import FileLock
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from art_core import installed_plugins
+from art_gateway import SERVER_OPTIONS, Gateway, GatewayLimits, raise_file_limit
+
+from .control_app import ControlApp
+from .host_files import (
+    PATH_IN_USE,
+    HostRecord,
+    lock_path,
+    process_lives,
+    remember_path,
+    remove_host,
+    start_time,
+    write_host,
+)
+from .host_routes import GATE_LIMIT_S, HostRoutes
+from .host_state import HostState
+from .sessions import Sessions
+from .wire import PREFIX
+
+DISTRIBUTION = "art-backend-local"
+_LOOK_EVERY_S = 1.0
+_log = logging.getLogger("art_backend_local.host")
+
+
+async def run_host(path: Path, *, idle_timeout_s: float, owner_pid: int | None) -> None:
+    """Serve until told to end. The caller holds the path's lock."""
+    sessions = Sessions()
+    state = HostState(path, installed_plugins(), sessions)
+    ending = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    with socket.create_server(("127.0.0.1", 0), backlog=SERVER_OPTIONS["backlog"]) as listener:
+        port = listener.getsockname()[1]
+        token, api_key = secrets.token_urlsafe(24), f"art-{secrets.token_urlsafe(24)}"
+        routes = HostRoutes(state.models, used=sessions.used)
+        async with Gateway(routes, api_key=api_key, limits=GatewayLimits(route_s=GATE_LIMIT_S)) as gateway:
+            control = ControlApp(state, token=token, api_key=api_key, port=port, shut_down=ending.set)
+            server = _Server(_by_address(control.app, gateway.app))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            record = HostRecord(
+                pid=os.getpid(),
+                started=start_time(os.getpid()),
+                port=port,
+                token=token,
+                version=version(DISTRIBUTION),
+                owner_pid=owner_pid,
+                owner_started=start_time(owner_pid) if owner_pid is not None else None,
+            )
+            try:
+                await server.until_started(serving)
+                write_host(path, record)
+                await asyncio.to_thread(remember_path, path)
+                _log.info("serving %s on port %d", path, port)
+                await _until_over(ending, serving, sessions, idle_timeout_s, record)
+            finally:
+                remove_host(path, os.getpid())
+                server.should_exit = True
+                await asyncio.wait({serving}, timeout=10)
+                serving.cancel()
+                await state.close()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn inside our own loop, which keeps the signals to itself."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        options = {name: value for name, value in SERVER_OPTIONS.items() if name != "loop"}
+        super().__init__(uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=3, **options))
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Nothing: the host's own handlers are installed."""
+        yield
+
+    async def until_started(self, serving: asyncio.Task[None]) -> None:
+        """Wait until it accepts connections, or raise what kept it from it."""
+        while not self.started:
+            if serving.done():
+                await serving
+                raise RuntimeError("the server ended before it began")
+            await asyncio.sleep(0.005)
+
+
+async def _until_over(
+    ending: asyncio.Event, serving: asyncio.Task[None], sessions: Sessions, idle_timeout_s: float, record: HostRecord
+) -> None:
+    while not ending.is_set() and not serving.done():
+        try:
+            await asyncio.wait_for(ending.wait(), _LOOK_EVERY_S)
+        except TimeoutError:
+            if record.owner_pid is not None and not process_lives(record.owner_pid, record.owner_started):
+                _log.info("the client %d has gone", record.owner_pid)
+                return
+            if record.owner_pid is None and sessions.idle_s > idle_timeout_s:
+                _log.info("nobody has used this host for %g s", idle_timeout_s)
+                return
+
+
+def _by_address(control: ASGIApp, gateway: ASGIApp) -> ASGIApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        inner = control if scope.get("path", "").startswith(f"{PREFIX}/") else gateway
+        await inner(scope, receive, send)
+
+    return app
+
+
+def _hold(path: Path, owner_pid: int | None) -> FileLock:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = lock_path(path)
+    if lock is None:
+        print(f"another host has {path}", file=sys.stderr)
+        raise SystemExit(PATH_IN_USE)
+    return lock
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a host until it ends. Exit status 75 when another host has the path."""
+    parser = argparse.ArgumentParser(prog="python -m art_backend_local.host", description="Serve one path's models.")
+    parser.add_argument("--path", required=True, type=Path)
+    parser.add_argument("--idle-timeout", default=1800.0, type=float, metavar="SECONDS")
+    parser.add_argument("--owner-pid", type=int, help="the client that this host ends with")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    raise_file_limit()
+    lock = _hold(arguments.path, arguments.owner_pid)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(run_host(arguments.path, idle_timeout_s=arguments.idle_timeout, owner_pid=arguments.owner_pid))
+    finally:
+        lock.release()
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.Loop
+
+
+if __name__ == "__main__":
+    main()

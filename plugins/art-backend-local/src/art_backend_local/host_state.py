@@ -1,0 +1,317 @@
+"""Everything a host has: inference engines, training workers and the models they serve and train.
+
+Starts what a registration needs and shares it among models with the same base and settings. Knows no HTTP; requests
+come in as the objects of `wire`, progress goes out through `emit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from art_core import (
+    ArtError,
+    CheckpointNotFound,
+    InferenceEngine,
+    ModelKey,
+    PluginRegistry,
+    PublicationFailed,
+    TrainingEngine,
+    instantiate,
+)
+from art_core.checkpoint import remove_unfinished, write_atomically, write_json_atomically
+from art_runtime import StartProgress, accelerators
+
+from .base_weights import linear_shapes
+from .engine_choice import no_training_engine
+from .engine_server import EngineServer, EngineServerConfig
+from .hosted_model import HostedModel
+from .sessions import Sessions
+from .starting_point import save_starting_point
+from .training_server import TrainingServer, TrainingServerConfig
+from .wire import RegisterRequest
+
+JSON = dict[str, Any]
+Emit = Callable[[JSON], None]
+MODEL_FILE = "model.json"
+_log = logging.getLogger(__name__)
+
+
+class HostState:
+    """The state of one host process. For one event loop."""
+
+    def __init__(self, path: Path, registry: PluginRegistry, sessions: Sessions) -> None:
+        self.path = path
+        self.registry = registry
+        self.sessions = sessions
+        self.models: dict[ModelKey, HostedModel] = {}
+        self.requests: dict[ModelKey, RegisterRequest] = {}
+        self.servers: dict[str, EngineServer] = {}
+        self.workers: dict[str, TrainingServer] = {}
+        self.has_gpu = bool(accelerators())
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def report(self, sentence: str) -> None:
+        """Tell the log and every client."""
+        _log.warning(sentence)
+        self.sessions.tell_all(sentence)
+
+    def model(self, key: ModelKey) -> HostedModel:
+        """A registered model. Raises CheckpointNotFound for one that isn't."""
+        if key not in self.models:
+            there = ", ".join(map(str, self.models)) or "none"
+            raise CheckpointNotFound(f"{key} is not registered with this host; registered: {there}. Register it again.")
+        return self.models[key]
+
+    async def register(self, request: RegisterRequest, emit: Emit) -> HostedModel:
+        """Serve a model at its latest whole checkpoint, made if there is none. A second call publishes what is
+        newer.
+        """
+        async with self._locks[f"model {request.key}"]:
+            model = self.models.get(request.key)
+            if model is not None and model.server.broken is None:
+                self._check_same(self.requests[request.key], request)
+                model.settings = request.settings
+                self.requests[request.key] = request
+                self._start_worker_early(request)
+                await model.publish_latest()
+                return model
+            if model is not None:
+                await self._drop_server(model.server)
+            model = await self._first_registration(request, emit)
+            self.requests[request.key] = request
+            return model
+
+    def worker_for(self, request: RegisterRequest) -> TrainingServer:
+        """The training worker for a model; it may not run yet. Raises PluginNotInstalled when nothing trains."""
+        if request.training_engine is None:
+            raise no_training_engine(self.registry)
+        settings = request.settings
+        key = _key("train", request.training_engine, request.base_folder, settings.training_key())
+        worker = self.workers.get(key)
+        if worker is None:
+            engine: TrainingEngine = instantiate(self.registry.training_engine(request.training_engine))
+            config = TrainingServerConfig(
+                base_model=request.base_folder,
+                python=sys.executable,
+                log_file=self._log_file(f"training-{engine.name}-{request.base_folder.name}"),
+                dtype=settings.training_dtype,
+                devices=self._devices(settings.trainer_gpu_ids),
+                max_seq_length=settings.adapter.max_seq_length,
+                init_args=settings.init_args,
+            )
+            worker = self.workers[key] = TrainingServer(engine, config)
+        return worker
+
+    def in_flight(self, server: EngineServer) -> int:
+        """How many requests an engine is answering."""
+        return sum(m.steps.in_flight(s) for m in self._models_of(server) for s in m.steps.loaded)
+
+    async def close(self) -> None:
+        """Stop every engine and worker."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        stops = [*(s.close() for s in self.servers.values()), *(w.close() for w in self.workers.values())]
+        for problem in await asyncio.gather(*stops, return_exceptions=True):
+            if isinstance(problem, BaseException):
+                _log.error("a process could not be stopped", exc_info=problem)
+
+    async def _first_registration(self, request: RegisterRequest, emit: Emit) -> HostedModel:
+        key = request.key
+        folder = key.folder(self.path)
+        shapes = await asyncio.to_thread(linear_shapes, request.base_folder)
+        for left in await asyncio.to_thread(remove_unfinished, folder / "checkpoints"):
+            _log.info("removed %s, which a killed writer had left", left)
+        await asyncio.to_thread(save_starting_point, folder, request, shapes)
+        # Both load the base at the same time; who asks for inference need not wait for the trainer.
+        self._start_worker_early(request)
+        server = await self._server_for(request, emit)
+        model = HostedModel(
+            key, folder, base_shapes=shapes, settings=request.settings, server=server, report=self.report
+        )
+        self.models[key] = model
+        try:
+            await self._publish_last_good(model)
+        except BaseException:
+            del self.models[key]
+            raise
+        await asyncio.to_thread(_write_model_file, folder, request)
+        self._own(self._keep_tidy(model))
+        return model
+
+    async def _publish_last_good(self, model: HostedModel) -> None:
+        """Publish the latest checkpoint that can be; those that are themselves at fault are put aside."""
+        while True:
+            latest = await model.latest()
+            try:
+                await model.publish(latest)
+                return
+            except PublicationFailed as error:
+                at_fault = error.stage == "check" and latest.step > 0
+                if not at_fault:
+                    raise
+                aside = await model.set_refused_aside(latest.step)
+                self.report(f"{error} It is kept as {aside.name}, and the step before it is used.")
+
+    async def _server_for(self, request: RegisterRequest, emit: Emit) -> EngineServer:
+        settings = request.settings
+        key = _key(
+            "infer", request.inference_engine, request.base_folder, settings.inference_key(), request.max_adapters
+        )
+        async with self._locks[key]:
+            server = self.servers.get(key)
+            if server is not None and server.broken is None:
+                await server.ready(300.0)
+                return server
+            engine: InferenceEngine = instantiate(self.registry.inference_engine(request.inference_engine))
+            config = EngineServerConfig(
+                base_model=request.base_folder,
+                served_name="base",
+                python=sys.executable,
+                log_file=self._log_file(f"inference-{engine.name}-{request.base_folder.name}"),
+                max_adapters=request.max_adapters,
+                max_lora_rank=settings.max_lora_rank,
+                max_model_len=settings.max_model_len,
+                dtype=settings.inference_dtype,
+                devices=self._devices(settings.inference_gpu_ids),
+                chat_template=await asyncio.to_thread(self._template_file, settings.adapter.chat_template),
+                engine_args=settings.engine_args,
+            )
+
+            new = EngineServer(engine, config, report=self.report)
+            new.serves(
+                lost=lambda: self._lost(new),
+                restore=lambda: self._restore(new),
+                give_up_one=lambda: self._give_up_one(new),
+            )
+            await new.start(lambda progress: emit(status_event(progress)))
+            self.servers[key] = new
+            return new
+
+    def _lost(self, server: EngineServer) -> None:
+        for model in self._models_of(server):
+            model.lost()
+
+    async def _restore(self, server: EngineServer) -> None:
+        for model in self._models_of(server):
+            await model.restore()
+
+    async def _give_up_one(self, server: EngineServer) -> bool:
+        for model in self._models_of(server):
+            for step in model.steps.idle():
+                await model.give_up(step)
+                return True
+        return False
+
+    def _models_of(self, server: EngineServer) -> list[HostedModel]:
+        return [model for model in self.models.values() if model.server is server]
+
+    async def _drop_server(self, server: EngineServer) -> None:
+        for key in [model.key for model in self._models_of(server)]:
+            del self.models[key]
+        self.servers = {key: s for key, s in self.servers.items() if s is not server}
+        await server.close()
+
+    def _start_worker_early(self, request: RegisterRequest) -> None:
+        if request.training_engine is not None:
+            self._own(self._start_worker(self.worker_for(request)))
+
+    async def _start_worker(self, worker: TrainingServer) -> None:
+        try:
+            await worker.ensure_running()
+        except ArtError as error:
+            self.report(f"The training worker did not start; the next training step tries again. {error}")
+
+    async def _keep_tidy(self, model: HostedModel) -> None:
+        while True:
+            await model.ended.wait()
+            model.ended.clear()
+            if model.steps.idle(keep=2) and model.server.up and model.server.gate.is_set():
+                try:
+                    await model.tidy()
+                except ArtError as error:
+                    self.report(f"old steps of {model.key} could not be unloaded: {error}")
+            # Bursts of short requests need one look, not thousands.
+            await asyncio.sleep(0.2)
+
+    def _own(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _check_same(self, old: RegisterRequest, new: RegisterRequest) -> None:
+        differing = [
+            what
+            for what, a, b in (
+                ("base model", old.base_folder, new.base_folder),
+                ("inference engine", old.inference_engine, new.inference_engine),
+                ("inference settings", old.settings.inference_key(), new.settings.inference_key()),
+                ("max_adapters", old.max_adapters, new.max_adapters),
+            )
+            if a != b
+        ]
+        if differing:
+            raise ValueError(
+                f"{new.key} is being served with another {' and another '.join(differing)}. Use another model name, or"
+                " end this"
+                f" host first: art down --path {self.path}"
+            )
+
+    def _devices(self, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
+        if chosen is not None:
+            there = [gpu.index for gpu in accelerators()]
+            missing = [index for index in chosen if index not in there]
+            if missing:
+                raise ValueError(f"GPU {missing} is not on this machine; it has: {there or 'none'}.")
+            return chosen
+        return tuple(gpu.index for gpu in accelerators()[:1])
+
+    def _log_file(self, name: str) -> Path:
+        return self.path / "logs" / f"{name}.log"
+
+    def _template_file(self, template: str | None) -> Path | None:
+        if template is None:
+            return None
+        file = self.path / "templates" / f"{hashlib.sha256(template.encode()).hexdigest()[:16]}.jinja"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, template.encode())
+        return file
+
+
+def _key(*parts: object) -> str:
+    return "\n".join(map(str, parts))
+
+
+def status_event(progress: StartProgress) -> JSON:
+    """What the client shows while a process starts."""
+    return {
+        "event": "status",
+        "waiting_for": progress.name,
+        "seconds": round(progress.seconds, 1),
+        "last_line": progress.last_line[-500:],
+    }
+
+
+def _write_model_file(folder: Path, request: RegisterRequest) -> None:
+    write_json_atomically(
+        folder / MODEL_FILE,
+        {
+            "name": request.name,
+            "project": request.project,
+            "entity": request.entity,
+            "trainable": True,
+            "base_model": request.base_model,
+            "base_folder": str(request.base_folder),
+            "inference_engine": request.inference_engine,
+            "training_engine": request.training_engine,
+            "settings": request.settings.model_dump(mode="json"),
+        },
+    )

@@ -1,0 +1,327 @@
+"""One model as the host serves it: its checkpoints on disk, which of them the engine holds, and how one gets there.
+
+Implements art_core's Publisher with an engine server. Knows nothing of HTTP, training or clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from art_core import (
+    ArtError,
+    Canary,
+    CanaryPrompt,
+    CheckpointInUse,
+    CheckpointNotFound,
+    CheckpointRef,
+    EngineRefused,
+    ModelKey,
+    ProcessFailed,
+    PublicationFailed,
+    PublicationReceipt,
+    ServedSteps,
+    publish,
+)
+from art_core.checkpoint import MANIFEST, read_canary, read_manifest, step_folder, whole_steps
+
+from .adapter_check import check_adapter
+from .base_weights import LinearShapes
+from .canary import canary_request, first_token, read_canary_answers
+from .engine_server import EngineServer
+from .settings import ModelSettings
+from .template_arguments import with_template_arguments
+
+# Beside the leased, routed and busy ones, the newest steps that stay loaded so that asking for them costs nothing.
+KEEP_IDLE = 2
+NOT_KEPT = "not_kept"
+ENGINE_BACK_LIMIT_S = 300.0
+# Any ids will do to see that an engine answers; a checkpoint without canary has no better ones.
+_PROBE = CanaryPrompt(token_ids=[1, 2, 3], expected={})
+
+
+class HostedModel:
+    """A registered model. For one event loop.
+
+    `ensure_loaded` brings a step into the engine, `publish` moves the route as well. `known` are the whole steps on
+    disk when last looked; those in `training_from` are in use by a training job and are not deleted. `trained_by` is
+    the session that trains it. `ended` is set whenever a request has ended. `dialect` is the engine's, with the model's
+    own arguments for the chat template.
+    """
+
+    def __init__(
+        self,
+        key: ModelKey,
+        folder: Path,
+        *,
+        base_shapes: LinearShapes,
+        settings: ModelSettings,
+        server: EngineServer,
+        report: Callable[[str], None],
+    ) -> None:
+        self.key = key
+        self.folder = folder
+        self.base_shapes = base_shapes
+        self.settings = settings
+        self.server = server
+        self.steps = ServedSteps(key)
+        self.known: tuple[int, ...] = ()
+        self.training_from: set[int] = set()
+        self.publishing = asyncio.Lock()
+        self.ended = asyncio.Event()
+        self.trained_by: str | None = None
+        self.dialect = with_template_arguments(server.engine, settings.adapter.chat_template_kwargs)
+        self.report = report
+        self._to_restore: set[int] = set()
+        self._loading: dict[int, asyncio.Task[None]] = {}
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / "checkpoints"
+
+    async def on_disk(self) -> dict[int, Path]:
+        """Every whole step on disk, oldest first; corrupt ones are warned of and left alone."""
+        there = await asyncio.to_thread(whole_steps, self.checkpoints)
+        self.known = tuple(there)
+        return there
+
+    async def latest(self) -> CheckpointRef:
+        """The latest whole checkpoint. Raises CheckpointNotFound."""
+        there = await self.on_disk()
+        if not there:
+            raise CheckpointNotFound(f"{self.key} has no whole checkpoint in {self.checkpoints}.")
+        return self.ref(max(there))
+
+    def ref(self, step: int) -> CheckpointRef:
+        """The checkpoint of a step, whether or not it is there."""
+        return CheckpointRef(self.key, step, step_folder(self.checkpoints, step))
+
+    async def next_step(self) -> int:
+        """The step that the next training job makes: after every whole one, and never a name that the engine held."""
+        step = max((await self.on_disk()), default=0) + 1
+        while self.server.held_other_weights(self.ref(step).adapter_name, None):
+            step += 1
+        return step
+
+    async def publish(self, checkpoint: CheckpointRef) -> PublicationReceipt:
+        """Take a checkpoint through check, load, verify and route. Raises PublicationFailed.
+
+        When the engine dies meanwhile it is tried once more with the restarted one.
+        """
+        async with self.publishing:
+            restarts = self.server.restarts
+            try:
+                receipt = await publish(checkpoint, self)
+            except PublicationFailed as error:
+                died = self.server.restarts != restarts or not self.server.up or _engine_gone(error)
+                if not died:
+                    raise
+                self.report(f"{error} Trying again with the restarted engine.")
+                await self.server.ready(ENGINE_BACK_LIMIT_S)
+                receipt = await publish(checkpoint, self)
+        return receipt
+
+    async def publish_latest(self) -> PublicationReceipt | None:
+        """Publish the latest whole checkpoint unless it is routed already."""
+        latest = await self.latest()
+        if self.steps.routed is not None and latest.step <= self.steps.routed:
+            return None
+        return await self.publish(latest)
+
+    async def ensure_loaded(self, step: int) -> None:
+        """Have the engine hold a step, checked and verified, without routing to it. Raises CheckpointNotFound listing
+        the steps that there are.
+        """
+        if step in self.steps.loaded:
+            return
+        task = self._loading.get(step)
+        if task is None:
+            # One load for all who ask; it goes on when one of them leaves.
+            task = self._loading[step] = asyncio.create_task(self._load_on_demand(step), name=f"load {self.key}@{step}")
+            task.add_done_callback(lambda done: self._loading_done(step, done))
+        await asyncio.shield(task)
+
+    def lost(self) -> None:
+        """The engine died: remember what to load again."""
+        self._to_restore |= self.steps.lose_all()
+        if self.steps.routed is not None:
+            self._to_restore.add(self.steps.routed)
+
+    async def restore(self) -> None:
+        """Load again what was routed or leased when the engine died, verified. Raises ArtError."""
+        for step in sorted(self._to_restore):
+            checkpoint = self.ref(step)
+            try:
+                await self.load(checkpoint)
+                await self.verify(checkpoint)
+            except ArtError as error:
+                if step == self.steps.routed or isinstance(error, ProcessFailed):
+                    raise
+                self.report(
+                    f"{checkpoint.inference_name} could not be loaded again after the engine's restart: {error}"
+                )
+            else:
+                self.steps.add(step)
+            self._to_restore.discard(step)
+
+    async def tidy(self) -> None:
+        """Unload idle steps but the newest few."""
+        async with self.server.adapters_lock:
+            for step in self.steps.idle(keep=KEEP_IDLE):
+                await self.give_up(step)
+
+    async def give_up(self, step: int) -> None:
+        """Unload one step that nobody uses. Call it with the server's `adapters_lock`, so that nobody loads it
+        meanwhile.
+
+        Raises CheckpointInUse.
+        """
+        self.steps.remove(step)
+        try:
+            await self.server.unload(self.ref(step).adapter_name)
+        except ArtError as error:
+            if self.server.up:
+                self.report(f"{self.key}@{step} could not be unloaded: {error}")
+
+    async def delete(self, steps: list[int]) -> list[int]:
+        """Delete steps from disk, unloading idle ones. Raises CheckpointInUse before anything is deleted."""
+        there = await self.on_disk()
+        wanted = [step for step in sorted(set(steps)) if step in there]
+        in_use = [
+            step for step in wanted if self.steps.in_use(step) or step in self.training_from or step in self._loading
+        ]
+        if in_use:
+            raise CheckpointInUse(
+                f"{self.key}: step {', '.join(map(str, in_use))} is served, leased or being trained from, so nothing"
+                " was"
+                " deleted. End its leases, or leave it out."
+            )
+        for step in wanted:
+            async with self.server.adapters_lock:
+                if step in self.steps.loaded:
+                    await self.give_up(step)
+            await asyncio.to_thread(_remove_folder, there[step])
+        self.known = tuple(step for step in self.known if step not in wanted)
+        return wanted
+
+    async def set_refused_aside(self, step: int) -> Path:
+        """Move a checkpoint that may not be published out of the way, whole, and give where it is now."""
+        folder = self.ref(step).path
+        aside = folder.with_name(f"{folder.name}.refused-{uuid4().hex[:8]}")
+        await asyncio.to_thread(folder.rename, aside)
+        return aside
+
+    @contextmanager
+    def used_for_training(self, steps: set[int]) -> Iterator[None]:
+        """Keep these steps from being deleted."""
+        self.training_from |= steps
+        try:
+            yield
+        finally:
+            self.training_from -= steps
+
+    async def check(self, checkpoint: CheckpointRef) -> None:
+        """Publisher: files as the manifest says, shapes, rank, finite values."""
+        await asyncio.to_thread(read_manifest, checkpoint.path, hashes=True)
+        await asyncio.to_thread(
+            check_adapter, checkpoint.path, self.base_shapes, max_rank=self.server.config.max_lora_rank
+        )
+
+    async def load(self, checkpoint: CheckpointRef) -> None:
+        """Publisher: have the engine hold it, after making room among idle adapters."""
+        fingerprint = await asyncio.to_thread(_fingerprint, checkpoint.path)
+        async with self.server.adapters_lock:
+            await self.server.make_room()
+            await self.server.load(checkpoint.adapter_name, checkpoint.path, fingerprint)
+
+    async def verify(self, checkpoint: CheckpointRef) -> None:
+        """Publisher: the engine answers under its name, and as this checkpoint."""
+        canary = await asyncio.to_thread(read_canary, checkpoint.path)
+        prompts = canary.prompts if canary is not None and canary.prompts else [_PROBE]
+        answers = [first_token(await self._ask(checkpoint, prompt)) for prompt in prompts]
+        if canary is None or not canary.prompts:
+            return
+        reading = read_canary_answers(Canary(prompts=prompts), answers)
+        if reading.problem:
+            raise EngineRefused(self.server.engine.name, f"answer as {checkpoint.inference_name}", reading.problem)
+
+    async def route(self, checkpoint: CheckpointRef) -> None:
+        """Publisher: new requests go to it."""
+        self.steps.add(checkpoint.step)
+        self.steps.route(checkpoint.step)
+
+    async def unload(self, checkpoint: CheckpointRef) -> None:
+        """Publisher: undo `load`."""
+        if checkpoint.adapter_name in self.server.loaded:
+            await self.server.unload(checkpoint.adapter_name)
+
+    async def _ask(self, checkpoint: CheckpointRef, prompt: CanaryPrompt) -> dict[str, Any]:
+        answer = await self.server.complete(canary_request(prompt), checkpoint.adapter_name)
+        try:
+            first_token(answer)
+        except ValueError as error:
+            raise EngineRefused(
+                self.server.engine.name, f"answer as {checkpoint.inference_name}", str(error)
+            ) from error
+        return answer
+
+    async def _load_on_demand(self, step: int) -> None:
+        there = await self.on_disk()
+        if step not in there:
+            raise CheckpointNotFound(
+                f"{self.key}@{step} is not there; steps that can be asked for: {', '.join(map(str, there)) or 'none'}."
+            )
+        checkpoint = self.ref(step)
+        await self.server.ready(ENGINE_BACK_LIMIT_S)
+        await self.check(checkpoint)
+        try:
+            await self.load(checkpoint)
+            await self.verify(checkpoint)
+        except BaseException:
+            await self.unload(checkpoint)
+            raise
+        self.steps.add(step)
+
+    def _loading_done(self, step: int, task: asyncio.Task[None]) -> None:
+        self._loading.pop(step, None)
+        if not task.cancelled() and task.exception() is not None:
+            self.report(f"{self.key}@{step} could not be loaded: {task.exception()}")
+
+    async def remove_not_kept(self) -> list[int]:
+        """Delete the steps made with save_checkpoint=False that a later one has replaced, and say which were."""
+        routed = self.steps.routed
+        there = await self.on_disk()
+        doomed = [
+            s for s, folder in there.items() if routed is not None and s < routed and (folder / NOT_KEPT).exists()
+        ]
+        free = [
+            s for s in doomed if not self.steps.in_use(s) and s not in self.training_from and s not in self._loading
+        ]
+        return await self.delete(free)
+
+
+def mark_not_kept(folder: Path) -> None:
+    """Note that a checkpoint was made with save_checkpoint=False and goes once a later step is served."""
+    (folder / NOT_KEPT).touch()
+
+
+def _engine_gone(error: PublicationFailed) -> bool:
+    return isinstance(error.__cause__, ProcessFailed | OSError)
+
+
+def _fingerprint(folder: Path) -> str:
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def _remove_folder(folder: Path) -> None:
+    # Renamed first: a kill half-way leaves no folder that looks like a checkpoint.
+    doomed = folder.with_name(f".saving-deleted-{folder.name}-{uuid4().hex[:8]}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

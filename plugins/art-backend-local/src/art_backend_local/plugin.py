@@ -1,0 +1,34 @@
+"""The card of the local backend and its commands, for art-core to find. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from art_core import BackendCapability, BackendSpec, hookimpl
+
+if TYPE_CHECKING:
+    import typer
+
+art_api = 1
+
+
+@hookimpl
+def art_register_backends() -> Iterable[BackendSpec]:
+    """The backend that serves and trains on this machine."""
+    return [
+        BackendSpec(
+            name="local",
+            factory="art_backend_local.backend:LocalBackend",
+            summary="Serves and trains models on this machine, with checkpoints on disk.",
+            capabilities=frozenset(BackendCapability) - {BackendCapability.CHECKPOINTS_AS_ARTIFACTS},
+        )
+    ]
+
+
+@hookimpl
+def art_register_commands(cli: typer.Typer) -> None:
+    """`art ps` and `art down`."""
+    from .commands import add_commands
+
+    add_commands(cli)

@@ -1,0 +1,76 @@
+"""Builds a registration in the client: finds the base model's weights, or an adapter's base, and reads the settings.
+
+Downloads happen here, where the user sees their progress, and never in the host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from art_core import AdapterMismatch, BaseModelNotFound, ModelKey, PluginRegistry, PolicyModel, resolve_base_model
+
+from .adapter_check import check_adapter, read_adapter_config
+from .base_weights import linear_shapes
+from .engine_choice import EngineChoice
+from .settings import ModelSettings, read_settings
+from .starting_point import base_model_of_adapter
+from .wire import RegisterRequest
+
+
+async def registration_request(
+    registry: PluginRegistry,
+    model: PolicyModel,
+    engines: EngineChoice,
+    *,
+    max_adapters: int,
+    session: Callable[[], Awaitable[str]],
+) -> RegisterRequest:
+    """Everything the host needs to serve and train the model.
+
+    Raises BaseModelNotFound; AdapterMismatch, naming module and shapes, when base_model is an adapter folder that does
+    not fit its base; UnknownArgument and ValueError for `_internal_config`. Nothing is started before these are known.
+    """
+    ModelKey(model.project, model.name)
+    settings = read_settings(model.internal_config)
+    folder = await resolve_base_model(registry, model.base_model)
+    adapter: Path | None = None
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        adapter, base_name = folder, await asyncio.to_thread(base_model_of_adapter, folder)
+        try:
+            folder = await resolve_base_model(registry, base_name)
+        except BaseModelNotFound as error:
+            raise BaseModelNotFound(
+                f"the adapter {adapter} is for the base model {base_name!r} (base_model_name_or_path in its config),"
+                f" and: {error}"
+            ) from error
+        settings = await asyncio.to_thread(_fitting, settings, adapter, folder)
+    if not (folder / "config.json").is_file():
+        raise BaseModelNotFound(f"{folder} is an adapter, not a base model; an adapter's base must be whole weights.")
+    return RegisterRequest(
+        session=await session(),
+        project=model.project,
+        name=model.name,
+        entity=model.entity,
+        base_model=model.base_model,
+        base_folder=folder,
+        adapter_folder=adapter,
+        inference_engine=engines.inference,
+        training_engine=engines.training,
+        max_adapters=max_adapters,
+        settings=settings,
+    )
+
+
+def _fitting(settings: ModelSettings, adapter: Path, base: Path) -> ModelSettings:
+    """The settings with room for the adapter's rank, once it is known to fit its base."""
+    check_adapter(adapter, linear_shapes(base))
+    rank = read_adapter_config(adapter)["r"]
+    if settings.adapter.peft_args.get("r", rank) != rank:
+        raise AdapterMismatch(
+            f"peft_args asks for r={settings.adapter.peft_args['r']}, but the adapter {adapter} to start from has rank"
+            f" {rank}. Leave"
+            " r out."
+        )
+    return settings.model_copy(update={"max_lora_rank": max(settings.max_lora_rank, rank)})

@@ -1,0 +1,66 @@
+"""Where a model starts: at its latest checkpoint, at a PEFT adapter the user gave, or at an adapter that changes
+nothing.
+
+Writes step 0 when there is no checkpoint. Knows files; knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from art_core import AdapterMismatch
+from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
+
+from .adapter_check import check_adapter, read_adapter_config
+from .base_weights import LinearShapes
+from .identity_adapter import LoraShape, save_step_zero
+from .wire import RegisterRequest
+
+
+def base_model_of_adapter(folder: Path) -> str:
+    """The base model's name or folder that a PEFT adapter says it is for. Raises AdapterMismatch when it says none."""
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise AdapterMismatch(
+            f"{folder / ADAPTER_CONFIG} does not say its base model (base_model_name_or_path). Put the base model's"
+            " name or"
+            " folder there."
+        )
+    return name
+
+
+def save_starting_point(folder: Path, request: RegisterRequest, shapes: LinearShapes) -> None:
+    """Make step 0 of a model that has no whole checkpoint.
+
+    Raises AdapterMismatch when the given adapter doesn't fit the base, ValueError when the model was made with another
+    base.
+    """
+    checkpoints = folder / "checkpoints"
+    _check_base(folder, request)
+    if request.adapter_folder is not None:
+        check_adapter(request.adapter_folder, shapes)
+    if whole_steps(checkpoints):
+        return
+    start = step_folder(checkpoints, 0)
+    if request.adapter_folder is None:
+        save_step_zero(start, request.base_folder, LoraShape.of(request.settings.adapter.peft_args))
+        return
+    with saving(start, step=0, base_model=str(request.base_folder), engine="local") as temporary:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(request.adapter_folder / name, temporary / name)
+
+
+def _check_base(folder: Path, request: RegisterRequest) -> None:
+    try:
+        known = json.loads((folder / "model.json").read_bytes())
+        base_model, base_folder = str(known["base_model"]), str(known["base_folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if base_model != request.base_model and base_folder != str(request.base_folder):
+        raise ValueError(
+            f"{request.key} was made with base_model={base_model!r} and cannot go on with {request.base_model!r}: its"
+            " adapters"
+            " belong to the first. Use another model name."
+        )

@@ -1,0 +1,186 @@
+"""One training worker's process: started when it is needed, given jobs, and its events passed on.
+
+A worker that died is started again at the next job. Knows the wire of `art_core.training_jobs`; knows no checkpoints,
+routes or clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from art_core import ProcessFailed, TrainingEngine, TrainingFailed, TrainingLaunch
+from art_core.training_jobs import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
+from art_runtime import StartProgress, SupervisedProcess, free_port
+
+from .wire_errors import error_from_json
+
+JSON = dict[str, Any]
+# One packed row of a large model may take long; silence beyond this is a hang.
+SILENCE_LIMIT_S = 1800.0
+# A cancelled job leaves between two rows.
+BUSY_LIMIT_S = 600.0
+_MAX_LINE = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingServerConfig:
+    """What a worker is started with; see `TrainingLaunch`."""
+
+    base_model: Path
+    python: str
+    log_file: Path
+    dtype: str = "auto"
+    devices: tuple[int, ...] = ()
+    max_seq_length: int = 32768
+    init_args: JSON = field(default_factory=dict)
+
+
+class TrainingServer:
+    """A training worker. For one event loop."""
+
+    def __init__(self, engine: TrainingEngine, config: TrainingServerConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.turn = asyncio.Lock()
+        self._starting = asyncio.Lock()
+        self._process: SupervisedProcess | None = None
+        self._token = ""
+        self._closed = False
+        self._leaving: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None while none runs."""
+        return self._process.pid if self._process is not None and self._process.running else None
+
+    async def ensure_running(self, on_progress: Callable[[StartProgress], None] | None = None) -> None:
+        """Start the worker unless it runs. Raises ProcessFailed with the end of its log."""
+        async with self._starting:
+            if self.pid is not None:
+                return
+            if self._closed:
+                raise ProcessFailed("the training worker is being stopped, since its host ends.")
+            c, port, self._token = self.config, free_port(), secrets.token_urlsafe(24)
+            plan = self.engine.launch(
+                TrainingLaunch(
+                    base_model=c.base_model, host="127.0.0.1", port=port, token=self._token, python=c.python,
+                    dtype=c.dtype, devices=c.devices, max_seq_length=c.max_seq_length, init_args=c.init_args,
+                )
+            )  # fmt: skip
+            self._process = await SupervisedProcess.start(
+                plan,
+                port=port,
+                log_file=c.log_file,
+                name=f"training worker {self.engine.name}",
+                on_progress=on_progress,
+            )
+
+    async def run(self, job: TrainJob) -> AsyncGenerator[TrainEvent]:
+        """The job's events, up to and with `JobEnded`. Closing the iterator cancels the job.
+
+        Raises TrainingFailed when the worker dies, falls silent or answers nonsense, with the end of its log; and the
+        job's own error, as the type that it was raised as, when the job fails.
+        """
+        process = self._process
+        if process is None:
+            raise ProcessFailed("the training worker was not started.")
+        ended = False
+        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_LIMIT_S)
+        url, body = f"{process.base_url}/jobs", job.model_dump_json()
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=timeout, read_bufsize=_MAX_LINE) as http,
+                http.post(url, data=body, headers=headers) as response,
+            ):
+                if response.status != 200:
+                    reason = (await response.text())[:2000]
+                    raise TrainingFailed(f"the training worker refused the job: HTTP {response.status}: {reason}")
+                async for line in response.content:
+                    event = read_event(line)
+                    ended = isinstance(event, JobFailed | JobEnded)
+                    if isinstance(event, JobFailed):
+                        raise _job_error(event)
+                    yield event
+                    if ended:
+                        return
+        except TimeoutError:
+            process.kill()
+            raise TrainingFailed(
+                f"the training worker said nothing for {SILENCE_LIMIT_S:g} s and was ended; the next step starts a new"
+                " one."
+                f" The end of its log:\n{process.log_tail()}"
+            ) from None
+        except (aiohttp.ClientError, ValueError) as error:
+            if isinstance(error, ValueError) and process.running:
+                raise
+            raise await self._died(process, error) from error
+        finally:
+            if not ended and process.running:
+                self._leaving = asyncio.create_task(self._until_idle(process), name="wait for the cancelled job")
+        raise await self._died(process, "its answer ended early")
+
+    async def settled(self) -> None:
+        """Wait until a cancelled job has left the worker, so that it can save nothing any more."""
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            await leaving
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        return self._process.log_tail() if self._process is not None else "(it was not started)"
+
+    async def close(self) -> None:
+        """Stop the worker. A second call does nothing."""
+        self._closed = True
+        async with self._starting:
+            if self._process is not None:
+                await self._process.stop()
+
+    async def _until_idle(self, process: SupervisedProcess) -> None:
+        timeout = aiohttp.ClientTimeout(total=10)
+        deadline = asyncio.get_running_loop().time() + BUSY_LIMIT_S
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            while process.running:
+                try:
+                    async with http.get(f"{process.base_url}/health") as response:
+                        if response.status == 200 and (await response.json()).get("status") != "training":
+                            return
+                except (aiohttp.ClientError, TimeoutError):
+                    pass  # dead, which `running` tells, or too busy to answer
+                if asyncio.get_running_loop().time() > deadline:
+                    process.kill()
+                    return
+                await asyncio.sleep(0.1)
+
+    async def _died(self, process: SupervisedProcess, cause: object) -> TrainingFailed:
+        try:
+            exit_ = await asyncio.wait_for(process.wait_exit(), 5.0)
+        except TimeoutError:
+            process.kill()
+            how = f"broke its connection ({cause}) and was ended"
+        else:
+            how = exit_.cause
+        return TrainingFailed(
+            f"the training worker {how} in the middle of the step. Nothing of it was kept; the step before is still"
+            " served, and"
+            f" the next step starts a new worker. The end of its log ({process.log_file}):\n{process.log_tail()}"
+        )
+
+
+def _job_error(event: JobFailed) -> Exception:
+    error = error_from_json({"type": event.error_type, "message": event.message})
+    if type(error).__name__ == event.error_type:
+        return error
+    return TrainingFailed(
+        f"the step failed in the training worker: {event.error_type}: {event.message}. Nothing of it was kept; the"
+        " step before is"
+        f" still served.\n{event.traceback}"
+    )

@@ -1,0 +1,93 @@
+"""What a client asks of its host, as it crosses the control API. Sizes stay small: trajectories travel in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from art_core import ModelKey
+from art_core.training_jobs import TrainOptions
+
+from .settings import ModelSettings
+
+PREFIX = "/_art"
+
+
+class OfModel(BaseModel):
+    """A request about one model, from a client's session."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    session: str
+    project: str
+    name: str
+
+    @property
+    def key(self) -> ModelKey:
+        """The model's key."""
+        return ModelKey(self.project, self.name)
+
+
+class RegisterRequest(OfModel):
+    """Serve a model. `base_folder` holds the weights; `adapter_folder` is the PEFT adapter to start from, if any.
+
+    `base_model` is what the user called it. `training_engine` None: serve only.
+    """
+
+    entity: str | None
+    base_model: str
+    base_folder: Path
+    adapter_folder: Path | None
+    inference_engine: str
+    training_engine: str | None
+    max_adapters: int
+    settings: ModelSettings
+
+
+class TrainRequest(OfModel):
+    """Train one step on the groups in `groups_file`. `reference` is the KL reference's adapter folder."""
+
+    groups_file: Path
+    options: TrainOptions
+    reference: Path | None
+
+
+class PublishRequest(OfModel):
+    """Publish a saved step; with `keep` false its folder goes once a later one is served."""
+
+    step: int
+    keep: bool
+
+
+class RefuseRequest(OfModel):
+    """The client's plugins refuse to publish a saved step."""
+
+    step: int
+
+
+class StepsRequest(OfModel):
+    """Delete these steps."""
+
+    steps: list[int]
+
+
+class ForkRequest(OfModel):
+    """Copy the latest checkpoint of another model, not after a step, into this one."""
+
+    from_model: str
+    from_project: str | None
+    not_after_step: int | None
+
+
+class LeaseRequest(OfModel):
+    """Hold a step; None is the routed one."""
+
+    step: int | None
+
+
+class LeaseEnd(BaseModel):
+    """Let a lease go."""
+
+    session: str
+    lease: str
