@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
@@ -110,10 +109,10 @@ class _Connection(asyncio.Protocol):
 
 
 class KeepAlivePool:
-    """Connections to one server, for the event loop it is first used on; they are closed when that loop ends.
+    """Connections to one server, of one event loop. Whoever makes it closes it.
 
-    `limits`: `connect_s` and `answer_s` in seconds. A connection that was idle for longer than `idle_s` is not used
-    again, as the server may be about to close it.
+    A connection that was idle for longer than `idle_s` seconds is not used again, as the server may be about to close
+    it.
     """
 
     def __init__(self, address: SplitResult, *, tls: SSLContext | None, idle_s: float = 15.0) -> None:
@@ -124,7 +123,6 @@ class KeepAlivePool:
         self._idle: dict[_Connection, None] = {}
         self._resolved: str | None = None
         self._connecting = asyncio.Semaphore(CONNECTING_AT_ONCE)
-        self._closer: AsyncGenerator[None] | None = None
         self.connections: set[_Connection] = set()
 
     async def post(self, head: bytes, body: bytes, *, connect_s: float | None, answer_s: float | None) -> Answer:
@@ -169,10 +167,6 @@ class KeepAlivePool:
         return None
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, limit_s: float | None) -> _Connection:
-        if self._closer is None:
-            # asyncio ends the asynchronous generators of a loop before it closes the loop.
-            self._closer = self._close_with_loop()
-            await anext(self._closer)
         async with self._connecting:
             if (freed := self._take(loop)) is not None:
                 return freed
@@ -192,12 +186,6 @@ class KeepAlivePool:
                     self._resolved = None  # the name may stand for another address by now
                     raise
         return connection
-
-    async def _close_with_loop(self) -> AsyncGenerator[None]:
-        try:
-            yield
-        finally:
-            self.close()
 
 
 def _time_out(waiter: asyncio.Future[Answer], limit_s: float) -> None:

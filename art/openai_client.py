@@ -14,6 +14,7 @@ import json
 import ssl
 import sys
 import urllib.request
+from collections.abc import AsyncGenerator
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,26 +70,46 @@ def make_openai_client(*, base_url: str, api_key: str) -> openai.AsyncOpenAI:
 
 
 class _SharedTransport(openai.DefaultAioHttpClient):
-    """What a client and its copies (`with_options`) share: the package's aiohttp transport and our own connections."""
+    """What a client and its copies (`with_options`) share: the package's aiohttp transport and our own connections.
 
-    _pools: dict[tuple[str, str], KeepAlivePool | None]
+    Both belong to the event loop of the first request, and are closed when it ends.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._pools: dict[str, KeepAlivePool | None] = {}
+        self._closer: AsyncGenerator[None] | None = None
 
     def pool(self, base_url: str) -> KeepAlivePool | None:
         """Our connections to a server; None when a proxy stands between, which is the package's affair."""
         address = urlsplit(base_url)
-        pools = self.__dict__.setdefault("_pools", {})
-        key = (address.scheme, address.netloc)
-        if key not in pools:
+        server = f"{address.scheme}://{address.netloc}"
+        if server not in self._pools:
             proxied = address.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(
                 address.hostname or ""
             )
             tls: ssl.SSLContext | None = _httpx.create_ssl_context() if address.scheme == "https" else None
-            pools[key] = None if proxied else KeepAlivePool(address, tls=tls, idle_s=IDLE_CONNECTION_S)
-        pool: KeepAlivePool | None = pools[key]
-        return pool
+            self._pools[server] = None if proxied else KeepAlivePool(address, tls=tls, idle_s=IDLE_CONNECTION_S)
+        return self._pools[server]
+
+    async def belong_to_loop(self) -> None:
+        """Have the running event loop close this when it ends, as it does with its asynchronous generators."""
+        if self._closer is None:
+            self._closer = self._close_at_end()
+            await anext(self._closer)
+
+    async def _close_at_end(self) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            await self.aclose()
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        await self.belong_to_loop()
+        return await super().send(request, **options)
 
     async def aclose(self) -> None:
-        for pool in self.__dict__.get("_pools", {}).values():
+        for pool in self._pools.values():
             if pool is not None:
                 pool.close()
         await super().aclose()
@@ -99,7 +120,7 @@ class _ManyRequestsClient(openai.AsyncOpenAI):
     def chat(self) -> AsyncChat:
         return _Chat(self)
 
-    def plain_request(self) -> tuple[KeepAlivePool, bytes] | None:
+    async def plain_request(self) -> tuple[KeepAlivePool, bytes] | None:
         """The connections for a plain chat completion and the head of its request; None when it can't be plain."""
         transport = self._client
         if not isinstance(transport, _SharedTransport) or self.max_retries < 1 or self.default_query:
@@ -107,6 +128,7 @@ class _ManyRequestsClient(openai.AsyncOpenAI):
         base_url = str(self.base_url)
         key = (base_url, self.api_key)
         if self.__dict__.get("_plain_key") != key:
+            await transport.belong_to_loop()
             pool = transport.pool(base_url)
             self.__dict__["_plain_key"] = key
             self.__dict__["_plain"] = None if pool is None else (pool, self._request_head(base_url))
@@ -147,7 +169,7 @@ class _Completions(AsyncCompletions):
     async def create(self, **params: Any) -> Any:
         """As the openai package documents it; takes the short way when the request is plain."""
         client = self._client
-        plain = client.plain_request()
+        plain = await client.plain_request()
         body = _encode(params) if plain is not None else None
         if plain is None or body is None:
             return await super().create(**params)
