@@ -1,0 +1,46 @@
+"""What every ART backend, engine and plugin must do, as base classes for pytest.
+
+A third party writes `class TestMine(InferenceEngineConformance)` and one fixture. The names are imported on first use,
+because pytest loads this package in every run.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .requirements import MUST, SHOULD, Level, Requirement, check
+
+if TYPE_CHECKING:
+    from .backend_suite import BackendConformance
+    from .inference_suite import InferenceEngineConformance
+    from .plugin_suite import PluginConformance
+    from .publication_suite import PublicationConformance
+    from .training_suite import TrainingEngineConformance
+
+SUITES = {
+    "PluginConformance": "plugin_suite",
+    "InferenceEngineConformance": "inference_suite",
+    "TrainingEngineConformance": "training_suite",
+    "PublicationConformance": "publication_suite",
+    "BackendConformance": "backend_suite",
+}
+
+__all__ = [
+    "MUST",
+    "SHOULD",
+    "BackendConformance",
+    "InferenceEngineConformance",
+    "Level",
+    "PluginConformance",
+    "PublicationConformance",
+    "Requirement",
+    "TrainingEngineConformance",
+    "check",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in SUITES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{SUITES[name]}", __name__), name)

@@ -1,0 +1,205 @@
+"""The pytest plugin: options, what is collected, what a failing SHOULD and a skipped check count as, and the report.
+
+Imported by pytest in every run of the environment, so it imports nothing of ART at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .requirements import Level, checks_of, requirement_of, suite_of
+
+if TYPE_CHECKING:
+    from .report import ConformanceReport
+
+pytest.register_assert_rewrite(__package__)
+
+UNDECLARED = pytest.StashKey[bool]()
+_REPORT = pytest.StashKey["ConformanceReport"]()
+_PROPERTY = "art_conformance"
+TARGETS = ("backend", "inference_engine", "training_engine", "plugin")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("art-conformance", "ART conformance")
+    group.addoption("--backend", help="Check the installed backend of this name.")
+    group.addoption("--inference-engine", help="Check the installed inference engine of this name.")
+    group.addoption("--training-engine", help="Check the installed training engine of this name.")
+    group.addoption("--plugin", action="append", help="Check the installed plugin of this name; may be repeated.")
+    group.addoption(
+        "--backend-args",
+        default='{"path": "{tmp}", "in_process": true}',
+        help="The backend's keyword arguments as JSON; {tmp} is an empty folder. Default: %(default)s.",
+    )
+    group.addoption("--engine-args", default="{}", help="The inference engine's own arguments, as JSON.")
+    group.addoption("--engine-python", help="The interpreter of the engine's environment. Default: this one.")
+    group.addoption(
+        "--conformance-model",
+        type=Path,
+        help="A folder of weights to check with. Default: a tiny random model, made on the spot.",
+    )
+    group.addoption("--conformance-list", action="store_true", help="List every requirement and leave.")
+    group.addoption("--conformance-report", type=Path, metavar="FILE", help="Write the outcomes as JSON.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: starts real processes or needs more than a few seconds")
+
+
+@pytest.fixture(scope="session")
+def own_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The suite's own tiny random model, made once a run."""
+    from .tiny_model import write_base_model
+
+    return write_base_model(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def conformance_model(request: pytest.FixtureRequest) -> Path:
+    """The folder of weights that live checks use: --conformance-model, or the suite's own tiny model."""
+    given = request.config.getoption("--conformance-model")
+    if given is None:
+        own: Path = request.getfixturevalue("own_tiny_model")
+        return own
+    folder = Path(given).resolve()
+    if not (folder / "config.json").is_file():
+        raise pytest.UsageError(f"--conformance-model={given}: there is no config.json in it")
+    return folder
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if not config.getoption("--conformance-list"):
+        return None
+    from .catalogue import as_text
+
+    print(as_text())
+    return 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = {target for target in TARGETS if config.getoption(target)}
+    left_out = []
+    for item in items:
+        cls: Any = getattr(item, "cls", None)
+        suite = None if cls is None else suite_of(cls)
+        if suite is None or cls is suite:
+            continue
+        _prepare(item, cls, suite)
+        target = getattr(cls, "conformance_target", None)
+        if target is not None and named and target not in named:
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _prepare(item: pytest.Item, cls: type, suite: type) -> None:
+    by_name = {name: (function, requirement) for name, function, requirement in checks_of(suite)}
+    ids = {requirement.id for _, requirement in by_name.values()}
+    known = dict(getattr(cls, "known_failures", {}))
+    for id, reason in known.items():
+        if id not in ids:
+            raise pytest.UsageError(f"{cls.__name__}.known_failures names {id}, which {suite.__name__} does not have")
+        if not str(reason).strip():
+            raise pytest.UsageError(f"{cls.__name__}.known_failures gives no reason for {id}")
+    for name, (function, checked) in by_name.items():
+        if getattr(cls, name) is not function:
+            raise pytest.UsageError(
+                f"{cls.__name__} overrides {name}, the check of {checked.id}. A check can't be replaced: list it"
+                f" in known_failures = {{{checked.id!r}: 'the reason'}} instead"
+            )
+    requirement = requirement_of(getattr(item, "function", None))
+    if requirement is None:
+        return
+    callspec = getattr(item, "callspec", None)
+    subject = item.nodeid.rpartition("::")[0] + (f"[{callspec.id}]" if callspec else "")
+    properties = {"suite": suite.__name__, "subject": subject, "id": requirement.id, "level": requirement.level.value}
+    item.user_properties.append((_PROPERTY, properties))
+    item.add_marker(pytest.mark.xdist_group(subject))
+    if requirement.id in known:
+        item.add_marker(pytest.mark.xfail(reason=known[requirement.id], strict=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    requirement = requirement_of(getattr(item, "function", None))
+    if requirement is None or not any(name == _PROPERTY for name, _ in item.user_properties):
+        return report
+    if report.skipped and not hasattr(report, "wasxfail") and not item.stash.get(UNDECLARED, False):
+        report.outcome = "failed"
+        report.longrepr = f"{requirement.id} was skipped, and a missing prerequisite is a failure: {report.longrepr}"
+    if report.failed and requirement.level is Level.SHOULD:
+        report.sections.append(("conformance", str(report.longrepr)))
+        report.wasxfail = f"{requirement.id} is a SHOULD and is not met"
+        report.outcome = "skipped"
+    return report
+
+
+def _properties(report: pytest.TestReport) -> dict[str, str] | None:
+    values: Any = (value for name, value in report.user_properties if name == _PROPERTY)
+    found: dict[str, str] | None = next(values, None)
+    return found
+
+
+class _Collector:
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        properties = _properties(report)
+        if properties is None or (report.when != "call" and report.passed):
+            return
+        from .report import Outcome
+
+        expected = getattr(report, "wasxfail", None)
+        if report.failed:
+            outcome, detail = Outcome.NOT_MET, _last_line(report)
+        elif report.passed:
+            outcome, detail = Outcome.MET, ""
+        elif expected is None:
+            outcome, detail = Outcome.UNDECLARED, ""
+        elif "is a SHOULD and is not met" in expected:
+            outcome, detail = Outcome.NOT_MET, _last_line(report)
+        else:
+            outcome, detail = Outcome.KNOWN_FAILURE, str(expected).removeprefix("reason: ")
+        _report_of(self._config).note(properties, outcome, detail)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(_Collector(session.config), "art-conformance-collector")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    report = config.stash.get(_REPORT, None)
+    if report is None:
+        return
+    terminalreporter.section("ART conformance")
+    for line in report.lines():
+        terminalreporter.write_line(line)
+    path = config.getoption("--conformance-report")
+    if path is not None:
+        report.write(path)
+        terminalreporter.write_line(f"written: {path}")
+
+
+def _report_of(config: pytest.Config) -> ConformanceReport:
+    from .report import ConformanceReport
+
+    if _REPORT not in config.stash:
+        config.stash[_REPORT] = ConformanceReport()
+    return config.stash[_REPORT]
+
+
+def _last_line(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else str(report.longrepr or report.sections[-1:] or "")
+    lines = [line for line in str(text).splitlines() if line.strip()]
+    return lines[0][:300] if lines else ""

@@ -1,0 +1,117 @@
+"""What a run found, for each suite and each thing that was held against it: a table and JSON.
+
+Reads only the properties that travel with pytest's reports, so that it works in the controller of a distributed run.
+Nothing that wasn't run counts as met.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from .catalogue import REVISION, requirements_of
+from .requirements import Level, Requirement
+
+
+class Outcome(Enum):
+    """What became of one check."""
+
+    MET = "met"
+    NOT_MET = "NOT MET"
+    KNOWN_FAILURE = "known failure"  #: listed by the implementation with its reason, and it did fail
+    UNDECLARED = "undeclared"  #: the capability that it needs isn't declared
+    NOT_RUN = "not run"
+
+
+@dataclass
+class Verdict:
+    """The outcomes of one suite for one subject."""
+
+    suite: str
+    subject: str
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+
+    def note(self, id: str, outcome: Outcome, detail: str) -> None:
+        """Keep an outcome; a check that fails in any phase or repetition is not met."""
+        if self.outcomes.get(id) is Outcome.NOT_MET:
+            return
+        self.outcomes[id] = outcome
+        if detail:
+            self.details[id] = detail
+
+    def rows(self) -> list[tuple[Requirement, Outcome]]:
+        """Every requirement of the suite with its outcome."""
+        return [(r, self.outcomes.get(r.id, Outcome.NOT_RUN)) for r in requirements_of(self.suite)]
+
+    def count(self, outcome: Outcome, level: Level | None = None) -> int:
+        """How many requirements (of a level) have an outcome."""
+        return sum(1 for r, found in self.rows() if found is outcome and level in (None, r.level))
+
+    @property
+    def conformant(self) -> bool:
+        """True when every MUST that applies was run and is met."""
+        return (
+            all(outcome in (Outcome.MET, Outcome.UNDECLARED) for r, outcome in self.rows() if r.level is Level.MUST)
+            and self.count(Outcome.MET) > 0
+        )
+
+    def summary(self) -> str:
+        """One line."""
+        counts = ", ".join(f"{self.count(o)} {o.value}" for o in Outcome if self.count(o))
+        if self.conformant:
+            word = "conformant"
+        elif self.count(Outcome.NOT_MET, Level.MUST) or self.count(Outcome.KNOWN_FAILURE, Level.MUST):
+            word = "NOT conformant"
+        else:
+            word = "incomplete"
+        return f"{self.suite} revision {REVISION}, {self.subject}: {word} ({counts})"
+
+    def as_json(self) -> dict[str, Any]:
+        """The object in the report file."""
+        return {
+            "suite": self.suite,
+            "subject": self.subject,
+            "revision": REVISION,
+            "conformant": self.conformant,
+            "counts": {outcome.value: self.count(outcome) for outcome in Outcome},
+            "checks": [
+                {**r.as_json(), "outcome": outcome.value, "detail": self.details.get(r.id, "")}
+                for r, outcome in self.rows()
+            ],
+        }
+
+
+class ConformanceReport:
+    """Collects outcomes while pytest runs."""
+
+    def __init__(self) -> None:
+        self.verdicts: dict[tuple[str, str], Verdict] = {}
+
+    def note(self, properties: Mapping[str, str], outcome: Outcome, detail: str) -> None:
+        """Keep the outcome of one check, named by the properties of its test."""
+        key = (properties["suite"], properties["subject"])
+        self.verdicts.setdefault(key, Verdict(*key)).note(properties["id"], outcome, detail)
+
+    def lines(self) -> list[str]:
+        """The tables."""
+        lines: list[str] = []
+        for verdict in self.verdicts.values():
+            lines.append(verdict.summary())
+            for requirement, outcome in verdict.rows():
+                lines.append(
+                    f"  {requirement.id}  {requirement.level.value:<6}  {outcome.value:<13}  {requirement.text}"
+                )
+                if outcome in (Outcome.NOT_MET, Outcome.KNOWN_FAILURE) and requirement.id in verdict.details:
+                    lines.append(f"           {verdict.details[requirement.id]}")
+            lines.append("")
+        return lines
+
+    def write(self, path: Path) -> None:
+        """Write the JSON report."""
+        content = [verdict.as_json() for verdict in self.verdicts.values()]
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,166 @@
+"""A live inference server for the checks: an engine's launch plan run on this machine, and spoken to in its dialect.
+
+Knows HTTP and processes, as a backend would; knows no engine. Holds no expectation: the checks do that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from art_core import EngineCall, InferenceEngine, InferenceLaunch
+from art_runtime import SupervisedProcess, free_port
+
+JSON = dict[str, Any]
+REQUEST_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One choice in the one form: what was asked, what was sampled, and what the engine says of it."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str | None
+    choice: JSON = field(repr=False)
+
+
+@dataclass
+class LiveEngine:
+    """A running server, its engine's dialect and the adapters that were written for it."""
+
+    engine: InferenceEngine
+    launch: InferenceLaunch
+    process: SupervisedProcess
+    client: httpx.AsyncClient
+
+    async def control(self, call: EngineCall) -> bytes:
+        """Make a control call. Raises EngineRefused when the dialect reads the answer as a refusal."""
+        answer = await self.client.request(call.method, call.path, json=call.json, timeout=call.timeout_s)
+        self.engine.check_answer(call, answer.status_code, answer.content)
+        return answer.content
+
+    async def load(self, adapter: str, folder: Path) -> None:
+        """Load an adapter."""
+        await self.control(self.engine.load_adapter(adapter, folder))
+
+    async def unload(self, adapter: str) -> None:
+        """Unload an adapter."""
+        await self.control(self.engine.unload_adapter(adapter))
+
+    async def adapters(self) -> frozenset[str]:
+        """The adapters that the server says it holds."""
+        return self.engine.read_adapters(await self.control(self.engine.list_adapters()))
+
+    async def post(self, path: str, body: JSON, **settings: Any) -> httpx.Response:
+        """Send a body as it is, and give whatever comes back."""
+        return await self.client.post(path, json=body, timeout=REQUEST_LIMIT_S, **settings)
+
+    async def chat(self, adapter: str | None, **body: Any) -> list[Sample]:
+        """Ask for a chat completion through the dialect, and give its choices."""
+        prepared = self.engine.prepare_request("chat/completions", {"model": self.launch.served_name, **body}, adapter)
+        answer = await self.post("/v1/chat/completions", prepared)
+        assert answer.status_code == 200, f"HTTP {answer.status_code}: {answer.text[:1000]}"
+        return samples(self.engine.read_response("chat/completions", answer.json()))
+
+    async def complete(self, adapter: str | None, **body: Any) -> list[Sample]:
+        """Ask for a completion through the dialect, and give its choices."""
+        prepared = self.engine.prepare_request("completions", {"model": self.launch.served_name, **body}, adapter)
+        answer = await self.post("/v1/completions", prepared)
+        assert answer.status_code == 200, f"HTTP {answer.status_code}: {answer.text[:1000]}"
+        return samples(self.engine.read_response("completions", answer.json()))
+
+    async def stream(self, adapter: str | None, **body: Any) -> AsyncIterator[JSON]:
+        """Ask for a streamed chat completion, and give its chunks in the one form. Checks the framing of the stream."""
+        asked = {"model": self.launch.served_name, "stream": True, **body}
+        prepared = self.engine.prepare_request("chat/completions", asked, adapter)
+        path, limit = "/v1/chat/completions", REQUEST_LIMIT_S
+        async with self.client.stream("POST", path, json=prepared, timeout=limit) as answer:
+            assert answer.status_code == 200, f"HTTP {answer.status_code}: {(await answer.aread())[:1000]!r}"
+            done = False
+            async for line in answer.aiter_lines():
+                if not line.strip() or line.startswith(":"):
+                    continue
+                assert line.startswith("data:"), f"not a server-sent event: {line[:200]!r}"
+                data = line.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    done = True
+                    continue
+                yield self.engine.read_chunk("chat/completions", json.loads(data))
+            assert done, "the stream ended without data: [DONE]"
+
+    async def close(self) -> None:
+        """Stop the server and close the connections."""
+        await self.client.aclose()
+        await self.process.stop()
+
+
+def samples(body: JSON) -> list[Sample]:
+    """Read an answer in the one form. Raises AssertionError saying which part of the form is missing."""
+    found = []
+    for choice in sorted(body["choices"], key=lambda choice: int(choice.get("index", 0))):
+        for key in ("token_ids", "prompt_token_ids", "logprobs"):
+            assert choice.get(key) is not None, f"a choice lacks {key}: {json.dumps(choice)[:500]}"
+        logprobs = read_logprobs(choice["logprobs"])
+        ids = [int(token) for token in choice["token_ids"]]
+        assert len(ids) == len(logprobs), f"{len(ids)} token ids and {len(logprobs)} logprobs in one choice"
+        text = choice["message"].get("content") or "" if "message" in choice else choice["text"]
+        prompt = [int(token) for token in choice["prompt_token_ids"]]
+        found.append(Sample(prompt, ids, logprobs, text, choice.get("finish_reason"), choice))
+    return found
+
+
+def read_logprobs(logprobs: Mapping[str, Any]) -> list[float]:
+    """The logprobs of the sampled tokens, from the form of chat or that of completions."""
+    content = logprobs.get("content")
+    if content is not None:
+        return [float(entry["logprob"]) for entry in content]
+    return [float(value) for value in logprobs["token_logprobs"]]
+
+
+@asynccontextmanager
+async def serving(
+    engine: InferenceEngine, launch: InferenceLaunch, log_file: Path, *, stop: bool = True
+) -> AsyncIterator[LiveEngine]:
+    """Run an engine's launch plan until the block is left."""
+    live = await start_engine(engine, launch, log_file)
+    try:
+        yield live
+    finally:
+        if stop:
+            await live.close()
+
+
+async def start_engine(engine: InferenceEngine, launch: InferenceLaunch, log_file: Path) -> LiveEngine:
+    """Run an engine's launch plan and wait until it is ready. Raises ProcessFailed with the end of its log."""
+    process = await SupervisedProcess.start(
+        engine.launch(launch), port=launch.port, log_file=log_file, name=f"inference engine {engine.name}"
+    )
+    client = httpx.AsyncClient(
+        base_url=f"http://{launch.host}:{launch.port}",
+        headers={"Authorization": f"Bearer {launch.api_key}"},
+        limits=httpx.Limits(max_connections=None),
+        timeout=REQUEST_LIMIT_S,
+        trust_env=False,
+    )
+    return LiveEngine(engine, launch, process, client)
+
+
+def port_for_a_server() -> int:
+    """A free port on the loopback interface."""
+    return free_port()
+
+
+async def gather_limited(*work: Any, limit_s: float = REQUEST_LIMIT_S) -> list[Any]:
+    """Run things at once, all of them within `limit_s`."""
+    async with asyncio.timeout(limit_s):
+        return list(await asyncio.gather(*work))
