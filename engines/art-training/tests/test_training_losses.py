@@ -56,10 +56,8 @@ def oracle(new: Any, old: Any, a: Any, w: Any, seq: Any, sampled: Any, ref: Any,
         clipped = min(max(rho, 1 - eps), 1 + high)
         factor = 1.0
         if o.truncated_importance_sampling is not None:
-            if sampled is None:
-                mismatch = rho
-            else:
-                mismatch = math.exp(old[i] - (new[i] if math.isnan(sampled[i]) else sampled[i]))
+            engine = None if sampled is None else new[i] if math.isnan(sampled[i]) else sampled[i]
+            mismatch = rho if engine is None else math.exp(old[i] - engine)
             factor = min(mismatch, o.truncated_importance_sampling)
         if ppo:
             total += -min(rho * adv, clipped * adv) * factor * w[i]

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from art_core.errors import InvalidTrajectory
-from art_core.trajectories import Trajectory, TrajectoryGroup
+from art_core.training_jobs import read_groups, write_groups
+from art_core.trajectories import History, Trajectory, TrajectoryGroup
 from art_training.chat_template import ChatTemplate
+from art_training.groups_file import read_groups_fast
 from art_training.rows import TokenizedStep
 from art_training.tokenize import tokenize_groups
 
@@ -87,6 +90,7 @@ def test_what_is_left_out_is_counted(make_choice: Make) -> None:
         (lambda make: make([1], [100]), "vocabulary of 100"),
         (lambda make: make([1], [2], 0.5), "above 0"),
         (lambda make: make([1], [2], -math.inf), "infinite"),
+        (lambda make: make([1], [2], math.nan), "not a number"),
     ],
 )
 def test_a_bad_choice_is_named_by_its_place(make_choice: Make, item: Make, match: str) -> None:
@@ -150,10 +154,16 @@ def test_a_template_that_moves_the_message_is_refused(make_choice: Make) -> None
         tokenize((bare[0], 1.0), (bare[1], 0.0), without_logprobs=ChatTemplate(Moving()), vocabulary_size=128)
 
 
-def test_rows_survive_being_written_and_read(make_groups: Make) -> None:
+def test_rows_survive_being_written_and_read(make_groups: Make, tmp_path: Path) -> None:
     groups = make_groups()
-    read = [TrajectoryGroup.model_validate(group.for_logging()) for group in groups]
-    before, after = (tokenize_groups(g, vocabulary_size=97, max_length=99) for g in (groups, read))
-    for a, b in zip(before.rows, after.rows, strict=True):
-        np.testing.assert_array_equal(a.token_ids, b.token_ids)
-        np.testing.assert_array_equal(a.old_logprobs, b.old_logprobs)
+    groups[0].trajectories[0].additional_histories.append(History(messages_and_choices=groups[1][0].choices()))
+    (tmp_path / "groups.json").write_bytes(write_groups(groups))
+    ways = (groups, read_groups(tmp_path / "groups.json"), read_groups_fast(tmp_path / "groups.json"))
+    first, *others = (tokenize_groups(way, vocabulary_size=97, max_length=99) for way in ways)
+    for other in others:
+        assert other.metrics == first.metrics
+        np.testing.assert_array_equal(other.advantages, first.advantages)
+        for a, b in zip(first.rows, other.rows, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            np.testing.assert_array_equal(a.trained, b.trained)
+            np.testing.assert_array_equal(a.old_logprobs, b.old_logprobs)

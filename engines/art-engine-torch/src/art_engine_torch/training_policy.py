@@ -67,7 +67,7 @@ def load_policy(request: PolicyRequest) -> TorchPolicy:
         if name not in _INIT_ARGS:
             raise UnknownArgument(name, where="init_args of the torch training engine", known=_INIT_ARGS)
     AttentionInterface.register(ATTENTION, _attend)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto = "cuda:0" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if request.device == "auto" else request.device)
     dtype = compute_dtype(device, request.dtype)

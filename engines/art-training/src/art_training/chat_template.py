@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from art_core.errors import InvalidTrajectory
-from art_core.trajectories import History, message_of
+from art_core.trajectories import History
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class ChatTemplate:
         Raises InvalidTrajectory when the template does not put the message after the prompt, as one that drops
         earlier reasoning may.
         """
-        messages = [self._readable(message_of(item)) for item in history.messages_and_choices[: index + 1]]
+        read = History(messages_and_choices=history.messages_and_choices[: index + 1])
+        messages = [self._readable(message) for message in read.messages()]
         prompt = self._ids(messages[:-1], history.tools, generate=True)
         whole = self._ids(messages, history.tools, generate=False)
         if whole[: len(prompt)] != prompt:

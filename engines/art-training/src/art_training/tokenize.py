@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from art_core.errors import InvalidTrajectory
-from art_core.trajectories import History, Trajectory, TrajectoryGroup, check_groups, is_choice
+from art_core.trajectories import History, Trajectory, TrajectoryGroup, check_groups
 
 from .advantages import group_advantages
 from .chat_template import ChatTemplate
@@ -111,20 +111,19 @@ def _sampled(
     history: History, index: int, item: Any, where: str, template: ChatTemplate | None
 ) -> tuple[list[int], list[int], list[float]] | None:
     """Prompt ids, sampled ids and their logprobs; None for what nothing was sampled in."""
-    if not is_choice(item):
+    if not _is_choice(item):
         if template is None or item["role"] != "assistant":
             return None
         said = template.sampled(history, index, where=where)
         return (*said, [_NAN] * len(said[1])) if said[1] else None
-    ids: list[int] | None = getattr(item, "token_ids", None)
-    prompt: list[int] | None = getattr(item, "prompt_token_ids", None)
+    ids: list[int] | None = _field(item, "token_ids")
+    prompt: list[int] | None = _field(item, "prompt_token_ids")
     if ids is None or prompt is None:
         if template is None:
+            missing = "token_ids" if ids is None else "prompt_token_ids"
             raise InvalidTrajectory(
-                f"{where} carries no token ids ({'token_ids' if ids is None else 'prompt_token_ids'} is missing),"
-                " so it is not known what"
-                " was sampled. Use model.openai_client(), whose gateway adds them, or pass"
-                " allow_training_without_logprobs=True."
+                f"{where} carries no token ids ({missing} is missing), so it is not known what was sampled. Use"
+                " model.openai_client(), whose gateway adds them, or pass allow_training_without_logprobs=True."
             )
         prompt, ids = template.sampled(history, index, where=where)
     if not ids:
@@ -133,7 +132,8 @@ def _sampled(
         raise InvalidTrajectory(
             f"{where} has an empty prompt: its first token was sampled after nothing, which no policy can train on."
         )
-    content = item.logprobs and (item.logprobs.content or item.logprobs.refusal)
+    logprobs = _field(item, "logprobs")
+    content = logprobs and (_field(logprobs, "content") or _field(logprobs, "refusal"))
     if not content:
         if template is None:
             raise InvalidTrajectory(
@@ -145,7 +145,19 @@ def _sampled(
         raise InvalidTrajectory(
             f"{where} has {len(ids)} sampled token ids and {len(content)} logprobs; they must be one for one."
         )
-    return prompt, ids, [token.logprob for token in content]
+    values = [token["logprob"] for token in content] if isinstance(content[0], dict) else [t.logprob for t in content]
+    if template is None and any(value is None or value != value for value in values):
+        raise InvalidTrajectory(f"{where} has a logprob that is not a number; the engine's answer is damaged.")
+    return prompt, ids, values
+
+
+def _is_choice(item: Any) -> bool:
+    """A choice of the openai package, or one as it stands in a file: reading thousands back as objects takes seconds."""
+    return not isinstance(item, dict) or ("finish_reason" in item and "message" in item)
+
+
+def _field(item: Any, name: str) -> Any:
+    return item.get(name) if isinstance(item, dict) else getattr(item, name, None)
 
 
 def _row(draft: _Draft, trajectory: int, vocabulary_size: int, where: str) -> TokenRow:

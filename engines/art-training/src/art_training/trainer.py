@@ -40,13 +40,13 @@ from art_core.training_jobs import (
     TrainEvent,
     TrainJob,
     TrainOptions,
-    read_groups,
 )
 
 from .adapter_settings import check_peft_args
 from .advantages import balance_step
 from .canaries import CanaryMaker
 from .chat_template import ChatTemplate
+from .groups_file import read_groups_fast
 from .losses import LossOptions
 from .optimizer import OPTIMIZER_SETTINGS, AdapterOptimizer, OptimizerOptions
 from .packing import PackedRow, pack_rows
@@ -141,7 +141,7 @@ class Trainer:
             )
         template = ChatTemplate(self._policy.tokenizer, job.adapter.chat_template, job.adapter.chat_template_kwargs)
         step = tokenize_groups(
-            read_groups(job.groups_file),
+            read_groups_fast(job.groups_file),
             vocabulary_size=self._policy.vocabulary_size,
             max_length=min(options.packed_sequence_length or limit, limit, self._policy.max_length),
             scale_rewards=options.scale_rewards and options.normalize_advantages,

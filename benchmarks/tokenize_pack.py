@@ -1,0 +1,120 @@
+"""How fast a step's trajectories become packed rows, and how full those are: `python benchmarks/tokenize_pack.py`.
+
+Makes 64 groups of 8 four-turn conversations with random token ids, as the gateway returns them, and times tokenizing
+and packing (CPU seconds of one thread, best of several runs). Prints the machine and the versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from openai.types.chat.chat_completion import Choice
+
+from art_core.training_jobs import write_groups
+from art_core.trajectories import Trajectory, TrajectoryGroup
+from art_training.groups_file import read_groups_fast
+from art_training.packing import pack_rows
+from art_training.row_assignment import sort_rows
+from art_training.tokenize import tokenize_groups
+
+VOCABULARY = 49152
+
+
+def make_step(rng: np.random.Generator, groups: int, size: int, turns: int) -> list[TrajectoryGroup]:
+    """Groups over one system prompt; each trajectory's own answers and what the user or a tool said to them."""
+    system = rng.integers(3, VOCABULARY, 24).tolist()
+    return [
+        TrajectoryGroup([_conversation(rng, prompt, turns, float(rng.random())) for _ in range(size)])
+        for prompt in (
+            system + rng.integers(3, VOCABULARY, int(rng.integers(200, 280))).tolist() for _ in range(groups)
+        )
+    ]
+
+
+def _conversation(rng: np.random.Generator, prompt: list[int], turns: int, reward: float) -> Trajectory:
+    items: list[Any] = [{"role": "user", "content": "question"}]
+    for _ in range(turns):
+        ids = rng.integers(3, VOCABULARY, int(rng.integers(30, 80))).tolist()
+        content = [{"token": "t", "logprob": float(x), "top_logprobs": []} for x in -rng.exponential(size=len(ids))]
+        items.append(
+            Choice.model_validate(
+                {
+                    "finish_reason": "stop", "index": 0, "message": {"role": "assistant", "content": "answer"},
+                    "logprobs": {"content": content}, "token_ids": ids, "prompt_token_ids": prompt, "policy_version": 3,
+                }
+            )
+        )  # fmt: skip
+        items.append({"role": "user", "content": "and then"})
+        prompt = prompt + ids + rng.integers(3, VOCABULARY, int(rng.integers(20, 60))).tolist()
+    return Trajectory(messages_and_choices=items, reward=reward)
+
+
+def best_of(repeats: int, function: Callable[[], Any]) -> float:
+    """Seconds of the fastest run."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=64)
+    parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--row", type=int, default=8192, help="tokens of a packed row")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    groups = make_step(np.random.default_rng(0), arguments.groups, arguments.size, arguments.turns)
+    step = tokenize_groups(groups, vocabulary_size=VOCABULARY, max_length=arguments.row)
+    tokens = step.num_tokens
+    packed = pack_rows(step.rows, arguments.row)
+    lengths = [len(row) for row in packed]
+    bound = sort_rows([row.token_ids[: row.trained[-1]] for row in step.rows]).tree_tokens
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "groups.json"
+        writing = best_of(2, lambda: file.write_bytes(write_groups(groups)))
+        reading = best_of(3, lambda: read_groups_fast(file))
+    tokenizing = best_of(
+        arguments.repeats, lambda: tokenize_groups(groups, vocabulary_size=VOCABULARY, max_length=arguments.row)
+    )
+    packing = best_of(arguments.repeats, lambda: pack_rows(step.rows, arguments.row))
+    result = {
+        "tokens": tokens,
+        "tokenize_tokens_per_s": round(tokens / tokenizing),
+        "pack_tokens_per_s": round(tokens / packing),
+        "tokenize_and_pack_tokens_per_s": round(tokens / (tokenizing + packing)),
+        "write_file_tokens_per_s": round(tokens / writing),
+        "read_file_tokens_per_s": round(tokens / reading),
+        "rows": len(packed),
+        "fill": round(sum(lengths) / (len(packed) * arguments.row), 4),
+        "fill_without_last_row": round(sum(lengths[:-1]) / max(1, (len(packed) - 1) * arguments.row), 4),
+        "tokens_left": round(sum(lengths) / tokens, 4),
+        "tokens_left_at_least": round(bound / tokens, 4),
+        "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "art-training": version("art-training"),
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:>32}  {value:,}" if isinstance(value, int | float) else f"{name:>32}  {value}")
+
+
+if __name__ == "__main__":
+    main()
