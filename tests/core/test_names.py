@@ -16,7 +16,7 @@ GOOD = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True)
 @given(GOOD)
 def test_a_good_name_is_given_back_and_is_one_folder(name: str) -> None:
     assert check_name(name, what="model name") == name
-    assert ModelKey("p", name).folder(Path("/root")) == Path("/root/p/models") / name
+    assert ModelKey("p", name).folder(Path("/base")) == Path("/base/p/models") / name
 
 
 @pytest.mark.parametrize(

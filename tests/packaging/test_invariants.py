@@ -1,0 +1,188 @@
+"""What holds across the whole repository, read from the source without running it: which way imports go, what is
+declared, and what no file may contain.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PROJECTS = [
+    ROOT,
+    *sorted(p.parent for pattern in ("engines/*", "plugins/*") for p in ROOT.glob(f"{pattern}/pyproject.toml")),
+    ROOT / "conformance_tests",
+]
+# What an import of these distributions' modules may reach among ours, beside itself; everything may reach art_core.
+ALLOWED = {
+    "art_core": set[str](),
+    "art": set[str](),
+    "art_training": set[str](),
+    "art_engine": {"art_training"},
+    "art_runtime": set[str](),
+    "art_gateway": set[str](),
+    "art_tracker": set[str](),
+    "art_backend": {"art_runtime", "art_gateway", "art_tracker_files"},
+    "art_server": {"art_runtime", "art_gateway"},
+    "art_wandb": set[str](),
+    "art_conformance": {"art_runtime"},
+}
+
+
+@cache
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def python_files() -> list[Path]:
+    return [path for path in tracked_files() if path.suffix == ".py"]
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The top-level names that a module imports, wherever in it; relative imports are its own package."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+def packages_of(project: Path) -> list[Path]:
+    declared = tomllib.loads((project / "pyproject.toml").read_text())
+    return [project / name for name in declared["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
+
+
+def sources() -> list[Any]:
+    return [pytest.param(package, id=package.name) for project in PROJECTS for package in packages_of(project)]
+
+
+def is_ours(name: str) -> bool:
+    return name == "art" or name.startswith("art_")
+
+
+@pytest.mark.parametrize("package", sources())
+def test_arrows_go_one_way(package: Path) -> None:
+    kind = max((prefix for prefix in ALLOWED if package.name.startswith(prefix)), key=len)
+    allowed = ALLOWED[kind] | {package.name, "art_core"}
+    files = list(package.rglob("*.py"))
+    assert files
+    for file in files:
+        beyond = {name for name in imported(file) if is_ours(name)} - allowed
+        assert not beyond, f"{file.relative_to(ROOT)} imports {', '.join(sorted(beyond))}"
+
+
+@pytest.mark.parametrize("package", sources())
+def test_nothing_names_the_modules_of_an_engine_but_itself(package: Path) -> None:
+    if package.name.startswith("art_engine"):
+        return
+    for file in package.rglob("*.py"):
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert "art_engine_" not in node.value, (
+                    f"{file.relative_to(ROOT)}:{node.lineno} names an engine's module"
+                )
+
+
+@pytest.mark.parametrize("project", [pytest.param(project, id=project.name) for project in PROJECTS])
+def test_what_is_imported_is_declared(project: Path) -> None:
+    declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    extras = [line for lines in declared.get("optional-dependencies", {}).values() for line in lines]
+    requirements = [Requirement(line) for line in (*declared["dependencies"], *extras)]
+    known = {normal(r.name) for r in requirements} | {normal(declared["name"])}
+    if "pydantic" in known:
+        known.add("pydantic-core")  # pinned by pydantic to the very version, and the place of some of its functions
+    # An extra brings its own requirements along, such as aiohttp with openai[aiohttp].
+    for requirement in requirements:
+        for line in metadata.requires(requirement.name) or [] if requirement.extras else []:
+            inner = Requirement(line)
+            if inner.marker and any(inner.marker.evaluate({"extra": extra}) for extra in requirement.extras):
+                known.add(normal(inner.name))
+    providers = metadata.packages_distributions()
+    for package in packages_of(project):
+        own = {p.name for p in packages_of(project)}
+        for file in package.rglob("*.py"):
+            for name in imported(file):
+                if name in sys.stdlib_module_names or name in own or name == "__future__":
+                    continue
+                candidates = {normal(dist) for dist in providers.get(name, [name])}
+                assert candidates & known, (
+                    f"{file.relative_to(ROOT)} imports {name}, which pyproject.toml doesn't declare"
+                )
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_no_exception_is_passed_over() -> None:
+    for file in python_files():
+        for node in ast.walk(tree_of(file)):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            says_nothing = all(
+                isinstance(line, ast.Pass) or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+                for line in node.body
+            )
+            assert not says_nothing, f"{file.relative_to(ROOT)}:{node.lineno} passes an exception over"
+            assert node.type is not None, f"{file.relative_to(ROOT)}:{node.lineno} catches everything, Ctrl-C included"
+
+
+MACHINE_PATH = re.compile(r"""(?<![\w.}/])/(?:work|root|home|Users|mnt|opt/(?:wheels|pypi))/[\w.]""")
+
+
+def test_no_file_holds_a_path_of_a_machine() -> None:
+    for file in tracked_files():
+        try:
+            lines = file.read_text().splitlines()
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(lines, 1):
+            assert not MACHINE_PATH.search(line), f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def test_the_search_for_machine_paths_finds_one() -> None:
+    for path in ("home/someone/x", "root/.cache", "work/main"):
+        assert MACHINE_PATH.search(f'open("/{path}")')
+
+
+@pytest.mark.parametrize("name", ["utils", "helpers", "common", "misc", "manager"])
+def test_no_module_has_a_name_that_says_nothing(name: str) -> None:
+    assert not [file for file in python_files() if file.stem in (name, f"_{name}")]
+
+
+def test_every_module_says_what_it_is() -> None:
+    for project in PROJECTS:
+        for package in packages_of(project):
+            for file in package.rglob("*.py"):
+                source = file.read_text().strip()
+                if source:
+                    assert ast.get_docstring(tree_of(file)), f"{file.relative_to(ROOT)} has no docstring"
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    names = [file.name for file in python_files() if file.name.startswith("test_")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)

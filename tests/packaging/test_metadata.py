@@ -1,0 +1,115 @@
+"""What every distribution says of itself: a name, a version, floors under its dependencies, a README, the licence."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+PROJECTS = [
+    ROOT,
+    *sorted(p.parent for pattern in ("engines/*", "plugins/*") for p in ROOT.glob(f"{pattern}/pyproject.toml")),
+    ROOT / "conformance_tests",
+]
+ALL = pytest.mark.parametrize("project", [pytest.param(p, id="root" if p == ROOT else p.name) for p in PROJECTS])
+# A dependency without which the first paragraph of design would be untrue, and what it is for.
+NEEDS = {
+    "art-engine-torch": {"art-training", "torch", "transformers", "peft", "safetensors"},
+    "art-backend-local": {"art-runtime", "art-gateway", "art-tracker-files"},
+}
+
+
+def read(project: Path) -> dict[str, Any]:
+    return tomllib.loads((project / "pyproject.toml").read_text())
+
+
+def requirements(project: Path) -> list[Requirement]:
+    declared = read(project)["project"]
+    extras = [line for lines in declared.get("optional-dependencies", {}).values() for line in lines]
+    return [Requirement(line) for line in (*declared["dependencies"], *extras)]
+
+
+@ALL
+def test_a_distribution_names_itself(project: Path) -> None:
+    declared = read(project)["project"]
+    expected = {"conformance_tests": "art-conformance"}
+    assert declared["name"] == ("art-core" if project == ROOT else expected.get(project.name, project.name))
+    assert Version(declared["version"]).release >= (0, 1)
+    assert declared["license"] == "Apache-2.0"
+    assert declared["requires-python"] == ">=3.11"
+    assert len(declared["description"]) > 20
+    readme = (project / declared["readme"]).read_text()
+    assert len(readme.splitlines()) >= 3, "the README says next to nothing"
+    assert declared["name"] in readme
+
+
+@ALL
+def test_every_dependency_has_a_floor(project: Path) -> None:
+    for requirement in requirements(project):
+        operators = {specifier.operator for specifier in requirement.specifier}
+        assert operators & {">=", "==", "~="}, f"{requirement} has no floor: a resolver may pick any old version"
+    for line in read(project)["build-system"]["requires"]:
+        assert ">=" in line, f"the build requirement {line} has no floor"
+
+
+@ALL
+def test_ours_have_a_floor_and_a_ceiling(project: Path) -> None:
+    own = read(project)["project"]["name"]
+    ours = [r for r in requirements(project) if r.name.startswith("art-") and r.name != own]
+    if own != "art-core":
+        assert "art-core" in {r.name for r in ours}
+    for requirement in ours:
+        operators = {specifier.operator for specifier in requirement.specifier}
+        assert {">=", "<"} <= operators, f"{requirement} needs a floor and a ceiling"
+        sibling = next(read(p)["project"] for p in PROJECTS if read(p)["project"]["name"] == requirement.name)
+        assert requirement.specifier.contains(sibling["version"]), (
+            f"{requirement} leaves out the one in this repository"
+        )
+
+
+@ALL
+def test_what_a_distribution_cannot_do_without_is_required(project: Path) -> None:
+    declared = read(project)["project"]
+    names = {Requirement(line).name for line in declared["dependencies"]}
+    assert NEEDS.get(declared["name"], set()) <= names
+
+
+@ALL
+def test_packages_are_typed_and_named_after_their_distribution(project: Path) -> None:
+    declared = read(project)
+    packages = declared["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    import_name = declared["project"]["name"].replace("-", "_")
+    assert packages == (["art_core", "art"] if project == ROOT else [f"src/{import_name}"])
+    for package in packages:
+        assert (project / package / "__init__.py").is_file()
+        assert (project / package / "py.typed").is_file()
+
+
+@ALL
+def test_plugins_of_the_group_art_exist(project: Path) -> None:
+    for name, target in read(project)["project"].get("entry-points", {}).get("art", {}).items():
+        assert re.fullmatch(r"[a-z][a-z0-9-]*", name)
+        module = project / "src" / (target.replace(".", "/") + ".py")
+        package = project / "src" / target.replace(".", "/") / "__init__.py"
+        assert module.is_file() or package.is_file()
+
+
+def test_the_core_is_light() -> None:
+    names = {r.name for r in requirements(ROOT)}
+    assert not names & {"torch", "transformers", "peft", "numpy", "vllm", "sglang"}
+
+
+def test_the_licence_is_there() -> None:
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:400]
+
+
+def test_every_distribution_is_in_the_workspace() -> None:
+    workspace = read(ROOT)["tool"]["uv"]["workspace"]["members"]
+    members = {path for pattern in workspace for path in ROOT.glob(pattern) if (path / "pyproject.toml").is_file()}
+    assert members == set(PROJECTS) - {ROOT}
