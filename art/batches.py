@@ -36,27 +36,26 @@ async def trajectory_group_batches(
     batches = _batches(iter(groups), batch_size)
     for skipped in islice(batches, skip_batches):
         close_groups(skipped)
-    running: deque[asyncio.Task[list[TrajectoryGroup]]] = deque()
+    running: deque[tuple[list[GroupOrPending], asyncio.Task[list[TrajectoryGroup]]]] = deque()
     total = -(-len(groups) // batch_size) - skip_batches if isinstance(groups, Sized) else 0
     with RolloutProgress(pbar_desc, total=total) as progress:
         try:
             while True:
                 for batch in islice(batches, max_concurrent_batches - len(running)):
-                    running.append(
-                        asyncio.ensure_future(
-                            gather_trajectory_groups(batch, pbar_desc=None, max_exceptions=max_batch_exceptions)
-                        )
-                    )
+                    gathering = gather_trajectory_groups(batch, pbar_desc=None, max_exceptions=max_batch_exceptions)
+                    running.append((batch, asyncio.ensure_future(gathering)))
                 if not running:
                     return
-                finished = await running[0]
+                finished = await running[0][1]
                 progress.batch(finished)
                 yield finished
                 running.popleft()
         finally:
-            for task in running:
+            for _, task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+            for batch, _ in running:
+                close_groups(batch)
 
 
 def _batches(groups: Iterator[GroupOrPending], size: int) -> Iterator[list[GroupOrPending]]:

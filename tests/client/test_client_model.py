@@ -1,0 +1,416 @@
+import asyncio
+import dataclasses
+import json
+import math
+import pickle
+import warnings
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+import art
+from art.dev import InternalModelConfig
+from art.train_config import TrainConfig
+from art_core import InvalidName, NotRegistered, PluginRegistry, UnknownArgument, hookimpl, installed_plugins
+from art_core.history import append_history
+
+
+class Recorder:
+    """A tracker that keeps what it is told."""
+
+    art_api = 1
+
+    def __init__(self):
+        self.metrics, self.groups, self.registered = [], [], []
+
+    @hookimpl
+    def art_log_metrics(self, model, metrics, step, split):
+        self.metrics.append((model.name, metrics, step, split))
+
+    @hookimpl
+    async def art_log_trajectories(self, model, groups, step, split):
+        await asyncio.sleep(0)
+        self.groups.append((model.name, list(groups), step, split))
+
+    @hookimpl
+    def art_model_registered(self, backend, model):
+        self.registered.append((backend, model))
+
+
+@pytest.fixture
+def trackers(monkeypatch):
+    """A registry without the installed plugins."""
+    registry = PluginRegistry()
+    monkeypatch.setattr("art.model.installed_plugins", lambda: registry)
+    return registry
+
+
+@pytest.fixture
+def recorder(trackers):
+    recorder = Recorder()
+    trackers.register(recorder, "recorder")
+    return recorder
+
+
+def groups():
+    return [
+        art.TrajectoryGroup(
+            [
+                art.Trajectory(reward=0.0, metrics={"hits": 1, "won": False}),
+                art.Trajectory(reward=1.0, metrics={"hits": 2}),
+            ],
+            metrics={"judge": 0.5},
+        ),
+        art.TrajectoryGroup(
+            [art.Trajectory(reward=2.0, metrics={"costs/tokens": 7.0})],
+            exceptions=[ValueError("x")],
+            metrics={"judge": 1.0},
+        ),
+    ]
+
+
+EXPECTED = {
+    "train/reward": 1.0,
+    "train/reward_std_dev": 0.5,
+    "train/exception_rate": 0.25,
+    "train/hits": 1.5,
+    "train/won": 0.0,
+    "costs/tokens": 7.0,
+    "train/group_judge": 0.75,
+}
+
+
+# construction
+
+
+def test_the_arguments_and_defaults():
+    model = art.Model(name="gpt-4.1", project="task")
+    assert model.model_dump() == {
+        "name": "gpt-4.1",
+        "project": "task",
+        "entity": None,
+        "id": None,
+        "config": None,
+        "inference_api_key": None,
+        "inference_base_url": None,
+        "inference_model_name": None,
+        "base_path": ".art",
+        "report_metrics": None,
+    }
+    assert model.trainable is False
+    trainable = art.TrainableModel(name="agent-001", project="my-agentic-task", base_model="Qwen/Qwen2.5-14B-Instruct")
+    assert trainable.trainable is True
+    assert trainable.base_model == "Qwen/Qwen2.5-14B-Instruct"
+    assert trainable.internal_config == {}
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", "a b", "name@3", ".hidden", "ünï", "x" * 129, None])
+def test_names_that_cannot_be_folders_are_refused(name):
+    with pytest.raises(InvalidName, match="model name"):
+        art.TrainableModel(name=name, project="p", base_model="b")
+    with pytest.raises(InvalidName, match="project"):
+        art.Model(name="m", project=name)
+
+
+def test_unknown_arguments_are_refused_with_the_nearest():
+    with pytest.raises(UnknownArgument, match="Did you mean 'base_model'"):
+        art.TrainableModel(name="m", project="p", base_modle="b")
+    with pytest.raises(UnknownArgument, match="Did you mean 'inference_api_key'"):
+        art.Model(name="m", project="p", inference_apikey="k")
+    with pytest.raises(UnknownArgument, match="Model has no argument 'base_model'"):
+        art.Model(name="m", project="p", base_model="b")
+    with pytest.raises(ValidationError, match="project"):
+        art.Model(name="m")
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        ({"engine_arg": {}}, UnknownArgument, "Did you mean 'engine_args'"),
+        ({"trainer_gpu_ids": [0]}, ValueError, "inference_gpu_ids is not"),
+        ({"trainer_gpu_ids": [], "inference_gpu_ids": [1]}, ValueError, "trainer_gpu_ids is empty"),
+        ({"trainer_gpu_ids": [0, 1], "inference_gpu_ids": [1]}, ValueError, "share GPU 1"),
+        ({"trainer_gpu_ids": [0, 0], "inference_gpu_ids": [1]}, ValueError, "names a GPU twice"),
+        ({"trainer_gpu_ids": ["0"], "inference_gpu_ids": [1]}, ValueError, "list of GPU indices"),
+        ({"trainer_gpu_ids": [-1], "inference_gpu_ids": [1]}, ValueError, "list of GPU indices"),
+        ({"rollout_weights_mode": "merged"}, ValueError, "needs dedicated GPUs"),
+        ({"rollout_weights_mode": "both"}, ValueError, "'lora' or 'merged'"),
+        ({"engine_args": ["a"]}, TypeError, "must be a dictionary"),
+        ({"chat_template": 3}, TypeError, "must be text"),
+        ({"chat_template": "x", "chat_template_path": "y"}, ValueError, "not both"),
+    ],
+)
+def test_an_internal_config_that_cannot_work(config, error, words):
+    with pytest.raises(error, match=words):
+        art.TrainableModel(name="m", project="p", base_model="b", _internal_config=config)
+
+
+def test_an_internal_config_that_works():
+    config = InternalModelConfig(
+        trainer_gpu_ids=[0], inference_gpu_ids=[1], rollout_weights_mode="merged", engine_args={"max_num_seqs": 8}
+    )
+    model = art.TrainableModel(name="m", project="p", base_model="b", _internal_config=config)
+    assert model.internal_config == config
+
+
+def test_the_key_is_not_shown():
+    model = art.Model(name="m", project="p", inference_api_key="sk-secret", inference_base_url="http://127.0.0.1:1/v1")
+    for text in (repr(model), str(model), json.dumps(model.safe_model_dump())):
+        assert "sk-secret" not in text
+
+
+def test_safe_model_dump_is_json_whatever_the_config():
+    class Settings(BaseModel):
+        turns: int = 4
+
+    @dataclasses.dataclass
+    class Plain:
+        turns: int = 4
+
+    for config in (Settings(), Plain(), {"turns": 4}):
+        dumped = art.Model(name="m", project="p", config=config).safe_model_dump()
+        assert json.loads(json.dumps(dumped))["config"] == {"turns": 4}
+        assert dumped["trainable"] is False
+    odd = art.Model(name="m", project="p", config={"when": object()}).safe_model_dump()
+    assert odd["config"]["when"].startswith("<object")
+
+
+def test_a_model_can_be_pickled_and_copied():
+    model = art.TrainableModel(name="m", project="p", base_model="b", _internal_config={"engine_args": {"a": 1}})
+    for other in (pickle.loads(pickle.dumps(model)), model.model_copy()):
+        assert other.internal_config == {"engine_args": {"a": 1}}
+        assert other == model
+
+
+# registration and names
+
+
+async def test_before_registration():
+    model = art.TrainableModel(name="m", project="p", base_model="b")
+    with pytest.raises(NotRegistered, match="'m' is not registered"):
+        model.backend()
+    with pytest.raises(NotRegistered):
+        await model.get_step()
+    assert model.get_inference_name() == "m"
+    assert await art.Model(name="m", project="p").get_step() == 0
+
+
+async def test_registration(backend, endpoint, recorder):
+    model = art.TrainableModel(name="agent-001", project="task", base_model="b")
+    await model.register(backend)
+    assert model.backend() is backend
+    assert model.inference_base_url == f"{endpoint.url}/task/v1"
+    assert model.inference_api_key == "sk-memory"
+    assert model.inference_model_name == "agent-001"
+    assert model.base_path == str(backend.path)
+    assert recorder.registered == [(backend, model)]
+    backend.steps = [0, 1, 4]
+    assert await model.get_step() == 4
+    assert model.get_inference_name() == "agent-001@4"
+    assert model.get_inference_name(step=1) == "agent-001@1"
+    assert model.litellm_completion_params() == {
+        "model": "hosted_vllm/agent-001@4",
+        "base_url": f"{endpoint.url}/task/v1",
+        "api_key": "sk-memory",
+        "temperature": 1,
+    }
+    assert model.litellm_completion_params(step=0)["model"] == "hosted_vllm/agent-001@0"
+
+
+async def test_a_model_that_is_not_trained(backend):
+    model = art.Model(
+        name="gpt", project="task", inference_model_name="openai/gpt-4.1", inference_base_url="u", inference_api_key="k"
+    )
+    await model.register(backend)
+    assert model.backend() is backend
+    assert backend.calls == []
+    assert model.get_inference_name() == "openai/gpt-4.1"
+    assert model.litellm_completion_params()["model"] == "openai/gpt-4.1"
+
+
+# state
+
+
+def test_state(tmp_path):
+    model = art.Model(name="m", project="p", base_path=tmp_path)
+    assert model.read_state() is None
+    model.overwrite_state({"seed": 1, "seen": [1]})
+    assert model.merge_state({"seen": [1, 2]}) == {"seed": 1, "seen": [1, 2]}
+    assert model.read_state() == {"seed": 1, "seen": [1, 2]}
+    path = tmp_path / "p" / "models" / "m" / "state.json"
+    assert json.loads(path.read_text()) == {"seed": 1, "seen": [1, 2]}
+    with pytest.raises(TypeError):
+        model.overwrite_state({"bad": object()})
+    assert model.read_state() == {"seed": 1, "seen": [1, 2]}
+    assert [f.name for f in path.parent.iterdir()] == ["state.json"]
+    path.write_text("{")
+    with pytest.raises(ValueError, match="mend or remove it"):
+        model.read_state()
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        model.read_state()
+
+
+# logging
+
+
+async def test_one_log_keeps_trajectories_and_metrics(model, recorder):
+    given = groups()
+    await model.log(given, metrics={"loss/train": 0.5, "mine": 2, "odd/one": 3}, step=7, split="train")
+    assert recorder.groups == [("agent-001", given, 7, "train")]
+    ((name, metrics, step, split),) = recorder.metrics
+    assert (name, step, split) == ("agent-001", 7, "train")
+    assert metrics == {**EXPECTED, "loss/train": 0.5, "train/mine": 2.0, "train/odd/one": 3.0}
+
+
+async def test_the_defaults_of_log(model, backend, recorder):
+    backend.steps = [0, 3]
+    await model.log([art.Trajectory(reward=1.0), ValueError("x"), art.Trajectory(reward=3.0)])
+    ((_, (group,), step, split),) = recorder.groups
+    assert (step, split, len(group), len(group.exceptions)) == (3, "val", 2, 1)
+    assert recorder.metrics[0][1] == {
+        "val/reward": 2.0,
+        "val/reward_std_dev": 1.0,
+        "val/exception_rate": pytest.approx(1 / 3),
+    }
+
+
+async def test_a_given_metric_wins_over_a_computed_one(model, recorder):
+    await model.log(groups(), metrics={"reward": 9.0}, split="train")
+    assert recorder.metrics[0][1]["train/reward"] == 9.0
+
+
+async def test_metrics_alone_a_single_group_and_nothing(model, recorder):
+    await model.log(metrics={"val/score": 1}, step=2)
+    assert recorder.groups == []
+    assert recorder.metrics == [("agent-001", {"val/score": 1.0}, 2, "val")]
+    await model.log(groups()[0], step=2)
+    assert len(recorder.groups[0][1]) == 1
+    await model.log()
+    assert len(recorder.metrics) == 2
+
+
+async def test_only_exceptions(model, recorder):
+    await model.log([art.TrajectoryGroup([], exceptions=[ValueError("x")])], split="train")
+    assert recorder.metrics[0][1] == {"train/exception_rate": 1.0}
+    assert recorder.groups[0][1][0].exceptions[0].type == "ValueError"
+
+
+async def test_metrics_that_are_not_finite_are_kept_and_warned_of(model, recorder):
+    with pytest.warns(RuntimeWarning, match="not finite numbers: train/reward=nan, loss/train=inf"):
+        await model.log([art.Trajectory(reward=math.nan)], metrics={"loss/train": math.inf}, split="train")
+    assert math.isnan(recorder.metrics[0][1]["train/reward"])
+    assert recorder.metrics[0][1]["loss/train"] == math.inf
+
+
+async def test_what_cannot_be_logged(model):
+    async def attempt():
+        return art.Trajectory()
+
+    pending = art.TrajectoryGroup([attempt()])
+    with pytest.raises(TypeError, match="await groups that are still being gathered"):
+        await model.log([pending])
+    pending.close()
+    with pytest.raises(InvalidName, match="split"):
+        await model.log(metrics={"a": 1}, split="../train")
+
+
+async def test_a_tracker_that_fails_keeps_no_other_from_being_told(model, trackers):
+    class Broken:
+        art_api = 1
+
+        @hookimpl
+        def art_log_metrics(self, metrics):
+            raise OSError("the disk is full")
+
+    recorder = Recorder()
+    trackers.register(Broken(), "broken")
+    trackers.register(recorder, "recorder")
+    with pytest.warns(RuntimeWarning, match="'broken' failed in art_log_metrics.*the disk is full"):
+        await model.log(metrics={"a": 1})
+    assert len(recorder.metrics) == 1
+
+
+async def test_without_a_tracker_the_pip_line_is_named(model, trackers):
+    with pytest.warns(RuntimeWarning, match="pip install art-tracker-files"):
+        await model.log(metrics={"a": 1})
+
+
+async def test_log_writes_files_with_the_files_tracker(model):
+    read = pytest.importorskip("art_tracker_files")
+    assert any(info.name == "tracker-files" for info in installed_plugins().infos)
+    given = groups()
+    await model.log(given, metrics={"loss/train": 0.5}, step=7, split="train")
+    folder = model._folder()
+    (record,) = read.read_history(folder / "history.jsonl")
+    assert {k: v for k, v in record.items() if k != "recorded_at"} == {
+        "step": 7,
+        "split": "train",
+        "loss/train": 0.5,
+        **EXPECTED,
+    }
+    back = read.read_trajectories(folder / "trajectories" / "train" / "0007.parquet")
+    assert [group.model_dump() for group in back] == [group.model_dump() for group in given]
+
+
+# training
+
+
+async def test_backend_train_logs_nothing(model, backend, recorder):
+    result = await backend.train(model, groups(), learning_rate=1e-5)
+    assert isinstance(result, art.LocalTrainResult)
+    assert recorder.metrics == recorder.groups == []
+
+
+async def test_model_train_is_deprecated_and_does_both(model, backend, recorder):
+    with pytest.warns(DeprecationWarning, match="is deprecated") as caught:
+        await model.train((group for group in groups()), config=art.TrainConfig(learning_rate=1e-5))
+    text = str(caught[0].message)
+    assert "result = await backend.train(model, groups, learning_rate=1e-5)" in text
+    assert 'await model.log(groups, metrics=result.metrics, step=result.step, split="train")' in text
+    assert caught[0].filename == __file__
+    assert backend.calls[-1] == ("train", "agent-001", 2, {"learning_rate": 1e-5})
+    assert recorder.metrics == [("agent-001", {**EXPECTED, "loss/train": 0.5}, 1, "train")]
+    assert len(recorder.groups[0][1]) == 2
+
+
+async def test_the_train_config_becomes_arguments(model, backend, recorder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        await model.train(groups())
+        assert backend.calls[-1][-1] == {"learning_rate": 5e-6}
+        await model.train(groups(), TrainConfig(kl_penalty_coef=0.1, grad_accumulation_sequences=4), verbose=True)
+    assert backend.calls[-1][-1] == {
+        "learning_rate": 5e-6,
+        "kl_penalty_coef": 0.1,
+        "grad_accumulation_sequences": 4,
+        "verbose": True,
+    }
+    with pytest.raises(ValidationError, match="learning_rat"):
+        TrainConfig(learning_rat=1)
+
+
+# checkpoints
+
+
+async def test_delete_checkpoints_keeps_the_latest_and_the_best(model, backend):
+    backend.steps = [0, 1, 2, 3, 4]
+    for step, reward in ((1, 0.1), (2, 0.9), (3, 0.2)):
+        append_history(model._folder() / "history.jsonl", {"val/reward": reward}, step=step, split="val")
+    assert await model.delete_checkpoints() == [0, 1, 3]
+    assert backend.steps == [2, 4]
+
+
+async def test_a_leased_checkpoint_stays(model, backend):
+    backend.steps, backend.leased = [0, 1, 2], {0}
+    append_history(model._folder() / "history.jsonl", {"train/reward": 1.0}, step=2, split="train")
+    assert await model.delete_checkpoints("train/reward") == [1]
+    assert backend.steps == [0, 2]
+
+
+async def test_nothing_is_deleted_when_the_best_is_not_known(model, backend):
+    assert await model.delete_checkpoints() == []
+    backend.steps = [0, 1, 2]
+    with pytest.warns(RuntimeWarning, match=r"has no 'val/reward'.*none was deleted"):
+        assert await model.delete_checkpoints() == []
+    assert backend.steps == [0, 1, 2]
