@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_READABLE = 60
+
 
 class ArtError(Exception):
     """The base of every error raised by art-core, its engines and its backends."""
@@ -26,10 +28,10 @@ class UnknownArgument(ArtError, TypeError):
 
     def __init__(self, name: str, *, where: str, known: Iterable[str]) -> None:
         self.name, self.known = name, tuple(sorted(known))
-        super().__init__(
-            f"{where} has no argument {name!r}.{did_you_mean(name, self.known)}"
-            f" It takes: {', '.join(self.known) or 'none'}."
-        )
+        # A server's hundreds of options would bury the nearest one.
+        few = len(self.known) <= _READABLE
+        takes = (", ".join(self.known) or "none") if few else f"{len(self.known)} others, as its documentation lists"
+        super().__init__(f"{where} has no argument {name!r}.{did_you_mean(name, self.known)} It takes: {takes}.")
 
 
 class UnsupportedCapability(ArtError, NotImplementedError):
