@@ -1,0 +1,212 @@
+"""Where an engine's interpreter is: the client's own, one the user runs, or an environment made for it in the cache.
+
+Looks only at metadata and files; imports no engine, makes and removes nothing (see `environments_install`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from packaging.requirements import Requirement
+
+from art_core import ArtError, InferenceEngineSpec, PluginError, TrainingEngineSpec
+from art_core.engines import EnvironmentSpec, Flavour, FlavourSpec
+from art_core.errors import did_you_mean
+
+from .devices import accelerators
+
+EngineSpec = InferenceEngineSpec | TrainingEngineSpec
+MARKER = "environment.json"
+
+
+class EnvironmentMissing(ArtError, RuntimeError):
+    """An engine has no interpreter to run in yet; the message holds the one command that makes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineEnvironment:
+    """The environment of one engine in one flavour, installed or not.
+
+    `folder` is its place in the cache; its name holds a hash of everything that goes in, so other requirements are
+    another folder.
+    """
+
+    engine: str
+    flavour: Flavour
+    spec: FlavourSpec
+    environment: EnvironmentSpec
+    folder: Path
+
+    @property
+    def marker(self) -> Path:
+        """The file that is written last: without it, whatever lies in the folder is not an environment."""
+        return self.folder / MARKER
+
+    def python(self) -> Path | None:
+        """Its interpreter; None when it isn't installed, or was damaged since."""
+        try:
+            interpreter = self.folder / json.loads(self.marker.read_bytes())["venv"] / "bin" / "python"
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return interpreter if os.access(interpreter, os.X_OK) else None
+
+    def facts(self) -> dict[str, Any]:
+        """What was written down when it was installed: versions, bytes, seconds; empty when it isn't."""
+        return {} if self.python() is None else dict(json.loads(self.marker.read_bytes()))
+
+    @property
+    def install_command(self) -> str:
+        """The command that makes it."""
+        flavour = "" if self.flavour == machine_flavour() else f" --flavour {self.flavour}"
+        return f"art engines install {self.engine}{flavour}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnginePython:
+    """An interpreter that runs an engine, and why it is this one."""
+
+    path: str
+    why: str
+
+
+def cache_dir() -> Path:
+    """ART's cache folder: `ART_CACHE_DIR`, read at each call, or the user's cache folder of this platform."""
+    override = os.environ.get("ART_CACHE_DIR")
+    return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("art"))
+
+
+def engine_folder(engine: str) -> Path:
+    """Where all environments of an engine lie, those of older requirements too."""
+    return cache_dir() / "engines" / engine
+
+
+def machine_flavour() -> Flavour:
+    """ "cuda" where this process may use a GPU, else "cpu". May take a second at the first call."""
+    return "cuda" if accelerators() else "cpu"
+
+
+def environment_spec(spec: EngineSpec) -> EnvironmentSpec | None:
+    """What a card says of its environment, imported; None for an engine that lives in the client's.
+
+    Raises PluginError when it can't be imported.
+    """
+    if spec.environment is None:
+        return None
+    module, _, attribute = spec.environment.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(
+            f"the environment of engine {spec.name!r}, {spec.environment}, is not there: {error}"
+        ) from error
+    if not isinstance(found, EnvironmentSpec):
+        raise PluginError(f"the environment of engine {spec.name!r}, {spec.environment}, is no EnvironmentSpec.")
+    return found
+
+
+def environment_for(spec: EngineSpec, flavour: Flavour | None = None) -> EngineEnvironment:
+    """An engine's environment in a flavour (None: this machine's), whether it is installed or not.
+
+    Raises EnvironmentMissing for an engine that needs none, and for a flavour that it doesn't have.
+    """
+    environment = environment_spec(spec)
+    if environment is None:
+        raise EnvironmentMissing(
+            f"engine {spec.name} needs no environment of its own: it runs in the one that it is installed in."
+        )
+    chosen = flavour or machine_flavour()
+    if chosen not in environment.flavours:
+        raise EnvironmentMissing(
+            f"engine {spec.name} has no flavour {chosen!r}.{did_you_mean(chosen, environment.flavours)} It has:"
+            f" {', '.join(environment.flavours)}."
+        )
+    wanted = environment.flavours[chosen]
+    folder = engine_folder(spec.name) / f"{chosen}-{_key(wanted)}"
+    return EngineEnvironment(engine=spec.name, flavour=chosen, spec=wanted, environment=environment, folder=folder)
+
+
+def python_for(
+    spec: EngineSpec, *, python: str | Path | None = None, flavour: Flavour | None = None, auto_install: bool = False
+) -> str:
+    """The interpreter that an engine's launch plan is to run.
+
+    In this order: `python`, the user's own; this process's interpreter, when the engine needs no environment or is
+    importable here already; the environment in the cache. When that is missing, `auto_install` makes it, which takes
+    minutes and shows its progress, so call it in a thread. Raises EnvironmentMissing with the command to run.
+    """
+    return locate(spec, python=python, flavour=flavour, auto_install=auto_install).path
+
+
+def locate(
+    spec: EngineSpec, *, python: str | Path | None = None, flavour: Flavour | None = None, auto_install: bool = False
+) -> EnginePython:
+    """Like `python_for`, and says why it is this interpreter."""
+    if python is not None:
+        return EnginePython(path=_own_interpreter(spec.name, python), why="given by the user")
+    environment = environment_spec(spec)
+    if environment is None:
+        return EnginePython(path=sys.executable, why="this environment; the engine needs no other")
+    here = first_met(environment.provided_by)
+    if here is not None and flavour is None:
+        return EnginePython(path=sys.executable, why=f"this environment, which holds {here}")
+    wanted = environment_for(spec, flavour)
+    if wanted.python() is None and auto_install:
+        from .environments_install import install
+
+        install(wanted)
+    found = wanted.python()
+    if found is None:
+        raise EnvironmentMissing(
+            f"engine {spec.name} runs in an environment of its own, and that isn't installed yet (flavour"
+            f" {wanted.flavour}). Install it: {wanted.install_command}\n"
+            "Or give auto_install=True to have it done now, or python= with the interpreter of an environment of yours"
+            f" that holds {environment.provided_by[0]}."
+        )
+    return EnginePython(path=str(found), why=f"its environment, flavour {wanted.flavour}")
+
+
+def first_met(requirements: Iterable[str]) -> str | None:
+    """The first of these requirements that this process's environment meets, as "name version". Imports nothing."""
+    for line in requirements:
+        requirement = Requirement(line)
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            return f"{requirement.name} {version}"
+    return None
+
+
+def _own_interpreter(engine: str, python: str | Path) -> str:
+    # Not resolved: a virtual environment's interpreter is a link, and what it links to knows nothing of it.
+    found = shutil.which(os.path.expanduser(python))
+    if found is None:
+        raise EnvironmentMissing(f"python={str(python)!r} for engine {engine} is no program that can be run here.")
+    return os.path.abspath(found)
+
+
+def _key(spec: FlavourSpec) -> str:
+    projects = {
+        f"{project.name}/{file.relative_to(project).as_posix()}": hashlib.sha256(file.read_bytes()).hexdigest()
+        for project in spec.local_projects
+        for file in sorted(project.rglob("*"))
+        if file.is_file()
+    }
+    content = [
+        *(spec.requirements, spec.without_dependencies, projects, spec.uninstall),
+        *(sys.version_info[:2], sys.implementation.name, platform.machine()),
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
