@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -62,9 +62,20 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def imported(path: Path) -> Iterator[str]:
+def optional(path: Path) -> set[ast.AST]:
+    """What stands in a `try` that is ready for an ImportError."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h.type) for h in node.handlers if h.type):
+            found.update(inner for line in node.body for inner in ast.walk(line))
+    return found
+
+
+def imported(path: Path, *, without: Collection[ast.AST] = ()) -> Iterator[str]:
     """The top-level names that a module imports, wherever in it; relative imports are its own package."""
     for node in ast.walk(tree_of(path)):
+        if node in without:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -125,7 +136,7 @@ def test_what_is_imported_is_declared(project: Path) -> None:
     for package in packages_of(project):
         own = {p.name for p in packages_of(project)}
         for file in package.rglob("*.py"):
-            for name in imported(file):
+            for name in imported(file, without=optional(file)):
                 if name in sys.stdlib_module_names or name in own or name == "__future__":
                     continue
                 candidates = {normal(dist) for dist in providers.get(name, [name])}
