@@ -95,13 +95,17 @@ class ControlClient:
             raise unreachable(self.path, repr(error)) from error
         raise unreachable(self.path, "its answer ended early")
 
-    async def close(self) -> None:
-        """Hang up; a host that belongs to this client is stopped and waited for."""
+    async def hang_up(self) -> None:
+        """Close this event loop's connection; the host lets go of what the client held. It may be opened again."""
         connection = self._connections.pop(asyncio.get_running_loop(), None)
         if connection is not None:
             connection.listening.cancel()
             await asyncio.gather(connection.listening, return_exceptions=True)
             await connection.http.close()
+
+    async def close(self) -> None:
+        """Hang up; a host that belongs to this client is stopped and waited for."""
+        await self.hang_up()
         child, self._child = self._child, None
         if child is not None and self._in_process:
             child.end()

@@ -227,7 +227,8 @@ class EngineServer:
             InferenceLaunch(
                 base_model=c.base_model, served_name=c.served_name, host="127.0.0.1", port=port, api_key=self.api_key,
                 python=c.python, max_lora_rank=c.max_lora_rank, max_adapters=c.max_adapters,
-                max_model_len=c.max_model_len, dtype=c.dtype, devices=c.devices, chat_template=c.chat_template, engine_args=c.engine_args,
+                max_model_len=c.max_model_len, dtype=c.dtype, devices=c.devices, chat_template=c.chat_template,
+                engine_args=c.engine_args,
             )
         )  # fmt: skip
         self.loaded.clear()

@@ -14,6 +14,7 @@ import secrets
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -53,6 +54,7 @@ async def run_host(path: Path, *, idle_timeout_s: float, owner_pid: int | None) 
     state = HostState(path, installed_plugins(), sessions)
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
+    _tell_warnings(state, loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
     with socket.create_server(("127.0.0.1", 0), backlog=SERVER_OPTIONS["backlog"]) as listener:
@@ -84,6 +86,16 @@ async def run_host(path: Path, *, idle_timeout_s: float, owner_pid: int | None) 
                 await asyncio.wait({serving}, timeout=10)
                 serving.cancel()
                 await state.close()
+
+
+def _tell_warnings(state: HostState, loop: asyncio.AbstractEventLoop) -> None:
+    """Python's warnings here, such as those of corrupt checkpoints, reach the clients; each once."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        loop.call_soon_threadsafe(state.report, str(message))
+
+    warnings.simplefilter("default", RuntimeWarning)
+    warnings.showwarning = show
 
 
 class _Server(uvicorn.Server):

@@ -292,11 +292,12 @@ def _key(*parts: object) -> str:
 
 def status_event(progress: StartProgress) -> JSON:
     """What the client shows while a process starts."""
+    started = progress.last_line.startswith("--- ")
     return {
         "event": "status",
         "waiting_for": progress.name,
         "seconds": round(progress.seconds, 1),
-        "last_line": progress.last_line[-500:],
+        "last_line": "" if started else progress.last_line[-500:],
     }
 
 

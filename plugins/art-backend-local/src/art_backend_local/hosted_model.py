@@ -51,7 +51,8 @@ class HostedModel:
 
     `ensure_loaded` brings a step into the engine, `publish` moves the route as well. `known` are the whole steps on
     disk when last looked; those in `training_from` are in use by a training job and are not deleted. `trained_by` is
-    the session that trains it. `ended` is set whenever a request has ended. `dialect` is the engine's, with the model's
+    the session that trains it. `ended` is set whenever a request has ended or the
+    route has moved. `dialect` is the engine's, with the model's
     own arguments for the chat template.
     """
 
@@ -256,6 +257,7 @@ class HostedModel:
         """Publisher: new requests go to it."""
         self.steps.add(checkpoint.step)
         self.steps.route(checkpoint.step)
+        self.ended.set()
 
     async def unload(self, checkpoint: CheckpointRef) -> None:
         """Publisher: undo `load`."""
@@ -291,8 +293,9 @@ class HostedModel:
 
     def _loading_done(self, step: int, task: asyncio.Task[None]) -> None:
         self._loading.pop(step, None)
-        if not task.cancelled() and task.exception() is not None:
-            self.report(f"{self.key}@{step} could not be loaded: {task.exception()}")
+        if not task.cancelled():
+            # Whoever waited has it; when nobody did, nobody needs it.
+            task.exception()
 
     async def remove_not_kept(self) -> list[int]:
         """Delete the steps made with save_checkpoint=False that a later one has replaced, and say which were."""
