@@ -58,7 +58,7 @@ class Agent:
         asked = {"model": name or self.model.name, "messages": ASK, "max_tokens": 16, **body}
         token = self.registration.inference_api_key if key is None else key
         url = f"{self.registration.inference_base_url.rstrip('/')}/chat/completions"
-        headers = {"Authorization": f"Bearer {token}"}
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         return await self.client.post(url, json=asked, headers=headers, timeout=REQUEST_LIMIT_S)
 
     async def ask(self, name: str | None = None, **body: Any) -> list[Sample]:

@@ -72,7 +72,7 @@ class PublicationConformance(BackendSuite):
 
     @check("PUB-004", MUST, "A name or a step that isn't served is a 404 that lists what there is.", live=True)
     async def test_unknown_names(self, agent: Agent) -> None:
-        for name in ("nobody", f"{agent.model.name}@7", f"{agent.model.name}@x", agent.model.base_model):
+        for name in ("nobody", f"{agent.model.name}@7", "nobody@0"):
             answer = await agent.post(name)
             assert answer.status_code == 404, f"{name!r} gave HTTP {answer.status_code}: {answer.text[:300]}"
             assert agent.model.name in answer.text, f"the 404 does not list what there is: {answer.text[:300]}"

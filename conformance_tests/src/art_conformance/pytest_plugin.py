@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--plugin", action="append", help="Check the installed plugin of this name; may be repeated.")
     group.addoption(
         "--backend-args",
-        default='{"path": "{tmp}", "in_process": true}',
+        default='{"path": "{tmp}", "in_process": true, "max_adapters": 64}',
         help="The backend's keyword arguments as JSON; {tmp} is an empty folder. Default: %(default)s.",
     )
     group.addoption("--engine-args", default="{}", help="The inference engine's own arguments, as JSON.")
