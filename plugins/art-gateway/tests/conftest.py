@@ -98,7 +98,6 @@ class Upstream:
     """The server behind the gateway. `behave(request)` gives a Response in place of the usual answer."""
 
     def __init__(self) -> None:
-        self.url = ""
         self.requests: list[dict[str, Any]] = []
         self.behave: Behaviour | None = None
         self.gate = asyncio.Event()
@@ -241,21 +240,26 @@ class TableRoutes:
 
 
 @asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
-    """Run an application under uvicorn, set up as a host does, on a port of its own; gives its address."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, **{**SERVER_OPTIONS, "loop": "none", "timeout_graceful_shutdown": 1}))
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    running = asyncio.create_task(server._serve([listener]))
+async def serving(*apps: Any) -> AsyncIterator[list[str]]:
+    """Run applications under uvicorn, set up as a host does, each on a port of its own; gives their addresses."""
+    listeners = [socket.socket() for _ in apps]
+    servers: list[uvicorn.Server] = []
+    for app, listener in zip(apps, listeners, strict=True):
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(app, **{**SERVER_OPTIONS, "loop": "none", "timeout_graceful_shutdown": 1})
+        servers.append(uvicorn.Server(config))
+    running = [
+        asyncio.create_task(server._serve([listener])) for server, listener in zip(servers, listeners, strict=True)
+    ]
     try:
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        while not all(server.started for server in servers):
+            await asyncio.sleep(0.005)
+        yield [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
     finally:
-        server.should_exit = True
+        for server in servers:
+            server.should_exit = True
         async with asyncio.timeout(20):
-            await running
+            await asyncio.gather(*running)
 
 
 @dataclass
@@ -283,21 +287,18 @@ class Stage:
 
 @pytest.fixture
 def limits() -> GatewayLimits:
-    return GatewayLimits(request_bytes=2**20, request_s=5, route_s=5, connect_s=2, answer_s=20)
+    return GatewayLimits(request_bytes=2**20, request_s=60, route_s=60, connect_s=60, answer_s=120)
 
 
 @pytest.fixture
 async def stage(limits: GatewayLimits) -> AsyncIterator[Stage]:
     upstream = Upstream()
-    async with serving(upstream.app) as upstream_url:
-        upstream.url = upstream_url
-        routes = TableRoutes(upstream_url)
-        routes.publish("p", "agent", 3)
-        headers = {"Authorization": f"Bearer {API_KEY}"}
-        connector = aiohttp.TCPConnector(limit=0)
-        async with (
-            serving(create_app(routes, api_key=API_KEY, limits=limits)) as url,
-            aiohttp.ClientSession(headers=headers, connector=connector) as client,
-        ):
+    routes = TableRoutes("")
+    routes.publish("p", "agent", 3)
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    gateway = create_app(routes, api_key=API_KEY, limits=limits)
+    async with serving(upstream.app, gateway) as (upstream_url, url):
+        routes.upstream_url = upstream_url
+        async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as client:
             yield Stage(url, upstream, routes, client)
             upstream.gate.set()

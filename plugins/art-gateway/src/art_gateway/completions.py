@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+from aiohttp.payload import BytesIOPayload, BytesPayload
 from starlette.types import Message, Receive, Scope, Send
 
 from art_core import ArtError, CheckpointNotFound, InvalidName, parse_inference_name
@@ -30,7 +31,7 @@ _STREAM = b"text/event-stream; charset=utf-8"
 
 
 class ClientGone(Exception):
-    """The client hung up before its request was whole."""
+    """The client hung up, or has stopped reading: nobody is there to be answered."""
 
 
 class Upstream:
@@ -87,7 +88,7 @@ class Completions:
             answer.cancel()
             # Waits for the release of the route; what the answer raised is raised below.
             await asyncio.gather(answer, gone, return_exceptions=True)
-        if not answer.cancelled():
+        if not answer.cancelled() and not isinstance(answer.exception(), ClientGone):
             answer.result()
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
@@ -123,9 +124,13 @@ class Completions:
             await error.send(send)
             return
         try:
-            await self._forward(route, request, send)
+            # The engine's side has limits of its own; this one is for a client that doesn't read its answer.
+            async with asyncio.timeout(self._limits.answer_s + self._limits.reader_s):
+                await self._forward(route, request, send)
         except ApiError as error:
             await error.send(send)
+        except TimeoutError:
+            raise ClientGone(f"the client of {route.name} didn't read its answer") from None
         finally:
             route.release()
 
@@ -158,7 +163,7 @@ class Completions:
         except ArtError as error:
             raise ApiError(400, str(error), code="engine_cannot") from error
         # A large body goes out in pieces, with other requests in between.
-        data = io.BytesIO(payload) if len(payload) > _ONE_PIECE else payload
+        data = BytesIOPayload(io.BytesIO(payload)) if len(payload) > _ONE_PIECE else BytesPayload(payload)
         url = f"{route.upstream_url}/v1/{self._endpoint}"
         step = (b"x-art-step", b"%d" % route.step)
         try:
@@ -169,7 +174,7 @@ class Completions:
                     return
                 body = await answer.read()
                 status, retry_after = answer.status, answer.headers.get("Retry-After")
-        except aiohttp.ClientConnectorError as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             message = f"The engine behind {route.name} takes no connections ({error}); it has died or is restarting."
             raise engine_error(503, message, code="engine_unavailable", retry_after_s=2) from error
         except TimeoutError as error:

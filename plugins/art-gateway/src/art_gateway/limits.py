@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Keyword arguments for `uvicorn.Config`. Idle connections are kept far longer than clients keep them, so that it is
-#: always the client that closes one, never we while a request is on its way.
+#: always the client that closes one, never we while a request is on its way. The loop is asyncio's, which takes every
+#: waiting connection at once: uvloop 0.23 takes one a turn, and under load the others starve for seconds.
 SERVER_OPTIONS: dict[str, Any] = {
     "http": "httptools",
-    "loop": "uvloop",
+    "loop": "asyncio",
     "ws": "none",
     "access_log": False,
     "log_level": "warning",
+    "proxy_headers": False,
+    "server_header": False,
     "timeout_keep_alive": 300,
     "backlog": 16_384,
 }
@@ -24,14 +27,17 @@ class GatewayLimits:
     """Sizes in bytes, times in seconds.
 
     `answer_s` bounds a whole answer, streaming included; `route_s` the wait for a route, as while an engine restarts;
-    `request_s` the arrival of a request's body; `connect_s` the connection to an engine.
+    `request_s` the arrival of a request's body; `connect_s` the connection to an engine; `reader_s` how much longer
+    than `answer_s` a client may take to read its answer.
     """
 
     request_bytes: int = 64 * 2**20
     request_s: float = 120.0
     route_s: float = 300.0
-    connect_s: float = 10.0
+    # A dead engine refuses at once; what takes long is only a burst of thousands on a busy machine.
+    connect_s: float = 60.0
     answer_s: float = 1200.0
+    reader_s: float = 60.0
 
 
 def raise_file_limit() -> int:
