@@ -1,0 +1,68 @@
+"""Runs SGLang's server in its own environment, which has nothing of ART but this file.
+
+The API key comes by the environment, since SGLang itself takes it only in its command line, where every user of the
+machine sees it; and it is kept out of the log, into which SGLang writes all of its settings. On a CPU it stands in for
+what only builds for CUDA define. SGLang's own processes import this file again, so all of that reaches them too.
+"""
+
+import functools
+import logging
+import os
+import sys
+
+KEY_VARIABLE = "ART_SGLANG_API_KEY"
+
+
+def _keep_out_of_logs(secret):
+    make = logging.getLogRecordFactory()
+
+    def record(*args, **kwargs):
+        made = make(*args, **kwargs)
+        text = made.getMessage()
+        if secret in text:
+            made.msg, made.args = text.replace(secret, "***"), ()
+        return made
+
+    logging.setLogRecordFactory(record)
+
+
+def _stand_in_for_cuda():
+    import torch
+
+    # torchvision's own library is linked to CUDA and doesn't load; SGLang only needs these operators to be defined.
+    global _torchvision
+    _torchvision = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+    # SGLang's LoRA code asks for pinned host memory without looking whether there is a device to pin it for.
+    def unpinned(make):
+        @functools.wraps(make)
+        def made(*args, **kwargs):
+            kwargs.pop("pin_memory", None)
+            return make(*args, **kwargs)
+
+        return made
+
+    for name in ("tensor", "empty", "zeros", "ones", "full", "arange"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self, *_args, **_kwargs: self
+
+
+if os.environ.get(KEY_VARIABLE):
+    _keep_out_of_logs(os.environ[KEY_VARIABLE])
+if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    _stand_in_for_cuda()
+
+if __name__ == "__main__":
+    if "--probe" in sys.argv:
+        import sglang
+        import sglang.srt.entrypoints.http_server
+
+        print(sglang.__version__)
+        sys.exit(0)
+    import runpy
+
+    if os.environ.get(KEY_VARIABLE):
+        sys.argv += ["--api-key", os.environ[KEY_VARIABLE]]
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)
