@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import art_runtime
 from art_core import ProcessFailed
 from art_runtime import Child, spawn_detached, spawn_tethered
 
@@ -177,6 +178,41 @@ def test_a_program_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> No
         spawn_tethered([sys.executable], cwd=tmp_path / "missing")
     with pytest.raises(ValueError, match="empty"):
         spawn_tethered([])
+
+
+def test_a_log_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProcessFailed, match=r"its log at .*file"):
+        spawn_tethered([sys.executable, "-c", "0"], log_file=tmp_path / "file" / "log")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which takes no byte")
+def test_a_full_disk_does_not_keep_the_tether_from_ending_the_tree(tmp_path: Path, kill_later: list[int]) -> None:
+    tether = Path(art_runtime.__file__).with_name("tether.py")
+    reading, holding = os.pipe()
+    command = [sys.executable, "-I", "-S", str(tether), str(os.getpid()), str(reading), "20"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [*command, sys.executable, str(_FAMILY), str(tmp_path / "pids"), "polite"],
+            pass_fds=[reading],
+            stdout=full,
+            stderr=full,
+        )
+    family = _wait_for(tmp_path / "pids")
+    kill_later += family
+    os.close(reading)
+    os.close(holding)
+    assert process.wait(15) == -signal.SIGTERM
+    assert [pid for pid in family if _runs(pid)] == []
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.05, 0.1])
+def test_an_end_that_comes_at_once_is_not_lost(delay_s: float) -> None:
+    child = spawn_tethered(["sleep", "300"], stop_timeout_s=200)
+    time.sleep(delay_s)
+    child.end()
+    assert child.wait(30) in (-signal.SIGTERM, 0)
+    child.let_go()
 
 
 def test_a_detached_program_outlives_its_owner_and_can_be_stopped(tmp_path: Path, kill_later: list[int]) -> None:

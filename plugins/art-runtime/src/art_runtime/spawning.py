@@ -114,7 +114,7 @@ def spawn_tethered(
     """
     program = _program(argv, env, cwd)
     read_end, write_end = os.pipe()
-    # Isolated and without site, from its file: up in some 20 ms, whatever is installed or set.
+    # Isolated and without site, from its file: up in tens of milliseconds, whatever is installed or set.
     tether = [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), str(read_end), str(stop_timeout_s)]
     try:
         process = _popen(tether, [program, *argv[1:]], env, log_file, cwd, keep=(read_end,))
@@ -181,11 +181,11 @@ def _popen(
     keep: tuple[int, ...],
 ) -> subprocess.Popen[bytes]:
     output = subprocess.DEVNULL
-    if log_file is not None:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.write(output, f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} starting {shlex.join(command)}\n".encode())
     try:
+        if log_file is not None:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.write(output, f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} starting {shlex.join(command)}\n".encode())
         return subprocess.Popen(
             [*tether, *command],
             env={**os.environ, **(env or {})},
@@ -197,7 +197,7 @@ def _popen(
             start_new_session=True,
         )
     except OSError as error:
-        raise ProcessFailed(f"{command[0]!r} cannot be started: {error}") from error
+        raise ProcessFailed(f"{command[0]!r} cannot be started with its log at {log_file}: {error}") from error
     finally:
         if output >= 0:
             os.close(output)

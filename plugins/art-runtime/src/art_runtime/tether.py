@@ -56,9 +56,14 @@ class _Tether:
         self.firm = False
 
     def run(self, command: list[str]) -> None:
+        began, beginning = os.pipe()
         self.program = os.fork()
         if self.program == 0:
             _become(command)
+        # Closed by exec: before that, the program has no group of its own that could be signalled.
+        os.close(beginning)
+        os.read(began, 1)
+        os.close(began)
         while True:
             left = self._reap()
             if not left:
@@ -193,7 +198,10 @@ def _end_as(status: int | None) -> None:
 
 
 def _say(text: str) -> None:
-    os.write(2, f"--- tether: {text}\n".encode())
+    try:
+        os.write(2, f"--- tether: {text}\n".encode())
+    except OSError:
+        return  # A full disk must not keep us from ending what we hold.
 
 
 if __name__ == "__main__":
