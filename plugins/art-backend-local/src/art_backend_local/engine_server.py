@@ -18,9 +18,11 @@ from typing import Any
 import aiohttp
 import orjson
 
-from art_core import EngineCall, EngineRefused, InferenceEngine, InferenceLaunch, ProcessFailed
+from art_core import EngineCall, EngineRefused, InferenceEngine, InferenceLaunch, LaunchPlan, ProcessFailed
 from art_core.engines import Endpoint
-from art_runtime import ProcessExit, StartProgress, SupervisedProcess, free_port
+from art_runtime import ProcessExit, StartProgress, SupervisedProcess
+
+from .launching import start_server
 
 JSON = dict[str, Any]
 RESTART_ATTEMPTS = 3
@@ -221,20 +223,33 @@ class EngineServer:
             await self._http.close()
 
     async def _launch(self, on_progress: Callable[[StartProgress], None] | None = None) -> None:
-        c = self.config
-        port = free_port()
-        plan = self.engine.launch(
-            InferenceLaunch(
-                base_model=c.base_model, served_name=c.served_name, host="127.0.0.1", port=port, api_key=self.api_key,
-                python=c.python, max_lora_rank=c.max_lora_rank, max_adapters=c.max_adapters,
-                max_model_len=c.max_model_len, dtype=c.dtype, devices=c.devices, chat_template=c.chat_template,
-                engine_args=c.engine_args,
-            )
-        )  # fmt: skip
         self.loaded.clear()
         self._used.clear()
-        self._process = await SupervisedProcess.start(
-            plan, port=port, log_file=c.log_file, name=f"inference engine {self.engine.name}", on_progress=on_progress
+        self._process = await start_server(
+            self._plan,
+            name=f"inference engine {self.engine.name}",
+            log_file=self.config.log_file,
+            on_progress=on_progress,
+        )
+
+    def _plan(self, port: int) -> LaunchPlan:
+        c = self.config
+        return self.engine.launch(
+            InferenceLaunch(
+                base_model=c.base_model,
+                served_name=c.served_name,
+                host="127.0.0.1",
+                port=port,
+                api_key=self.api_key,
+                python=c.python,
+                max_lora_rank=c.max_lora_rank,
+                max_adapters=c.max_adapters,
+                max_model_len=c.max_model_len,
+                dtype=c.dtype,
+                devices=c.devices,
+                chat_template=c.chat_template,
+                engine_args=c.engine_args,
+            )
         )
 
     async def _watch_over(self) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import aiohttp
 
-from art_core import ProcessFailed, TrainingEngine, TrainingFailed, TrainingLaunch
+from art_core import LaunchPlan, ProcessFailed, TrainingEngine, TrainingFailed, TrainingLaunch
 from art_core.training_jobs import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
-from art_runtime import StartProgress, SupervisedProcess, free_port
+from art_runtime import StartProgress, SupervisedProcess
 
+from .launching import start_server
 from .wire_errors import error_from_json
 
 JSON = dict[str, Any]
@@ -67,18 +68,11 @@ class TrainingServer:
                 return
             if self._closed:
                 raise ProcessFailed("the training worker is being stopped, since its host ends.")
-            c, port, self._token = self.config, free_port(), secrets.token_urlsafe(24)
-            plan = self.engine.launch(
-                TrainingLaunch(
-                    base_model=c.base_model, host="127.0.0.1", port=port, token=self._token, python=c.python,
-                    dtype=c.dtype, devices=c.devices, max_seq_length=c.max_seq_length, init_args=c.init_args,
-                )
-            )  # fmt: skip
-            self._process = await SupervisedProcess.start(
-                plan,
-                port=port,
-                log_file=c.log_file,
+            self._token = secrets.token_urlsafe(24)
+            self._process = await start_server(
+                self._plan,
                 name=f"training worker {self.engine.name}",
+                log_file=self.config.log_file,
                 on_progress=on_progress,
             )
 
@@ -143,6 +137,22 @@ class TrainingServer:
         async with self._starting:
             if self._process is not None:
                 await self._process.stop()
+
+    def _plan(self, port: int) -> LaunchPlan:
+        c = self.config
+        return self.engine.launch(
+            TrainingLaunch(
+                base_model=c.base_model,
+                host="127.0.0.1",
+                port=port,
+                token=self._token,
+                python=c.python,
+                dtype=c.dtype,
+                devices=c.devices,
+                max_seq_length=c.max_seq_length,
+                init_args=c.init_args,
+            )
+        )
 
     async def _until_idle(self, process: SupervisedProcess) -> None:
         timeout = aiohttp.ClientTimeout(total=10)

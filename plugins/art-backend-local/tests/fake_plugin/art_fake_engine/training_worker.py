@@ -54,6 +54,7 @@ async def jobs(request):
     async def events():
         try:
             groups = read_groups(job.groups_file)
+            print("job begun", flush=True)
             yield line(event="started", num_sequences=len(groups), num_rows=1, packed_tokens=1, trained_tokens=1)
             if order("crash"):
                 print("the fake worker was ordered to crash", flush=True)

@@ -1,0 +1,192 @@
+"""LocalBackend with engine torch: a tiny random model trained and served for real."""
+
+import asyncio
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import psutil
+import pytest
+
+from art_backend_local.host_files import read_host
+from art_core import Trajectory, TrajectoryGroup
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("art_engine_torch")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+MESSAGES = [{"role": "user", "content": "hello there"}]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A Llama with 2 layers whose every character is a token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(i): i - 29 for i in range(32, 127)}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=characters, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=128, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, **shape
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def torch_backend(tmp_path_factory):
+    from art_backend_local import LocalBackend
+
+    options = {"inference_engine": "torch", "training_engine": "torch", "show_progress": False, "max_adapters": 40}
+    with LocalBackend(path=tmp_path_factory.mktemp("torch") / "art", in_process=True, **options) as backend:
+        yield backend
+
+
+async def attempt(client, name="m", **sampling):
+    answer = await client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=12, **sampling)
+    choice = answer.choices[0]
+    reward = float((choice.message.content or "").count("a")) + len(choice.message.content or "") / 100
+    return Trajectory(messages_and_choices=[*MESSAGES, choice], reward=reward)
+
+
+async def gather(client, *, groups=2, size=4):
+    return [
+        TrajectoryGroup(await asyncio.gather(*(attempt(client, seed=100 * g + s) for s in range(size))))
+        for g in range(groups)
+    ]
+
+
+def peft_logprobs(base, checkpoint, choice):
+    """The logprobs of a choice's tokens by transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, checkpoint).eval()
+    ids = torch.tensor([choice.prompt_token_ids + choice.token_ids])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(ids).logits[0], -1)
+    first = len(choice.prompt_token_ids)
+    return [float(logprobs[first - 1 + i, token]) for i, token in enumerate(choice.token_ids)]
+
+
+async def test_served_logprobs_are_the_trained_adapters_after_each_publish(
+    torch_backend, policy, client, tiny, checkpoints
+):
+    asked = client(await torch_backend.register(policy))
+    differences = []
+    for step in range(4):
+        trajectory = await attempt(asked)
+        (choice,) = trajectory.choices()
+        assert choice.policy_version == step
+        served = [entry.logprob for entry in choice.logprobs.content]
+        expected = peft_logprobs(tiny, checkpoints(torch_backend) / f"{step:04d}", choice)
+        differences += [abs(a - b) for a, b in zip(served, expected, strict=True)]
+        if step:
+            old = peft_logprobs(tiny, checkpoints(torch_backend) / f"{step - 1:04d}", choice)
+            assert max(abs(a - b) for a, b in zip(old, expected, strict=True)) > 1e-3, "the step changed nothing"
+        result = await torch_backend.train(policy, await gather(asked), learning_rate=1e-2)
+        assert result.metrics["data/step_num_gradient_steps"] >= 1
+    print(f"mean {sum(differences) / len(differences):.2e}, max {max(differences):.2e} of {len(differences)} tokens")
+    assert max(differences) < 1e-3
+
+
+async def test_requests_in_flight_stay_on_their_step_while_the_next_ones_are_published(
+    torch_backend, policy, client, tiny, checkpoints
+):
+    asked = client(await torch_backend.register(policy))
+    groups = await gather(asked)
+    long = asyncio.create_task(
+        asked.chat.completions.create(
+            model="m", messages=MESSAGES, max_tokens=900, temperature=1, extra_body={"ignore_eos": True}
+        )
+    )
+    await asyncio.sleep(0.05)
+    for _ in range(3):
+        await torch_backend.train(policy, groups, learning_rate=1e-2)
+    overlapped = not long.done()
+    choice = (await long).choices[0]
+    assert choice.policy_version == 0
+    served = [entry.logprob for entry in choice.logprobs.content]
+    expected = peft_logprobs(tiny, checkpoints(torch_backend) / "0000", choice)
+    assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < 1e-3
+    print("the answer outlived the publications" if overlapped else "the answer was done before the last publication")
+
+
+async def test_the_plain_name_never_answers_from_a_step_that_is_not_published(torch_backend, policy, client):
+    asked = client(await torch_backend.register(policy))
+    groups = await gather(asked)
+    seen, published, done = [], [0], asyncio.Event()
+
+    async def ask():
+        while not done.is_set():
+            before = published[-1]
+            answer = await asked.chat.completions.create(model="m", messages=MESSAGES, max_tokens=2)
+            step = int(answer.model.partition("@")[2])
+            assert step >= before, "the route went back"
+            # Publication ends in the host a moment before this client hears of it.
+            assert step <= published[-1] + 1
+            seen.append(step)
+
+    asking = [asyncio.create_task(ask()) for _ in range(4)]
+    for _ in range(4):
+        published.append((await torch_backend.train(policy, groups, learning_rate=1e-3)).step)
+    done.set()
+    await asyncio.gather(*asking)
+    assert len(seen) > 10
+    assert seen[-1] in (3, 4)
+
+
+async def test_killed_engine_and_worker_come_back_with_the_same_policy(
+    torch_backend, policy, client, tiny, checkpoints
+):
+    asked = client(await torch_backend.register(policy)).with_options(max_retries=4)
+    groups = await gather(asked)
+    await torch_backend.train(policy, groups, learning_rate=1e-2)
+    host = psutil.Process(read_host(torch_backend.path).pid)
+    rollouts = asyncio.create_task(gather(asked, groups=4))
+    await asyncio.sleep(0.05)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for word in ("art_engine_torch.server", "art_training.worker"):
+            for child in host.children(recursive=True):
+                if word in child.cmdline():
+                    child.kill()
+        await rollouts
+        trajectory = await attempt(asked)
+    assert any("died and is being restarted" in str(w.message) for w in warned)
+    (choice,) = trajectory.choices()
+    served = [entry.logprob for entry in choice.logprobs.content]
+    expected = peft_logprobs(tiny, checkpoints(torch_backend) / "0001", choice)
+    assert choice.policy_version == 1
+    assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < 1e-3
+    assert (await torch_backend.train(policy, await rollouts, learning_rate=1e-2)).step == 2
+
+
+def test_kill_at_random_moments_and_go_on_with_the_same_loss(tiny, tmp_path):
+    script = Path(__file__).with_name("kill_at_random.py")
+    command = [sys.executable, str(script), str(tiny), str(tmp_path / "work"), "--kills", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert re.search(r"3 kills, resumed at \[0, \d+, \d+\]", done.stdout)
