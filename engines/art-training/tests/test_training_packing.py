@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
 from art_training.packing import PackedRow, pack_rows
 from art_training.row_assignment import sort_rows
 from art_training.rows import TokenRow
-from art_training.tree_attention import plan_attention, tree_attention
+from art_training.tree_attention import block_mask, plan_attention, tree_attention
 
 
 def row_of(ids: list[int], trained: list[int], trajectory: int) -> TokenRow:
@@ -98,6 +99,14 @@ def test_full_rows_when_a_step_is_many_groups() -> None:
     assert sum(map(len, packed)) <= 1.1 * sort_rows([r.token_ids[: r.trained[-1]] for r in rows]).tree_tokens
 
 
+def test_few_rows_are_of_much_the_same_length() -> None:
+    rng = np.random.default_rng(0)
+    rows = [row_of(rng.integers(0, 1000, 100).tolist(), [99], i) for i in range(26)]
+    lengths = [len(row) for row in pack_rows(rows, 2048)]
+    assert len(lengths) == 2
+    assert min(lengths) > 0.7 * max(lengths)
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
     assert pack_rows([], 8) == []
     with pytest.raises(ValueError, match="needs 3 tokens"):
@@ -126,3 +135,36 @@ def test_block_attention_equals_masked_attention(rows: list[TokenRow], heads: tu
     np.testing.assert_allclose(out.detach(), expected.detach(), atol=5e-6)
     for got, want in zip(torch.autograd.grad(out, ours, direction.float()), slopes, strict=True):
         np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 12))
+def test_the_mask_for_flex_attention_is_the_same_tree(seed: int, count: int) -> None:
+    """On the CPU flex_attention runs uncompiled, with the very mask function that its CUDA kernels take."""
+    rng, rows = np.random.default_rng(seed), []
+    for trajectory in range(count):
+        ids = rng.integers(0, 50, int(rng.integers(20, 400))).tolist()
+        if rows:
+            start = rows[int(rng.integers(0, len(rows)))].token_ids.tolist()
+            ids = start[: int(rng.integers(1, len(start)))] + ids
+        rows.append(row_of(ids, [len(ids) - 1], trajectory))
+    (row,) = pack_rows(rows, 1_000_000)
+    mask = block_mask(row, torch.device("cpu"))
+    seen = visible(row).astype(bool)
+    tiles = -(-len(row) // 128)
+    padded = np.zeros((tiles * 128, tiles * 128), dtype=bool)
+    padded[: len(row), : len(row)] = seen
+    np.testing.assert_array_equal(mask.to_dense()[0, 0].numpy() > 0, padded.reshape(tiles, 128, tiles, 128).any((1, 3)))
+    for q, k in zip(*np.nonzero(_full_tiles(mask, tiles)), strict=True):
+        assert seen[q * 128 : (q + 1) * 128, k * 128 : (k + 1) * 128].all()
+    q, k, v = (torch.randn(1, heads, len(row), 16) for heads in (4, 2, 2))
+    blocks = tree_attention(q, k, v, plan_attention(row, torch.device("cpu")), 0.25)
+    flexible = flex_attention(q, k, v, block_mask=mask, scale=0.25, enable_gqa=True)
+    np.testing.assert_allclose(blocks, flexible, atol=2e-5)
+
+
+def _full_tiles(mask: Any, tiles: int) -> Any:
+    full = np.zeros((tiles, tiles), dtype=bool)
+    for q in range(tiles):
+        full[q, mask.full_kv_indices[0, 0, q, : mask.full_kv_num_blocks[0, 0, q]].numpy()] = True
+    return full

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .row_assignment import Order, assign_rows, sort_rows
+from .row_assignment import Order, assign_evenly, sort_rows
 from .rows import Floats, Ints, TokenRow
 
 
@@ -72,7 +72,7 @@ def pack_rows(rows: Sequence[TokenRow], capacity: int) -> list[PackedRow]:
     if longest > capacity:
         raise ValueError(f"a row needs {longest} tokens and packed rows have {capacity}")
     order = sort_rows(contexts)
-    return [_lay_out(rows, contexts, order, members) for members in assign_rows(order, capacity)]
+    return [_lay_out(rows, contexts, order, members) for members in assign_evenly(order, capacity)]
 
 
 def _lay_out(

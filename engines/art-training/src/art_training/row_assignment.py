@@ -16,6 +16,8 @@ from .rows import Ints
 
 _FULL_ENOUGH = 0.01
 _WINDOW = 512
+_EVEN_BELOW = 9
+_EVEN_SLACK = 1.1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +65,21 @@ def sort_rows(contexts: Sequence[Ints]) -> Order:
         shared[position] = first if differs[first] else n
     permutation = np.asarray(order, dtype=np.int64)
     return Order(permutation, lengths[permutation], shared)
+
+
+def assign_evenly(order: Order, capacity: int) -> list[npt.NDArray[np.int64]]:
+    """As few rows as `assign_rows` finds, and when they are few, of much the same length.
+
+    Each row may be an optimizer step; a short last one would be a step on little data.
+    """
+    rows = assign_rows(order, capacity)
+    if not 1 < len(rows) <= _EVEN_BELOW:
+        return rows
+    even = max(int(order.lengths.max()), int(order.tree_tokens / len(rows) * _EVEN_SLACK))
+    if even >= capacity:
+        return rows
+    evened = assign_rows(order, even)
+    return evened if len(evened) == len(rows) else rows
 
 
 def assign_rows(order: Order, capacity: int) -> list[npt.NDArray[np.int64]]:

@@ -152,7 +152,7 @@ def _sampled(
 
 
 def _is_choice(item: Any) -> bool:
-    """A choice of the openai package, or one as it stands in a file: reading thousands back as objects takes seconds."""
+    """A choice of the openai package, or one as it stands in a file: reading all back as objects takes seconds."""
     return not isinstance(item, dict) or ("finish_reason" in item and "message" in item)
 
 

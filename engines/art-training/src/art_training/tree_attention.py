@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .packing import PackedRow
 
+_TILE = 128
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -34,14 +37,38 @@ def plan_attention(row: PackedRow, device: torch.device) -> TreePlan:
     """Make the plan of a packed row for `device`."""
     if device.type == "cpu":
         return TreePlan([(a, b) for a, b in row.causal_blocks.tolist()], [tuple(c) for c in row.cross_blocks.tolist()])
-    from torch.nn.attention.flex_attention import create_block_mask
+    return TreePlan([], [], block_mask(row, device))
 
-    tree_end = torch.as_tensor(row.tree_end, device=device)
 
-    def sees(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (q < tree_end[k])
+def block_mask(row: PackedRow, device: torch.device) -> Any:
+    """The row's mask for flex_attention, made from `tree_end` without looking at every pair of tokens.
 
-    return TreePlan([], [], create_block_mask(sees, B=None, H=None, Q_LEN=len(row), KV_LEN=len(row), device=device))
+    A tile is needed when any of its keys' descendants reach into its queries, and needs no mask when all of them
+    reach beyond.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tiles = -(-len(row) // _TILE)
+    # Keys past the end of the row have no descendants.
+    padded = np.zeros(tiles * _TILE, dtype=np.int32)
+    padded[: len(row)] = row.tree_end
+    reach = padded.reshape(tiles, _TILE)
+    q, k = np.arange(tiles)[:, None], np.arange(tiles)[None, :]
+    whole = (k < q) & (reach.min(1)[None, :] >= np.minimum((q + 1) * _TILE, len(row)))
+    partly = ((k == q) | (k < q) & (reach.max(1)[None, :] > q * _TILE)) & ~whole
+    tree_end = torch.from_numpy(padded).to(device)
+
+    def sees(_batch: Tensor, _head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return (k_index <= q_index) & (q_index < tree_end[k_index])
+
+    def listed(tile_matrix: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        counts = tile_matrix.sum(1).astype(np.int32)
+        indices = np.argsort(~tile_matrix, axis=1, kind="stable").astype(np.int32)
+        return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(indices)[None, None].to(device)
+
+    return BlockMask.from_kv_blocks(
+        *listed(partly), *listed(whole), BLOCK_SIZE=_TILE, mask_mod=sees, seq_lengths=(len(row), len(row))
+    )
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float) -> Tensor:
