@@ -96,9 +96,12 @@ async def test_secrets_are_in_no_error_and_no_repr(tmp_path: Path) -> None:
 async def test_early_death_is_noticed_long_before_the_limit(tmp_path: Path) -> None:
     port = free_port()
     plan = _plan(port, "raise SystemExit('CUDA out of memory')", ready_timeout_s=600)
+    exits: list[ProcessExit] = []
     async with asyncio.timeout(60):
         with pytest.raises(ProcessFailed, match="CUDA out of memory"):
-            await SupervisedProcess.start(plan, port=port, log_file=tmp_path / "log")
+            await SupervisedProcess.start(plan, port=port, log_file=tmp_path / "log", on_exit=exits.append)
+    await asyncio.sleep(0)
+    assert exits == [], "the error is the report of a start that failed"
 
 
 async def test_a_server_that_never_gets_ready_is_ended(tmp_path: Path) -> None:

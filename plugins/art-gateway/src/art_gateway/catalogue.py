@@ -42,7 +42,9 @@ def several_projects(requested: str, projects: Collection[str]) -> ApiError:
     """409 for a name that several projects have, asked for without one."""
     addresses = ", ".join(f"/{project}/v1" for project in sorted(projects)[:_MOST_NAMED])
     message = f"The model {requested!r} is in several projects; ask under the address of one: {addresses}."
-    return ApiError(409, message, code="model_ambiguous", param="model")
+    # OpenAI's clients ask a 409 again on their own; this one would be the same.
+    no_retry = ((b"x-should-retry", b"false"),)
+    return ApiError(409, message, code="model_ambiguous", param="model", headers=no_retry)
 
 
 def _card(model: ServedModel, name: str, step: int) -> dict[str, Any]:

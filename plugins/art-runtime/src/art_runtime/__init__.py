@@ -5,7 +5,7 @@ Everything a backend needs to run an engine or a worker as a process; nothing he
 
 from .devices import Accelerator, accelerators
 from .ports import check_port_is_ours, free_port
-from .spawning import Child, spawn_detached, spawn_tethered
+from .spawning import Child, last_lines, spawn_detached, spawn_tethered
 from .supervision import ProcessExit, StartProgress, SupervisedProcess
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "accelerators",
     "check_port_is_ours",
     "free_port",
+    "last_lines",
     "spawn_detached",
     "spawn_tethered",
 ]

@@ -78,7 +78,7 @@ class SupervisedProcess:
         self._child = child
         self._plan = plan
         self._on_exit = on_exit
-        self._stopping = False
+        self._stopping = self._ready = False
         self.name, self.port, self.log_file, self.pid = name, port, log_file, child.pid
         self._watch = asyncio.create_task(self._watch_exit(), name=f"watch {name}")
 
@@ -99,9 +99,10 @@ class SupervisedProcess:
     ) -> Self:
         """Run `plan` and wait until `GET health_path` on `port` answers 200 from a process of ours.
 
-        `on_progress` is called about twice a second meanwhile; `on_exit` once, when it has ended, whoever ended it.
-        Raises ProcessFailed, with the end of the log, when it dies, when `plan.ready_timeout_s` is over, or when a
-        stranger answers on the port; nothing is left running then, nor when the wait is cancelled.
+        `on_progress` is called about twice a second meanwhile; `on_exit` once, when it has ended after having been
+        ready, whoever ended it. Raises ProcessFailed, with the end of the log, when it dies, when
+        `plan.ready_timeout_s` is over, or when a stranger answers on the port; nothing is left running then, nor when
+        the wait is cancelled.
         """
         env = {**plan.env, **plan.secret_env}
         child = spawn_tethered(plan.argv, env, log_file=log_file, cwd=cwd, stop_timeout_s=plan.stop_timeout_s)
@@ -111,6 +112,7 @@ class SupervisedProcess:
         except BaseException:
             await process._abandon()
             raise
+        process._ready = True
         return process
 
     @property
@@ -162,7 +164,7 @@ class SupervisedProcess:
         ended = ProcessExit(
             name=self.name, code=code, expected=self._stopping, log_file=self.log_file, last_lines=self.log_tail()
         )
-        if self._on_exit is not None:
+        if self._on_exit is not None and self._ready:
             # From the loop, so that an error in the callback is the loop's to report and not lost with this task.
             asyncio.get_running_loop().call_soon(self._on_exit, ended)
         return ended
