@@ -75,11 +75,15 @@ def installer() -> str | None:
     return shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
 
 
-def steps(environment: EngineEnvironment, venv: Path, projects: Path, uv: str | None) -> list[tuple[str, list[str]]]:
-    """The commands that make an environment in `venv`, each with what it does; `uv` None: venv and pip do it."""
+def steps(
+    environment: EngineEnvironment, venv: Path, projects: Path, uv: str | None, indexes: Sequence[str] = ()
+) -> list[tuple[str, list[str]]]:
+    """The commands that make an environment in `venv`, each with what it does.
+
+    `uv` None: venv and pip do it. `indexes` are arguments that tell uv where packages are.
+    """
     python, spec = str(venv / "bin" / "python"), environment.spec
     if uv:
-        indexes, _ = uv_settings()
         made = [uv, "venv", "--no-project", "--python", sys.executable, str(venv)]
         add = [uv, "pip", "install", "--python", python, *indexes]
         drop = [uv, "pip", "uninstall", "--python", python]
@@ -114,9 +118,10 @@ def _build(environment: EngineEnvironment, console: Console) -> Path:
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
     ) as progress:
         task = progress.add_task(name, total=None)
-        env = {"PYTHONPATH": "", **(uv_settings()[1] if uv else {})}
+        indexes, variables = uv_settings() if uv else ([], {})
+        env = {"PYTHONPATH": "", **variables}
         try:
-            for what, command in steps(environment, venv, projects, uv):
+            for what, command in steps(environment, venv, projects, uv, indexes):
                 console.print(f"{name}: {what} …", highlight=False)
                 _run(command, env, folder / _LOG, f"{name}: {what}", progress, task, environment.spec.hint)
         except BaseException:
