@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from .prefix_cache import Tokens
 from .sampling import SamplingSettings
 
 CONTROL_TIMEOUT_S = 120.0
+logger = logging.getLogger(__name__)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -85,6 +87,9 @@ class InferenceApp:
                 return _json(ApiError(503, str(error)).body(), 503)
             except ClientDisconnect:
                 return Response(status_code=499)
+            except Exception as error:
+                logger.exception("%s %s failed.", request.method, request.url.path)
+                return _json(ApiError(500, f"{type(error).__name__}: {error}").body(), 500)
 
         return guarded
 

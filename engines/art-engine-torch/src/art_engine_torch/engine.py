@@ -5,6 +5,7 @@ Everything that touches tensors runs here; the HTTP side posts commands and is c
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -61,6 +62,8 @@ class InferenceEngineThread:
         self._home: torch.device | None = None
         self._stopping = False
         self._failure: BaseException | None = None
+        self._end_reason: str | None = None
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="art-torch-engine", daemon=True)
 
     def start(self) -> None:
@@ -127,7 +130,7 @@ class InferenceEngineThread:
         )
         with self._adapters_lock:
             self._check_name(name)
-            self.call(lambda: scheduler.adapter_loaded(adapter.uid))
+            self._put(lambda: scheduler.adapter_loaded(adapter.uid))
             self._adapters[name] = adapter
         return adapter
 
@@ -137,16 +140,17 @@ class InferenceEngineThread:
             adapter = self.adapter(name)
             del self._adapters[name]
         scheduler = self.scheduler
-        self.call(lambda: scheduler.adapter_unloaded(adapter.uid))
+        self._put(lambda: scheduler.adapter_unloaded(adapter.uid))
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request; its listener hears the rest."""
-        self.call(lambda: self.scheduler.add(request))
+        scheduler = self.scheduler
+        self._put(lambda: scheduler.add(request))
 
     def cancel(self, request: GenerationRequest) -> None:
         """Stops what is left of a request."""
-        if self.ready:
-            self.call(lambda: self.scheduler.remove(request))
+        if self._scheduler is not None:
+            self._put(functools.partial(self._scheduler.remove, request))
 
     def pause(self, *, abort: bool) -> Future[None]:
         """Holds generation after the step under way; with `abort`, running and waiting requests end now."""
@@ -206,7 +210,7 @@ class InferenceEngineThread:
         if self._stopping or self._failure is not None:
             future.set_exception(EngineStopped(f"the engine is not running: {self._failure or 'it is stopping'}"))
         else:
-            self._commands.put(command)
+            self._put(command)
         return future
 
     def statistics(self) -> dict[str, Any]:
@@ -237,19 +241,34 @@ class InferenceEngineThread:
             )
 
     def _run(self) -> None:
+        reason = "the server is stopping"
         try:
-            self._scheduler = self._build()
-            while not self._stopping:
-                self._take_commands()
-                if self._paused or not self._scheduler.step():
-                    self._commands.get()()  # nothing to do until something is asked
-            self._scheduler.fail_all("the server is stopping")
+            with torch.inference_mode():
+                self._scheduler = self._build()
+                while not self._stopping:
+                    self._take_commands()
+                    if self._paused or not self._scheduler.step():
+                        self._commands.get()()  # nothing to do until something is asked
         except BaseException as error:
             logger.exception("The engine failed.")
             self._failure = error
-            if self._scheduler is not None:
-                self._scheduler.fail_all(f"the engine failed: {type(error).__name__}: {error}")
+            reason = f"the engine failed: {type(error).__name__}: {error}"
             self._on_failure(error)
+        finally:
+            self._end_reason = reason
+            self._end()
+
+    def _put(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+        if self._end_reason is not None:
+            self._end()
+
+    def _end(self) -> None:
+        """Tells everything that still waits that the end has come; also what was asked too late to be seen by the thread."""
+        with self._ending:
+            self._take_commands()
+            if self._scheduler is not None:
+                self._scheduler.fail_all(self._end_reason or "the server is stopping")
 
     def _take_commands(self) -> None:
         while True:

@@ -97,6 +97,8 @@ class KVCache:
             moved = lane.occupants[last]
             lane.kv[:, :, row, : moved.computed] = lane.kv[:, :, last, : moved.computed]
             lane.occupants[row] = moved
+            if clear:  # the moved one may be about to be cleared too
+                lane.kv[:, :, last].zero_()
         lane.occupants.pop()
 
     def occupants(self) -> list[Occupant]:

@@ -103,6 +103,7 @@ class Scheduler:
             text = None if request.text is None else request.text()
             prompt.sequences.append(Sequence(request, index, settings, text=text))
 
+    @torch.inference_mode()
     def remove(self, request: GenerationRequest) -> None:
         """Stops a request's sequences, wherever they are; its listener hears that they were aborted."""
         for prompt in [*self._waiting, *self._started]:
@@ -135,6 +136,7 @@ class Scheduler:
         for key in [key for key in self._stacks if uid in key]:
             del self._stacks[key]
 
+    @torch.inference_mode()
     def release_memory(self) -> None:
         """Gives all cache memory back. Running sequences go to the queue's front with the tokens that they have."""
         sequences = [*self._occupants(), *(s for s, _ in self._ready)]
@@ -205,14 +207,18 @@ class Scheduler:
             logits = logits[torch.tensor(chosen, device=logits.device)]
         sampled = sample(logits, [s.settings for _, s in sampling], [len(s.tokens) for _, s in sampling])
         self.counters.sampled_tokens += len(sampling)
-        in_rows = set(map(id, self._occupants()))
+        ended = []
         for i, (_, sequence) in enumerate(sampling):
-            ended = sequence.accept(sampled.tokens[i], sampled.logprobs[i], sampled.top.get(i, []))
-            if ended and id(sequence) in in_rows:
-                broken = sequence.ended == "error"
-                if not broken:
-                    self._keep(sequence.all_tokens()[: sequence.computed], sequence.request.uid, sequence)
-                self._cache.remove(sequence, clear=broken)
+            done = sequence.accept(sampled.tokens[i], sampled.logprobs[i], sampled.top.get(i, []))
+            if done and sequence in self._cache:
+                ended.append(sequence)
+        # Broken ones first: giving a row back may move another one, and what is not finite must not be left behind.
+        for sequence in sorted(ended, key=lambda s: s.ended != "error"):
+            if sequence.ended == "error":
+                self._cache.remove(sequence, clear=True)
+            else:
+                self._keep(sequence.all_tokens()[: sequence.computed], sequence.request.uid, sequence)
+                self._cache.remove(sequence)
 
     def _finish_prompt(self, prompt: _Prompt) -> None:
         assert prompt.kv is not None
