@@ -140,13 +140,6 @@ def test_a_suite_without_its_fixture_says_which(pytester: pytest.Pytester) -> No
     result.stdout.fnmatch_lines(["*give the fixture `engine`*"])
 
 
-def test_outcomes_survive_distribution(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(pytester.path / "site"))
-    _, report = run(pytester, "", "-n", "1", "--dist", "loadgroup")
-    assert report["conformant"] is True
-    assert outcome_of(report, "PLG-014") == "NOT MET"
-
-
 def test_listing(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("-p", "no:cacheprovider", "--conformance-list")
     assert result.ret == pytest.ExitCode.OK

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from art_conformance.catalogue import requirements
 
 pytest_plugins = ["pytester"]
 REQUIREMENTS = requirements()
 
-SOUND = '''
+SOUND = """
 import json, os, socket, subprocess
 import pytest
 from pathlib import Path
@@ -69,7 +70,7 @@ class Sound:
     def read_chunk(self, endpoint, chunk):
         self.missing(C.STREAMING_TOKEN_IDS)
 
-'''
+"""
 CLASS = """
 class TestMine(InferenceEngineConformance):
     @pytest.fixture(scope="class")
@@ -88,7 +89,8 @@ MUTANTS = {
     "INF-005": "    def launch(self, c):\n        for name in c.engine_args:\n"
     "            if name not in ('max_seqs', 'threads'):\n"
     "                error = UnknownArgument(name, where='toy', known=('max_seqs', 'threads'))\n"
-    "                error.args = ('toy: bad argument',)\n                raise error\n        return super().launch(c)\n",
+    "                error.args = ('toy: bad argument',)\n                raise error\n"
+    "        return super().launch(c)\n",
     "INF-006": "    def argv(self, c):\n        import uuid\n        return (*super().argv(c), uuid.uuid4().hex)\n",
     "INF-007": "    def argv(self, c):\n        return ('/usr/bin/toy', *super().argv(c)[1:])\n",
     "INF-008": "    def launch(self, c):\n        from dataclasses import replace\n"
@@ -102,21 +104,23 @@ MUTANTS = {
     "INF-012": "    def prepare_request(self, endpoint, body, adapter):\n"
     "        self.count = getattr(self, 'count', 0) + 1\n"
     "        return {**super().prepare_request(endpoint, body, adapter), 'user': str(self.count)}\n",
-    "INF-013": "    def load_adapter(self, adapter, folder):\n        return EngineCall(method='POST', path='load', json={})\n",
+    "INF-013": "    def load_adapter(self, adapter, folder):\n"
+    "        return EngineCall(method='POST', path='load', json={})\n",
     "INF-014": "    def check_answer(self, call, status, body):\n        pass\n",
     "INF-015": "    def read_response(self, endpoint, body):\n"
     "        return {**body, 'choices': [{**c, 'token_ids': [1, 2]} for c in body['choices']]}\n",
     "INF-016": "    def pause(self):\n        return EngineCall(method='POST', path='/pause')\n",
-    "INF-017": "    def launch(self, c):\n        subprocess.Popen(['true']).wait()\n        return super().launch(c)\n",
+    "INF-017": "    def launch(self, c):\n        subprocess.Popen(['true']).wait()\n"
+    "        return super().launch(c)\n",
 }
 
 
-def failing(pytester: pytest.Pytester, body: str) -> set[str]:
+def failing(pytester: pytest.Pytester, body: str, *arguments: str) -> set[str]:
     """The ids that an engine does not meet, of those that start nothing."""
     pytester.makepyfile(SOUND + "class Mine(Sound):\n" + body + CLASS)
     report = pytester.path / "report.json"
     options = ["-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function", "-m", "not slow"]
-    pytester.runpytest(*options, "--tb=no", f"--conformance-report={report}")
+    pytester.runpytest(*options, "--tb=no", f"--conformance-report={report}", *arguments)
     [content] = json.loads(report.read_text())
     run = {entry["id"] for entry in content["checks"] if entry["outcome"] != "not run"}
     assert run == MUTANTS.keys(), "the checks that start nothing and their mutants differ"
@@ -130,6 +134,10 @@ def test_the_sound_engine_meets_every_check(pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize("id", MUTANTS)
 def test_the_check_notices(pytester: pytest.Pytester, id: str) -> None:
     assert id in failing(pytester, MUTANTS[id])
+
+
+def test_outcomes_come_back_from_other_processes(pytester: pytest.Pytester) -> None:
+    assert failing(pytester, MUTANTS["INF-014"], "-n", "1", "--dist", "loadgroup") == {"INF-014", "INF-017"}
 
 
 def test_an_engine_that_has_nothing_meets_next_to_nothing(pytester: pytest.Pytester) -> None:

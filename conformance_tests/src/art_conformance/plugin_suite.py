@@ -123,7 +123,11 @@ class PluginConformance(Suite):
         factories = [card.factory for _, card in cards]
         instances = [index for index, (hook, _) in enumerate(cards) if hook != "art_register_backends"]
         argument = json.dumps([entry_point.value.partition(":")[0], factories, instances, HEAVY])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # Not this process's whole environment: the plugin was imported here before, and may have left its traces.
+        kept = {
+            name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG", "SYSTEMROOT") if name in os.environ
+        }
+        environment = {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.run(
             [sys.executable, "-c", _IMPORT, argument], capture_output=True, text=True, timeout=120, env=environment
         )
