@@ -2,10 +2,10 @@
 
     python kill_at_random.py BASE_MODEL_FOLDER WORK_FOLDER [--kills 20] [--steps 30] [--seed 0]
 
-A run without kills comes first. Every step trains on trajectories that depend on its number only, so the loss of a step is
-a function of the weights and of the optimizer's state: it must be the same in both runs. What is killed is, in turn, the
-client alone, the client with all processes below it, and the host alone. Prints what it did; exit status 1 when a loss
-differs or a step is missing.
+A run without kills comes first. Every step trains on trajectories that depend on its number only, so the loss of a
+step is a function of the weights and of the optimizer's state: it must be the same in both runs. What is killed is, in
+turn, the client alone, the client with all processes below it, and the host alone. Prints what it did; exit status 1
+when a loss differs or a step is missing.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> None:
     shutil.rmtree(arguments.work, ignore_errors=True)
     rng = random.Random(arguments.seed)
     # Enough steps that no run ends by itself before it is killed.
-    steps = arguments.steps or 4 * arguments.kills
+    steps = arguments.steps or 6 * arguments.kills
     expected, step_s = undisturbed(arguments.base, arguments.work / "undisturbed", steps)
     print(f"undisturbed: {steps} steps of {step_s:.3f} s")
     path = arguments.work / "killed"
@@ -156,7 +156,10 @@ def main() -> None:
         if begins_at >= steps - 3:
             raise SystemExit("the run is over before all kills: give more --steps")
         target = TARGETS[kill % len(TARGETS)]
-        pause = rng.uniform(0, 3 * step_s)
+        for _ in range(rng.randrange(4)):
+            said = run.until("step")
+            found[said["step"]] = said["loss"]
+        pause = rng.uniform(0, 1.5 * step_s)
         time.sleep(pause)
         run.kill(target, path)
         found |= {said["step"]: said["loss"] for said in run.rest() if "step" in said}

@@ -101,7 +101,6 @@ class ControlClient:
         if connection is not None:
             connection.listening.cancel()
             await asyncio.gather(connection.listening, return_exceptions=True)
-            await connection.http.close()
 
     async def close(self) -> None:
         """Hang up; a host that belongs to this client is stopped and waited for."""
@@ -128,8 +127,6 @@ class ControlClient:
             connection = self._connections.get(loop)
             if connection is not None and not connection.listening.done():
                 return connection
-            if connection is not None:
-                await connection.http.close()
             record = await self._host()
             connection = self._connections[loop] = await self._connect(record)
             return connection
@@ -157,13 +154,13 @@ class ControlClient:
         if not started.done():
             listening.cancel()
             cause = (await asyncio.gather(listening, return_exceptions=True))[0]
-            await http.close()
             raise unreachable(self.path, repr(cause))
         return _Connection(http, started.result(), listening)
 
     async def _listen(self, http: aiohttp.ClientSession, started: asyncio.Future[str]) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S)
-        async with http.post(f"{PREFIX}/session", data=b"{}", timeout=timeout) as response:
+        # An event loop that ends cancels its tasks, so this one closes the connections, whoever forgot to.
+        async with http, http.post(f"{PREFIX}/session", data=b"{}", timeout=timeout) as response:
             async for line in response.content:
                 event = orjson.loads(line)
                 if event["event"] == "session":
