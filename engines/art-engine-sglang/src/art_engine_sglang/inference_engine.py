@@ -27,19 +27,19 @@ from .options import ARGUMENTS
 WHERE: Final = "engine_args of the sglang inference engine"
 KEY_VARIABLE: Final = "ART_SGLANG_API_KEY"
 MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# What the launch itself decides, by the name a user would give, and where to say it instead.
+# What the launch itself decides, by the name a user would give, and how.
 DECIDED: Final[Mapping[str, str]] = {
-    "model": "base_model of the model",
-    "model_path": "base_model of the model",
-    "served_model_name": "nothing; the gateway gives models their names",
-    "host": "nothing; servers listen on this machine only",
-    "port": "nothing; a free port is found",
-    "api_key": "nothing; a key is made for each server",
-    "admin_api_key": "nothing; the key that is made opens everything",
-    "enable_lora": "nothing; it is always on",
-    "device": "inference_gpu_ids; without any, SGLang serves on the CPU",
+    "model": "It is the model's base_model.",
+    "model_path": "It is the model's base_model.",
+    "served_model_name": "The gateway gives models their names.",
+    "host": "Servers listen on this machine only.",
+    "port": "A free one is found for each server.",
+    "api_key": "One is made for each server.",
+    "admin_api_key": "The key that is made for each server opens everything.",
+    "enable_lora": "It is always on.",
+    "device": "It follows from inference_gpu_ids and the machine.",
 }
-PARALLEL: Final = ("tp", "tp_size", "tensor_parallel_size", "pp", "pp_size", "pipeline_parallel_size", "dp_size")
+PARALLEL: Final = ("tp_size", "tensor_parallel_size", "pp_size", "pipeline_parallel_size", "dp_size")
 
 
 class SglangInferenceEngine:
@@ -72,7 +72,7 @@ class SglangInferenceEngine:
         for name in given:
             decided = DECIDED.get(name.lstrip("-").replace("-", "_"))
             if decided is not None:
-                raise ValueError(f"{WHERE}: {name} is not yours to set here. Set {decided}.")
+                raise ValueError(f"{WHERE}: {name} can't be set. {decided}")
         options = {**_chosen(config, given), **given}
         argv = [config.python, str(SERVE), "--model-path", str(config.base_model)]
         argv += ["--host", config.host, "--port", str(config.port), "--served-model-name", config.served_name]

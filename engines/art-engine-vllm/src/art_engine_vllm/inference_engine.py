@@ -28,15 +28,15 @@ WHERE: Final = "engine_args of the vllm inference engine"
 # vLLM lays its buffers out for one of these ranks; an adapter of a lower rank fits too.
 RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 CPU_KV_CACHE_BYTES: Final = 2 * 2**30
-# What the launch itself decides, by the name a user would give, and where to say it instead.
+# What the launch itself decides, by the name a user would give, and how.
 DECIDED: Final[Mapping[str, str]] = {
-    "model": "base_model of the model",
-    "served_model_name": "nothing; the gateway gives models their names",
-    "host": "nothing; servers listen on this machine only",
-    "port": "nothing; a free port is found",
-    "api_key": "nothing; a key is made for each server",
-    "enable_lora": "nothing; it is always on",
-    "logprobs_mode": "nothing; training needs the policy's own logprobs",
+    "model": "It is the model's base_model.",
+    "served_model_name": "The gateway gives models their names.",
+    "host": "Servers listen on this machine only.",
+    "port": "A free one is found for each server.",
+    "api_key": "One is made for each server.",
+    "enable_lora": "It is always on.",
+    "logprobs_mode": "Training needs the policy's own logprobs.",
 }
 # A model's generation_config would otherwise cut what is sampled (top_k, top_p, temperature) unasked, and the logprobs
 # would no longer be those of what was sampled from. Its end-of-text ids stay in force.
@@ -71,8 +71,9 @@ class VllmInferenceEngine:
         if not isinstance(added, Mapping):
             raise ValueError(f"{WHERE}: env takes a dictionary of variables, not {added!r}.")
         for name in given:
-            if name.lstrip("-").replace("-", "_") in DECIDED:
-                raise ValueError(f"{WHERE}: {name} is not yours to set here. Set {DECIDED[name.lstrip('-')]}.")
+            decided = DECIDED.get(name.lstrip("-").replace("-", "_"))
+            if decided is not None:
+                raise ValueError(f"{WHERE}: {name} can't be set. {decided}")
         options = {**_chosen(config, given), **given}
         argv = [config.python, str(SERVE), "serve", str(config.base_model)]
         argv += ["--host", config.host, "--port", str(config.port), "--served-model-name", config.served_name]
@@ -83,6 +84,8 @@ class VllmInferenceEngine:
             "PYTHONPATH": "",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            # Its processes talk to each other by sockets, which would listen on the machine's outer address.
+            "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             # Opens /pause, /resume, /sleep and /wake_up; the middleware guards them.
             "VLLM_SERVER_DEV_MODE": "1",
