@@ -139,6 +139,5 @@ def _check_finite(folder: Path, name: str, tensor: dict[str, Any]) -> None:
     if count:
         raise AdapterMismatch(
             f"{folder / ADAPTER_WEIGHTS}: {name} has {count} of {values.size} values that are not finite (NaN or"
-            " infinite)."
-            " The step diverged: a lower learning rate or gradient clipping helps."
+            " infinite). The step diverged: a lower learning rate or gradient clipping helps."
         )

@@ -82,8 +82,7 @@ def _weight_files(base_model: Path) -> list[Path]:
     if not files:
         raise BaseModelNotFound(
             f"{base_model} holds no *.safetensors weights, which serving and training need. If it holds"
-            " pytorch_model.bin,"
-            " save it again with `model.save_pretrained(folder)` of transformers."
+            " pytorch_model.bin, save it again with `model.save_pretrained(folder)` of transformers."
         )
     return files
 

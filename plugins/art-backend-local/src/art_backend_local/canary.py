@@ -46,15 +46,13 @@ class CanaryReading:
             return ""
         if self.between > SIGNIFICANT and self.to_previous < self.to_new:
             return (
-                f"the engine answers as the previous adapter (off by {self.to_previous:.4f}) rather than as the new"
-                " one (off"
-                f" by {self.to_new:.4f})"
+                f"the engine answers as the previous adapter (off by {self.to_previous:.4f}) rather than as the new one"
+                f" (off by {self.to_new:.4f})"
             )
         if self.to_new > EXACT and self.to_previous * FAR_BETTER < self.to_new:
             return (
                 f"the engine answers as the previous adapter (off by {self.to_previous:.6f}), not as the new one (off"
-                " by"
-                f" {self.to_new:.6f})"
+                f" by {self.to_new:.6f})"
             )
         return ""
 

@@ -132,10 +132,10 @@ class ControlClient:
             return connection
 
     async def _host(self) -> HostRecord:
-        record = await asyncio.to_thread(find_host, self.path, in_process=self._in_process, own=self._child)
+        record = await find_host(self.path, in_process=self._in_process, own=self._child)
         if record is None:
-            started, self._child = await asyncio.to_thread(
-                start_host, self.path, in_process=self._in_process, idle_timeout_s=self._idle_timeout_s
+            started, self._child = await start_host(
+                self.path, in_process=self._in_process, idle_timeout_s=self._idle_timeout_s
             )
             return started
         return record
@@ -149,6 +149,8 @@ class ControlClient:
         )
         started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         listening = asyncio.create_task(self._listen(http, started), name=f"session with the host of {self.path}")
+        # What ended it is told by the next call; nobody awaits the task.
+        listening.add_done_callback(lambda task: task.cancelled() or task.exception())
         both: list[asyncio.Future[Any]] = [started, listening]
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=SILENCE_LIMIT_S)
         if not started.done():

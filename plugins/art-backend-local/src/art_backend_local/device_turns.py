@@ -56,8 +56,7 @@ async def _drained(in_flight: Callable[[], int]) -> None:
     except TimeoutError:
         raise ProcessFailed(
             f"{in_flight()} requests did not end within {DRAIN_LIMIT_S:g} s, so training on the same device can't"
-            " begin. Limit"
-            " their max_tokens, or use dedicated mode (trainer_gpu_ids and inference_gpu_ids)."
+            " begin. Limit their max_tokens, or use dedicated mode (trainer_gpu_ids and inference_gpu_ids)."
         ) from None
 
 

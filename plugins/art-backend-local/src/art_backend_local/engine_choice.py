@@ -41,8 +41,8 @@ def choose_engines(
 def no_training_engine(registry: PluginRegistry) -> PluginNotInstalled:
     """The error for training with nothing that trains."""
     return PluginNotInstalled(
-        "No training engine is installed, so this backend serves models but cannot train them. To train:"
-        " pip install art-engine-unsloth (CUDA) or pip install art-engine-torch, and register the model again."
+        "No training engine is installed, so this backend serves models but cannot train them. To train: pip install"
+        " art-engine-unsloth (CUDA) or pip install art-engine-torch, and register the model again."
     )
 
 

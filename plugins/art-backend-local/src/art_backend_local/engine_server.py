@@ -31,6 +31,9 @@ RESTART_PAUSE_S = 1.0
 DEATHS_ALLOWED = 5
 DEATH_WINDOW_S = 600.0
 COMPLETION_TIMEOUT_S = 60.0
+HEALTH_EVERY_S = 15.0
+HEALTH_TIMEOUT_S = 20.0
+SILENT_LIMIT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ class EngineServer:
         self._up = asyncio.Event()
         self._broken: ProcessFailed | None = None
         self._deaths: list[float] = []
+        self._health_path = "/health"
         self._watch: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -190,8 +194,7 @@ class EngineServer:
                     self.engine.name,
                     "load another adapter",
                     f"all {self.config.max_adapters} places are taken by steps that are routed, leased or answering."
-                    " End"
-                    " leases, or give LocalBackend a larger max_adapters.",
+                    " End leases, or give LocalBackend a larger max_adapters.",
                 )
 
     async def unload(self, adapter: str) -> None:
@@ -234,7 +237,7 @@ class EngineServer:
 
     def _plan(self, port: int) -> LaunchPlan:
         c = self.config
-        return self.engine.launch(
+        plan = self.engine.launch(
             InferenceLaunch(
                 base_model=c.base_model,
                 served_name=c.served_name,
@@ -251,10 +254,12 @@ class EngineServer:
                 engine_args=c.engine_args,
             )
         )
+        self._health_path = plan.health_path
+        return plan
 
     async def _watch_over(self) -> None:
         while True:
-            exit_ = await self._running().wait_exit()
+            exit_ = await self._death()
             self._up.clear()
             self.loaded.clear()
             self._lost()
@@ -268,14 +273,35 @@ class EngineServer:
             self._up.set()
             self._report(f"The inference engine {self.engine.name} is back, with the adapters that it served.")
 
+    async def _death(self) -> ProcessExit:
+        """Wait until the server has ended. One that runs but doesn't answer its health check any more is ended."""
+        process, silent = self._running(), 0
+        while True:
+            try:
+                return await asyncio.wait_for(process.wait_exit(), HEALTH_EVERY_S)
+            except TimeoutError:
+                silent = 0 if await self._answers() else silent + 1
+            if silent == SILENT_LIMIT:
+                self._report(
+                    f"The inference engine {self.engine.name} runs but has not answered for"
+                    f" {SILENT_LIMIT * (HEALTH_EVERY_S + HEALTH_TIMEOUT_S):g} s, so it is ended."
+                )
+                process.kill()
+
+    async def _answers(self) -> bool:
+        try:
+            status, _ = await self._request("GET", self._health_path, None, HEALTH_TIMEOUT_S)
+        except ProcessFailed:
+            return False
+        return status == 200
+
     async def _revive(self, exit_: ProcessExit) -> ProcessFailed | None:
         now = time.monotonic()
         self._deaths = [t for t in self._deaths if now - t < DEATH_WINDOW_S] + [now]
         if len(self._deaths) > DEATHS_ALLOWED:
             return ProcessFailed(
                 f"the inference engine {self.engine.name} died {len(self._deaths)} times within {DEATH_WINDOW_S:g} s"
-                " and is"
-                f" not restarted again. Mend the cause and register the model again. {exit_}"
+                f" and is not restarted again. Mend the cause and register the model again. {exit_}"
             )
         cause: Exception | None = None
         for attempt in range(RESTART_ATTEMPTS):
@@ -293,8 +319,7 @@ class EngineServer:
                 return None
         return ProcessFailed(
             f"the inference engine {self.engine.name} died and could not be started again in {RESTART_ATTEMPTS}"
-            " attempts."
-            f" Mend the cause and register the model again. The last attempt: {cause}"
+            f" attempts. Mend the cause and register the model again. The last attempt: {cause}"
         )
 
     def _running(self) -> SupervisedProcess:
@@ -315,14 +340,12 @@ class EngineServer:
         except TimeoutError:
             raise ProcessFailed(
                 f"the inference engine {self.engine.name} did not answer {method} {path} within {limit_s:g} s. The end"
-                " of its"
-                f" log:\n{self.log_tail()}"
+                f" of its log:\n{self.log_tail()}"
             ) from None
         except aiohttp.ClientError as error:
             raise ProcessFailed(
                 f"the inference engine {self.engine.name} broke the connection at {method} {path} ({error!r}). The end"
-                " of its"
-                f" log:\n{self.log_tail()}"
+                f" of its log:\n{self.log_tail()}"
             ) from error
 
 

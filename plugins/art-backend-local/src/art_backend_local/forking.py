@@ -33,8 +33,7 @@ def fork_checkpoint(path: Path, source: ModelKey, target: ModelKey, *, not_after
     if own >= step:
         raise CheckpointError(
             f"{target} is at step {own} already, so step {step} of {source} would not become its latest. Fork into a"
-            " new model"
-            " name."
+            " new model name."
         )
     manifest = read_manifest(steps[step], hashes=True)
     with saving(

@@ -27,8 +27,7 @@ async def groups_file(folder: Path, groups: Sequence[TrajectoryGroup]) -> AsyncI
     except OSError as error:
         raise OSError(
             f"the step's trajectories could not be written to {folder}: {error}. Nothing was trained and the step"
-            " before is still"
-            " served. Free some space there and train the step again."
+            " before is still served. Free some space there and train the step again."
         ) from error
     try:
         yield file

@@ -144,7 +144,8 @@ def _by_address(control: ASGIApp, gateway: ASGIApp) -> ASGIApp:
 
 def _hold(path: Path, owner_pid: int | None) -> FileLock:
     path.mkdir(parents=True, exist_ok=True)
-    lock = lock_path(path)
+    # A client that looks whether the path is locked has the lock for a moment.
+    lock = lock_path(path, patience_s=1.0)
     if lock is None:
         print(f"another host has {path}", file=sys.stderr)
         raise SystemExit(PATH_IN_USE)

@@ -102,11 +102,11 @@ def remove_host(path: Path, pid: int) -> None:
         (path / HOST_FILE).unlink(missing_ok=True)
 
 
-def lock_path(path: Path) -> FileLock | None:
+def lock_path(path: Path, *, patience_s: float = 0.0) -> FileLock | None:
     """Take the path for this process until it ends, or None when another process has it. The kernel frees it at any
     death.
     """
-    lock = FileLock(path / LOCK_FILE, timeout=0)
+    lock = FileLock(path / LOCK_FILE, timeout=patience_s)
     try:
         lock.acquire()
     except Timeout:

@@ -71,8 +71,8 @@ class HostRoutes:
             await server.ready(ENGINE_LIMIT_S)
         except TimeoutError:
             raise RouteUnavailable(
-                f"a training step has held the device for more than {GATE_LIMIT_S:g} s; {model.key} answers when it"
-                " has ended.",
+                f"a training step has held the device for more than {GATE_LIMIT_S:g} s; {model.key} answers when it has"
+                " ended.",
                 retry_after_s=60,
             ) from None
         except ProcessFailed as error:

@@ -5,6 +5,7 @@ Knows processes and `host.json`; talks to no host.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ class PathInUse(ArtError):
     """The path belongs to a host that this client may not share; the message names the process and what to do."""
 
 
-def find_host(path: Path, *, in_process: bool, own: Child | None) -> HostRecord | None:
+async def find_host(path: Path, *, in_process: bool, own: Child | None) -> HostRecord | None:
     """The path's running host, if this client may use it. `own` is the tethered host that this client started.
 
     Raises PathInUse when it belongs to somebody else.
@@ -41,43 +42,40 @@ def find_host(path: Path, *, in_process: bool, own: Child | None) -> HostRecord 
         return record
     if record.owner_pid is not None and not record.owner_alive:
         # It ends with its client, after stopping its engines.
-        _wait_until_gone(path, record)
+        await _wait_until_gone(path, record)
         return None
     if record.owner_pid is not None:
         raise PathInUse(
-            f"{path} is in use by process {record.owner_pid}, whose backend runs in_process=True and ends with it"
-            " (host process"
-            f" {record.pid}). Use another path, wait for that process to end, or run both with in_process=False."
+            f"{path} is in use by process {record.owner_pid}, whose backend runs in_process=True and ends with it (host"
+            f" process {record.pid}). Use another path, wait for that process to end, or run both with"
+            " in_process=False."
         )
     if in_process:
         raise PathInUse(
             f"{path} is in use by host process {record.pid}, which outlives its clients. Use in_process=False to share"
-            " it,"
-            f" another path, or end it first: art down --path {path}"
+            f" it, another path, or end it first: art down --path {path}"
         )
     if record.version != version(DISTRIBUTION):
         raise PathInUse(
             f"the host of {path} (process {record.pid}) is {DISTRIBUTION} {record.version}, this client"
-            f" {version(DISTRIBUTION)}."
-            f" End it, and a new one starts by itself: art down --path {path}"
+            f" {version(DISTRIBUTION)}. End it, and a new one starts by itself: art down --path {path}"
         )
     return record
 
 
-def start_host(path: Path, *, in_process: bool, idle_timeout_s: float) -> tuple[HostRecord, Child | None]:
-    """Start a host and wait until it answers. Blocks for a second or two; call it off the event loop.
+async def start_host(path: Path, *, in_process: bool, idle_timeout_s: float) -> tuple[HostRecord, Child | None]:
+    """Start a host and wait until it answers, which takes a second or two.
 
     The child is None when another client started the host at the same time and it can be shared. Raises PathInUse when
     it can't, ProcessFailed with the end of the log when the host doesn't start.
     """
-    path.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LEAVING_LIMIT_S
     while path_is_locked(path) and time.monotonic() < deadline:
         # Another client is starting one, or the last one is stopping its engines.
-        record = find_host(path, in_process=in_process, own=None)
+        record = await find_host(path, in_process=in_process, own=None)
         if record is not None:
             return record, None
-        time.sleep(_POLL_S)
+        await asyncio.sleep(_POLL_S)
     log = path / "logs" / "host.log"
     argv = [sys.executable, "-m", "art_backend_local.host", "--path", str(path), "--idle-timeout", str(idle_timeout_s)]
     if in_process:
@@ -85,13 +83,13 @@ def start_host(path: Path, *, in_process: bool, idle_timeout_s: float) -> tuple[
     else:
         child = spawn_detached(argv, log_file=log, stop_timeout_s=STOP_TIMEOUT_S)
     try:
-        return _await_host(path, child, log, in_process=in_process)
+        return await _await_host(path, child, log, in_process=in_process)
     except BaseException:
         child.kill()
         raise
 
 
-def _await_host(path: Path, child: Child, log: Path, *, in_process: bool) -> tuple[HostRecord, Child | None]:
+async def _await_host(path: Path, child: Child, log: Path, *, in_process: bool) -> tuple[HostRecord, Child | None]:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         code = child.poll()
@@ -99,26 +97,25 @@ def _await_host(path: Path, child: Child, log: Path, *, in_process: bool) -> tup
         if record is not None and record.alive:
             if code is None and (record.owner_pid == os.getpid() if in_process else record.pid == child.pid):
                 return record, child
-            if code is not None and (shared := find_host(path, in_process=in_process, own=None)):
+            if code is not None and (shared := await find_host(path, in_process=in_process, own=None)):
                 return shared, None
         if code is not None and code != PATH_IN_USE:
             raise ProcessFailed(
                 f"the host process of {path} ended at its start. Its log ({log}) ends:\n{last_lines(log)}"
             )
-        time.sleep(_POLL_S)
+        await asyncio.sleep(_POLL_S)
     raise ProcessFailed(
         f"the host process of {path} did not answer within {START_LIMIT_S:g} s. Its log ({log})"
         f" ends:\n{last_lines(log)}"
     )
 
 
-def _wait_until_gone(path: Path, record: HostRecord) -> None:
+async def _wait_until_gone(path: Path, record: HostRecord) -> None:
     deadline = time.monotonic() + LEAVING_LIMIT_S
     while record.alive:
         if time.monotonic() > deadline:
             raise PathInUse(
                 f"the host of {path} (process {record.pid}) still runs {LEAVING_LIMIT_S:g} s after its client ended."
-                " End it:"
-                f" kill -9 {record.pid}"
+                f" End it: kill -9 {record.pid}"
             )
-        time.sleep(_POLL_S)
+        await asyncio.sleep(_POLL_S)

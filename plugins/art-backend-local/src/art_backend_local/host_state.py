@@ -78,7 +78,7 @@ class HostState:
             model = self.models.get(request.key)
             if model is not None and model.server.broken is None:
                 self._check_same(self.requests[request.key], request)
-                model.settings = request.settings
+                model.take_settings(request.settings)
                 self.requests[request.key] = request
                 self._start_worker_early(request)
                 await model.publish_latest()
@@ -221,7 +221,8 @@ class HostState:
         await server.close()
 
     def _start_worker_early(self, request: RegisterRequest) -> None:
-        if request.training_engine is not None:
+        # On a GPU that both share, the trainer loads once inference has stepped aside.
+        if request.training_engine is not None and (request.settings.dedicated or not self.has_gpu):
             self._own(self._start_worker(self.worker_for(request)))
 
     async def _start_worker(self, worker: TrainingServer) -> None:
@@ -261,8 +262,7 @@ class HostState:
         if differing:
             raise ValueError(
                 f"{new.key} is being served with another {' and another '.join(differing)}. Use another model name, or"
-                " end this"
-                f" host first: art down --path {self.path}"
+                f" end this host first: art down --path {self.path}"
             )
 
     def _devices(self, chosen: tuple[int, ...] | None) -> tuple[int, ...]:

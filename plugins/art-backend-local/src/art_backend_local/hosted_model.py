@@ -87,6 +87,11 @@ class HostedModel:
         """The folder of its checkpoints."""
         return self.folder / "checkpoints"
 
+    def take_settings(self, settings: ModelSettings) -> None:
+        """Settings of a later registration, which differ in nothing that the engine was started with."""
+        self.settings = settings
+        self.dialect = with_template_arguments(self.server.engine, settings.adapter.chat_template_kwargs)
+
     async def on_disk(self) -> dict[int, Path]:
         """Every whole step on disk, oldest first; corrupt ones are warned of and left alone."""
         there = await asyncio.to_thread(whole_steps, self.checkpoints)
@@ -201,8 +206,7 @@ class HostedModel:
         if in_use:
             raise CheckpointInUse(
                 f"{self.key}: step {', '.join(map(str, in_use))} is served, leased or being trained from, so nothing"
-                " was"
-                " deleted. End its leases, or leave it out."
+                " was deleted. End its leases, or leave it out."
             )
         for step in wanted:
             async with self.server.adapters_lock:

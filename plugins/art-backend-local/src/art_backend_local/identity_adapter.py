@@ -110,7 +110,7 @@ def _targets(shapes: LinearShapes, lora: LoraShape) -> str | tuple[str, ...]:
     if not found:
         raise ValueError(
             f"the base model has none of {', '.join(SEVEN_PROJECTIONS)}; say which modules the adapter is for with"
-            f" _internal_config={{'peft_args': {{'target_modules': [...]}}}}. It has:"
+            " _internal_config={'peft_args': {'target_modules': [...]}}. It has:"
             f" {', '.join(sorted(there)) or 'none'}."
         )
     return found

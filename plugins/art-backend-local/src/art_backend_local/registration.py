@@ -70,7 +70,6 @@ def _fitting(settings: ModelSettings, adapter: Path, base: Path) -> ModelSetting
     if settings.adapter.peft_args.get("r", rank) != rank:
         raise AdapterMismatch(
             f"peft_args asks for r={settings.adapter.peft_args['r']}, but the adapter {adapter} to start from has rank"
-            f" {rank}. Leave"
-            " r out."
+            f" {rank}. Leave r out."
         )
     return settings.model_copy(update={"max_lora_rank": max(settings.max_lora_rank, rank)})

@@ -116,8 +116,7 @@ def _check_modes(trainer: tuple[int, ...] | None, inference: tuple[int, ...] | N
         missing = "inference_gpu_ids" if inference is None else "trainer_gpu_ids"
         raise ValueError(
             f"_internal_config: dedicated mode needs trainer_gpu_ids and inference_gpu_ids both; {missing} is missing."
-            " Give"
-            " both, or neither to share the device."
+            " Give both, or neither to share the device."
         )
     if trainer is not None and inference is not None and set(trainer) & set(inference):
         both = sorted(set(trainer) & set(inference))

@@ -25,8 +25,7 @@ def base_model_of_adapter(folder: Path) -> str:
     if not isinstance(name, str) or not name:
         raise AdapterMismatch(
             f"{folder / ADAPTER_CONFIG} does not say its base model (base_model_name_or_path). Put the base model's"
-            " name or"
-            " folder there."
+            " name or folder there."
         )
     return name
 
@@ -61,6 +60,5 @@ def _check_base(folder: Path, request: RegisterRequest) -> None:
     if base_model != request.base_model and base_folder != str(request.base_folder):
         raise ValueError(
             f"{request.key} was made with base_model={base_model!r} and cannot go on with {request.base_model!r}: its"
-            " adapters"
-            " belong to the first. Use another model name."
+            " adapters belong to the first. Use another model name."
         )

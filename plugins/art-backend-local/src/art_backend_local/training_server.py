@@ -109,8 +109,7 @@ class TrainingServer:
             process.kill()
             raise TrainingFailed(
                 f"the training worker said nothing for {SILENCE_LIMIT_S:g} s and was ended; the next step starts a new"
-                " one."
-                f" The end of its log:\n{process.log_tail()}"
+                f" one. The end of its log:\n{process.log_tail()}"
             ) from None
         except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error, ValueError) and process.running:
@@ -180,8 +179,8 @@ class TrainingServer:
             how = exit_.cause
         return TrainingFailed(
             f"the training worker {how} in the middle of the step. Nothing of it was kept; the step before is still"
-            " served, and"
-            f" the next step starts a new worker. The end of its log ({process.log_file}):\n{process.log_tail()}"
+            " served, and the next step starts a new worker. The end of its log"
+            f" ({process.log_file}):\n{process.log_tail()}"
         )
 
 
@@ -190,7 +189,6 @@ def _job_error(event: JobFailed) -> Exception:
     if type(error).__name__ == event.error_type:
         return error
     return TrainingFailed(
-        f"the step failed in the training worker: {event.error_type}: {event.message}. Nothing of it was kept; the"
-        " step before is"
-        f" still served.\n{event.traceback}"
+        f"the step failed in the training worker: {event.error_type}: {event.message}. Nothing of it was kept; the step"
+        f" before is still served.\n{event.traceback}"
     )

@@ -60,8 +60,7 @@ def _take(model: HostedModel, session: Session) -> str:
         who = "this client" if model.trained_by == session.id else "another client"
         raise ModelBusy(
             f"{model.key} is being trained by {who}. One step at a time: two writers of one adapter would overwrite"
-            " each other."
-            " Wait for that step, or use another model name."
+            " each other. Wait for that step, or use another model name."
         )
     model.trained_by = session.id
 
@@ -89,7 +88,6 @@ async def _train(state: HostState, model: HostedModel, request: TrainRequest, em
             emit(status_event(StartProgress(name=other, seconds=0, last_line="")))
         await stack.enter_async_context(worker.turn)
         await worker.settled()
-        await worker.ensure_running(lambda progress: emit(status_event(progress)))
         # A step that an earlier client saved but did not live to publish comes first.
         await model.publish_latest()
         start = await model.latest()
@@ -106,11 +104,12 @@ async def _train(state: HostState, model: HostedModel, request: TrainRequest, em
             options=options,
             adapter=registration.settings.adapter,
         )
-        emit({"event": "job", "step": step, "start": start.step})
         if not works_at_once(registration.settings, model.server.engine.capabilities, has_gpu=state.has_gpu):
             await stack.enter_async_context(
                 inference_aside(model.server, in_flight=lambda: state.in_flight(model.server), report=state.report)
             )
+        await worker.ensure_running(lambda progress: emit(status_event(progress)))
+        emit({"event": "job", "step": step, "start": start.step})
         metrics: dict[str, float] = {}
         saved = False
         async with aclosing(worker.run(job)) as events:

@@ -40,6 +40,5 @@ def unreachable(path: object, cause: object) -> BackendUnreachable:
     """The error for a host that does not answer."""
     return BackendUnreachable(
         f"the host process of the local backend at {path} does not answer ({cause}). Why: {path}/logs/host.log."
-        " Registering"
-        " the model again starts a new host."
+        " Registering the model again starts a new host."
     )
