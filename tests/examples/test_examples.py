@@ -1,4 +1,6 @@
-"""The examples run as a user runs them, on real weights: the reward rises, a second run goes on, the picture is there."""
+"""The examples run as a user runs them, on real weights: the reward rises, a second run goes on, the picture is
+there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from art_tracker_files import read_history
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
