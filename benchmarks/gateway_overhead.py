@@ -275,6 +275,7 @@ def main() -> None:
         return
     machine = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         **{name: version(name) for name in ("art-gateway", "aiohttp", "uvicorn", "httptools", "starlette", "orjson")},
     }
