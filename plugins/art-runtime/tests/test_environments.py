@@ -14,6 +14,7 @@ from art_core.engines import EnvironmentSpec, FlavourSpec
 from art_runtime import environments
 from art_runtime.environments import (
     EnvironmentMissing,
+    engine_for,
     environment_for,
     first_met,
     locate,
@@ -178,6 +179,21 @@ def test_a_marker_without_its_interpreter_is_no_environment(own_module: str) -> 
         environment.marker.write_text(content)
         assert environment.python() is None
         assert environment.facts() == {}
+
+
+class Flavoured:
+    """Made as an engine with flavours is."""
+
+    def __init__(self, flavour: str | None = None) -> None:
+        self.flavour = flavour
+
+
+def test_an_engine_is_made_in_the_machines_flavour(own_module: str) -> None:
+    sys.modules[own_module].Engine = Flavoured  # type: ignore[attr-defined]
+    with_flavours = replace(spec(f"{own_module}:HERE"), factory=f"{own_module}:Engine")
+    assert engine_for(with_flavours).flavour == machine_flavour()
+    assert engine_for(with_flavours, "cuda").flavour == "cuda"
+    assert engine_for(replace(with_flavours, environment=None)).flavour is None
 
 
 def test_the_cache_is_looked_up_at_each_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import platformdirs
 from packaging.requirements import Requirement
 
-from art_core import ArtError, InferenceEngineSpec, PluginError, TrainingEngineSpec
+from art_core import ArtError, InferenceEngineSpec, PluginError, TrainingEngineSpec, instantiate
 from art_core.engines import EnvironmentSpec, Flavour, FlavourSpec
 from art_core.errors import did_you_mean
 
@@ -135,6 +135,14 @@ def environment_for(spec: EngineSpec, flavour: Flavour | None = None) -> EngineE
     wanted = environment.flavours[chosen]
     folder = engine_folder(spec.name) / f"{chosen}-{_key(wanted)}"
     return EngineEnvironment(engine=spec.name, flavour=chosen, spec=wanted, environment=environment, folder=folder)
+
+
+def engine_for(spec: EngineSpec, flavour: Flavour | None = None) -> Any:
+    """Make an engine from its card, in a flavour (None: this machine's) when it has flavours.
+
+    It declares what it can do on such a machine, which may be more than its card says. Raises PluginError.
+    """
+    return instantiate(spec) if spec.environment is None else instantiate(spec, flavour=flavour or machine_flavour())
 
 
 def python_for(
