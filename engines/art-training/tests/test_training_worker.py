@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import uvicorn
 
 from art_core.training_jobs import JobEnded, JobFailed, TrainEvent, TrainJob, TrainOptions, read_event, write_groups
 from art_training.trainer import Trainer
-from art_training.worker import Worker
+from art_training.worker_app import Worker
 
 Make = Callable[..., Any]
 TOKEN = {"Authorization": "Bearer secret"}
@@ -138,3 +140,8 @@ async def test_a_base_that_does_not_load_is_told_by_health() -> None:
         answer = await client.get("/health")
         assert answer.status_code == 500
         assert "no weights in /nowhere" in answer.json()["error"]
+
+
+def test_the_entry_point_loads_no_torch_before_its_environment_is_set() -> None:
+    code = "import art_training.worker, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

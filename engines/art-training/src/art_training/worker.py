@@ -1,168 +1,32 @@
-"""The training worker: an HTTP server on the loopback interface around one trainer.
+"""The training worker as a process: `python -m art_training.worker --policy module:attr --base-model FOLDER --port N`.
 
-`python -m art_training.worker --policy module:attr --base-model FOLDER --port N` loads the base once and takes one
-job at a time; the wire is `art_core.training_jobs`. The token comes in the environment, never in argv. Knows HTTP and
-threads; what a job does is the trainer's.
+Sets what has to be set before torch is loaded, then serves `worker_app`. The token comes in the environment, never in
+argv. Knows a command line; knows neither HTTP nor training.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import hmac
 import importlib
 import json
 import logging
 import os
-import threading
-import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-import uvicorn
-from pydantic import ValidationError
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-
-from art_core.training_jobs import WORKER_TOKEN, JobFailed, TrainEvent, TrainJob
+from art_core.training_jobs import WORKER_TOKEN
 
 from .allocator import keep_freed_memory
-from .policy import Policy, PolicyFactory, PolicyRequest
-from .trainer import JobCancelled, Trainer
 
-_log = logging.getLogger("art_training.worker")
-
-_T = TypeVar("_T")
-_DISCONNECT_POLL_S = 0.5
-_TRACEBACK_CHARACTERS = 6000
-
-
-class JobRunner(Protocol):
-    """What the server runs jobs with; `Trainer` is the one."""
-
-    def run(self, job: TrainJob, cancelled: Callable[[], bool]) -> Iterator[TrainEvent]:
-        """Yield the job's events; raise when it fails."""
-
-
-class Worker:
-    """The server's state: loading, failed to load, idle, or at a job."""
-
-    def __init__(self, load: Callable[[], JobRunner], token: str | None) -> None:
-        self._load = load
-        self._token = token
-        self._runner: JobRunner | None = None
-        self._load_error: str | None = None
-        self._busy = False
-        self.failed = asyncio.Event()
-
-    def app(self) -> Starlette:
-        """The ASGI application. The base model is loaded in a thread once it starts."""
-
-        @contextlib.asynccontextmanager
-        async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            loading = asyncio.create_task(self._load_runner())
-            yield
-            loading.cancel()
-
-        routes = [Route("/health", self._health), Route("/jobs", self._jobs, methods=["POST"])]
-        return Starlette(routes=routes, lifespan=lifespan)
-
-    async def _load_runner(self) -> None:
-        try:
-            self._runner = await _in_daemon_thread(self._load)
-        except Exception as error:
-            _log.exception("the base model could not be loaded")
-            self._load_error = f"{type(error).__name__}: {error}"
-            self.failed.set()
-
-    async def _health(self, _: Request) -> Response:
-        if self._load_error is not None:
-            return JSONResponse({"status": "failed", "error": self._load_error}, 500)
-        if self._runner is None:
-            return JSONResponse({"status": "loading"}, 503)
-        return JSONResponse({"status": "training" if self._busy else "idle"})
-
-    async def _jobs(self, request: Request) -> Response:
-        given = request.headers.get("authorization", "")
-        if self._token and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-            return JSONResponse({"error": "the bearer token is missing or wrong"}, 401)
-        if self._runner is None:
-            return JSONResponse({"error": self._load_error or "the base model is still loading; ask /health"}, 503)
-        try:
-            job = TrainJob.model_validate_json(await request.body())
-        except ValidationError as error:
-            return JSONResponse({"error": f"this is not a job: {error}"}, 422)
-        if self._busy:
-            return JSONResponse({"error": "a job is running; a worker takes one at a time"}, 409)
-        self._busy = True
-        return StreamingResponse(self._events(request, self._runner, job), media_type="application/x-ndjson")
-
-    async def _events(self, request: Request, runner: JobRunner, job: TrainJob) -> AsyncIterator[str]:
-        """One line an event. When the client is gone the job is told, and the worker is free once it has stopped."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[TrainEvent | None] = asyncio.Queue()
-        gone = threading.Event()
-
-        def work() -> None:
-            try:
-                for event in runner.run(job, gone.is_set):
-                    loop.call_soon_threadsafe(queue.put_nowait, event)
-            except JobCancelled as error:
-                _log.warning("step %d of %s: %s", job.step, job.model, error)
-            except Exception as error:
-                _log.exception("step %d of %s failed", job.step, job.model)
-                trace = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
-                failed = JobFailed(error_type=type(error).__name__, message=str(error), traceback=trace)
-                loop.call_soon_threadsafe(queue.put_nowait, failed)
-            finally:
-                loop.call_soon_threadsafe(self._finished)
-                loop.call_soon_threadsafe(queue.put_nowait, None)
-
-        threading.Thread(target=work, name=f"job-{job.step}", daemon=True).start()
-        try:
-            while True:
-                try:
-                    event = await asyncio.wait_for(queue.get(), _DISCONNECT_POLL_S)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return
-                    continue
-                if event is None:
-                    return
-                yield event.model_dump_json() + "\n"
-        finally:
-            gone.set()
-
-    def _finished(self) -> None:
-        self._busy = False
-
-
-async def _in_daemon_thread(function: Callable[[], _T]) -> _T:
-    """Run a blocking function without holding up the process's end, as the loop's own executor would."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_T] = loop.create_future()
-
-    def settle(action: Callable[[], None]) -> None:
-        if not future.done():
-            action()
-
-    def work() -> None:
-        try:
-            result = function()
-        except Exception as error:
-            loop.call_soon_threadsafe(settle, lambda error=error: future.set_exception(error))
-        else:
-            loop.call_soon_threadsafe(settle, lambda: future.set_result(result))
-
-    threading.Thread(target=work, daemon=True).start()
-    return await future
+if TYPE_CHECKING:
+    from .policy import Policy, PolicyFactory, PolicyRequest
+    from .trainer import Trainer
 
 
 def _load_trainer(factory: str, request: PolicyRequest) -> Trainer:
+    from .trainer import Trainer
+
     module, _, attribute = factory.partition(":")
     make: PolicyFactory = getattr(importlib.import_module(module), attribute)
     policy: Policy = make(request)
@@ -184,6 +48,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 async def _serve(arguments: argparse.Namespace) -> int:
+    import uvicorn
+
+    from .policy import PolicyRequest
+    from .worker_app import Worker
+
     request = PolicyRequest(
         base_model=arguments.base_model,
         device=arguments.device,
@@ -213,6 +82,8 @@ async def _serve(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop. Exit status 1 when the base model could not be loaded."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    # Threads that wait by spinning take the cores from the rollouts beside us: under load a step gets ten times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     keep_freed_memory()
     return asyncio.run(_serve(_arguments(argv)))
 
