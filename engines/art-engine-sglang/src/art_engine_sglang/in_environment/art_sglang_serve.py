@@ -8,6 +8,7 @@ what only builds for CUDA define. SGLang's own processes import this file again,
 import functools
 import logging
 import os
+import signal
 import sys
 
 KEY_VARIABLE = "ART_SGLANG_API_KEY"
@@ -49,10 +50,29 @@ def _stand_in_for_cuda():
     torch.Tensor.pin_memory = lambda self, *_args, **_kwargs: self
 
 
+def _with_dtype(arguments):
+    """What dtype auto means on this CPU: bfloat16 only where it is multiplied in hardware, else it is far slower."""
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1" or "--dtype" not in arguments:
+        return arguments
+    place = arguments.index("--dtype") + 1
+    if arguments[place] != "auto":
+        return arguments
+    with open("/proc/cpuinfo") as file:
+        flags = next((line for line in file if line.startswith("flags")), "").split()
+    chosen = "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    print(f"art: dtype auto is {chosen} on this CPU", flush=True)
+    return [*arguments[:place], chosen, *arguments[place + 1 :]]
+
+
 if os.environ.get(KEY_VARIABLE):
     _keep_out_of_logs(os.environ[KEY_VARIABLE])
 if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
     _stand_in_for_cuda()
+
+if __name__ != "__main__":
+    # Whoever stops the server asks its whole group. SGLang takes a scheduler that leaves by itself for a crash and kills
+    # everything in mid-answer; left alone, the server drains its requests first and ends the others itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 if __name__ == "__main__":
     if "--probe" in sys.argv:
@@ -63,6 +83,7 @@ if __name__ == "__main__":
         sys.exit(0)
     import runpy
 
+    sys.argv[1:] = _with_dtype(sys.argv[1:])
     if os.environ.get(KEY_VARIABLE):
         sys.argv += ["--api-key", os.environ[KEY_VARIABLE]]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)

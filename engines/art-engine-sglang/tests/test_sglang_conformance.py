@@ -1,0 +1,27 @@
+"""The conformance suite on a real SGLang server, in the environment that art-runtime makes for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from art_conformance import InferenceEngineConformance
+from art_core import InferenceEngine
+from art_engine_sglang.plugin import art_register_inference_engines
+from art_runtime.environments import engine_for, python_for
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+class TestSglang(InferenceEngineConformance):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls) -> InferenceEngine:
+        [spec] = art_register_inference_engines()
+        made: InferenceEngine = engine_for(spec)
+        return made
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine_python(cls) -> str:
+        [spec] = art_register_inference_engines()
+        return python_for(spec, auto_install=True)
