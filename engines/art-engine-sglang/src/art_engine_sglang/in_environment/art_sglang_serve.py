@@ -70,7 +70,7 @@ if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
     _stand_in_for_cuda()
 
 if __name__ != "__main__":
-    # Whoever stops the server asks its whole group. SGLang takes a scheduler that leaves by itself for a crash and kills
+    # Who stops the server asks its whole group. SGLang takes a scheduler that leaves by itself for a crash and kills
     # everything in mid-answer; left alone, the server drains its requests first and ends the others itself.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
