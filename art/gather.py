@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 from art_core import ArtError, PendingTrajectoryGroup, RolloutError, Trajectory, TrajectoryGroup
 from art_core.trajectories import close_unstarted
 
+from .collector import fewer_collections
 from .progress import RolloutProgress
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ GroupOrPending: TypeAlias = TrajectoryGroup | Awaitable[TrajectoryGroup]
 AfterEachResult: TypeAlias = TrajectoryGroup | list[TrajectoryGroup] | None
 AfterEach: TypeAlias = Callable[[TrajectoryGroup], AfterEachResult | Awaitable[AfterEachResult]]
 SHOWN_EXCEPTIONS = 3
+STARTED_AT_ONCE = 32
 
 
 class RolloutsFailed(ArtError):
@@ -88,11 +90,15 @@ async def gather_trajectory_groups(
     given = list(groups)
     tolerance = _Tolerance(max_exceptions)
     known = sum(len(group) for group in given if isinstance(group, PendingTrajectoryGroup))
+    progress = RolloutProgress(
+        pbar_desc, total=known, max_metrics=max_metrics, completion_tokens=pbar_total_completion_tokens
+    )
     try:
-        with RolloutProgress(
-            pbar_desc, total=known, max_metrics=max_metrics, completion_tokens=pbar_total_completion_tokens
-        ) as progress:
-            kept = await _all_or_cancel([_finish_group(group, tolerance, progress, after_each) for group in given])
+        with fewer_collections(), progress:
+            kept = await _all_or_cancel(
+                [_finish_group(group, tolerance, progress, after_each) for group in given],
+                sizes=[len(group) if isinstance(group, PendingTrajectoryGroup) else 1 for group in given],
+            )
     finally:
         close_groups(given)
     return [group for each in kept for group in each]
@@ -112,10 +118,11 @@ async def gather_trajectories(
     """
     pending = PendingTrajectoryGroup(list(trajectories), {})
     tolerance = _Tolerance(max_exceptions)
+    progress = RolloutProgress(
+        pbar_desc, total=len(pending), max_metrics=max_metrics, completion_tokens=pbar_total_completion_tokens
+    )
     try:
-        with RolloutProgress(
-            pbar_desc, total=len(pending), max_metrics=max_metrics, completion_tokens=pbar_total_completion_tokens
-        ) as progress:
+        with fewer_collections(), progress:
             return await _run_rollouts(pending, tolerance, progress)
     finally:
         pending.close()
@@ -183,13 +190,38 @@ async def _run_rollouts(
             tolerance.count(result, progress.total)
         return result
 
-    return await _all_or_cancel([run(rollout) for rollout in pending.rollouts()])
-
-
-async def _all_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines at once. When one raises, or this is cancelled, the others are cancelled and awaited first."""
-    tasks = [asyncio.ensure_future(each) for each in work]
+    rollouts = pending.rollouts()
     try:
+        return await _all_or_cancel([run(rollout) for rollout in rollouts])
+    finally:
+        for rollout in rollouts:
+            close_unstarted(rollout)
+
+
+async def _all_or_cancel(work: Sequence[Coroutine[Any, Any, T]], sizes: Sequence[int] | None = None) -> list[T]:
+    """Run coroutines at once. When one raises, or this is cancelled, the others are cancelled and awaited first.
+
+    They are started a few at a time, `sizes` rollouts each, so that ten thousand do not hold the event loop at once.
+    """
+    tasks: list[asyncio.Task[T]] = []
+    failed: list[asyncio.Task[T]] = []
+
+    def note(task: asyncio.Task[T]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            failed.append(task)
+
+    begun = 0
+    try:
+        for index, each in enumerate(work):
+            tasks.append(asyncio.ensure_future(each))
+            tasks[-1].add_done_callback(note)
+            begun += 1 if sizes is None else sizes[index]
+            if begun >= STARTED_AT_ONCE:
+                begun = 0
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)  # those just begun have begun their own
+                if failed:
+                    failed[0].result()
         return list(await asyncio.gather(*tasks))
     finally:
         left = [task for task in tasks if not task.done()]
@@ -197,6 +229,8 @@ async def _all_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
         if left:
             await asyncio.wait(left)
+        for each in work[len(tasks) :]:
+            each.close()
 
 
 def _as_list(kept: AfterEachResult) -> list[TrajectoryGroup]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 # Servers queue a limited number of connections that they have not accepted yet (2048 for uvicorn); one more is dropped
 # and costs its client a second.
 CONNECTING_AT_ONCE = 256
+# Whoever waits for an answer does something with it, on the event loop. When thousands arrive at once they are handed
+# out a few at a time, so that the loop can do other things in between.
+HANDED_OUT_AT_ONCE = 32
 
 
 @dataclass(slots=True)
@@ -100,8 +104,9 @@ class _Connection(asyncio.Protocol):
 
     def _succeed(self) -> None:
         self._answer.body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(self._answer)
+        if self.waiter is not None:
+            self._pool.hand_out(self.waiter, self._answer)
+            self.waiter = None
 
     def _fail(self, error: Exception) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -123,6 +128,7 @@ class KeepAlivePool:
         self._idle: dict[_Connection, None] = {}
         self._resolved: str | None = None
         self._connecting = asyncio.Semaphore(CONNECTING_AT_ONCE)
+        self._answered: deque[tuple[asyncio.Future[Answer], Answer]] = deque()
         self.connections: set[_Connection] = set()
 
     async def post(self, head: bytes, body: bytes, *, connect_s: float | None, answer_s: float | None) -> Answer:
@@ -147,6 +153,20 @@ class KeepAlivePool:
             connection.idle_since = loop.time()
             self._idle[connection] = None
         return answer
+
+    def hand_out(self, waiter: asyncio.Future[Answer], answer: Answer) -> None:
+        """Give a waiter its answer in a later round of the event loop."""
+        if not self._answered:
+            waiter.get_loop().call_soon(self._hand_out_some)
+        self._answered.append((waiter, answer))
+
+    def _hand_out_some(self) -> None:
+        for _ in range(min(HANDED_OUT_AT_ONCE, len(self._answered))):
+            waiter, answer = self._answered.popleft()
+            if not waiter.done():
+                waiter.set_result(answer)
+        if self._answered:
+            self._answered[0][0].get_loop().call_soon(self._hand_out_some)
 
     def forget(self, connection: _Connection) -> None:
         """The connection is gone."""

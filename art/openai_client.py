@@ -15,6 +15,7 @@ import ssl
 import sys
 import urllib.request
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,11 +61,13 @@ def make_openai_client(*, base_url: str, api_key: str) -> openai.AsyncOpenAI:
         api_key=api_key,
         timeout=openai.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
         http_client=_SharedTransport(
+            # Loading the certificates takes a tenth of a second, for which a plain http address has no use.
+            verify=True if base_url.startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             limits=_httpx.Limits(
                 max_connections=MAX_CONNECTIONS,
                 max_keepalive_connections=MAX_CONNECTIONS,
                 keepalive_expiry=IDLE_CONNECTION_S,
-            )
+            ),
         ),
     )
 
@@ -115,25 +118,33 @@ class _SharedTransport(openai.DefaultAioHttpClient):
         await super().aclose()
 
 
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """How plain requests are sent, for as long as the client's address and key stay what they were."""
+
+    address: object
+    key: str
+    request: tuple[KeepAlivePool, bytes] | None
+
+
 class _ManyRequestsClient(openai.AsyncOpenAI):
+    _plain: _Plain | None = None
+
     @cached_property
     def chat(self) -> AsyncChat:
         return _Chat(self)
 
     async def plain_request(self) -> tuple[KeepAlivePool, bytes] | None:
         """The connections for a plain chat completion and the head of its request; None when it can't be plain."""
-        transport = self._client
-        if not isinstance(transport, _SharedTransport) or self.max_retries < 1 or self.default_query:
-            return None
-        base_url = str(self.base_url)
-        key = (base_url, self.api_key)
-        if self.__dict__.get("_plain_key") != key:
-            await transport.belong_to_loop()
-            pool = transport.pool(base_url)
-            self.__dict__["_plain_key"] = key
-            self.__dict__["_plain"] = None if pool is None else (pool, self._request_head(base_url))
-        plain: tuple[KeepAlivePool, bytes] | None = self.__dict__["_plain"]
-        return plain
+        transport, address, key = self._client, self.base_url, self.api_key
+        if self._plain is None or self._plain.address is not address or self._plain.key != key:
+            pool = None
+            if isinstance(transport, _SharedTransport) and self.max_retries >= 1 and not self.default_query:
+                await transport.belong_to_loop()
+                pool = transport.pool(str(address))
+            head = self._request_head(str(address)) if pool is not None else b""
+            self._plain = _Plain(address, key, None if pool is None else (pool, head))
+        return self._plain.request
 
     def _request_head(self, base_url: str) -> bytes:
         address = urlsplit(base_url)

@@ -284,7 +284,7 @@ async def test_several_event_loops_and_no_leftovers(endpoint):
         assert model.openai_client() is not client
     """)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-X", "dev", "-c", code, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        sys.executable, "-c", code, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     out, err = await process.communicate()
     assert out.decode().split() == ["Hello.", "Hello."], err.decode()
