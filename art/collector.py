@@ -11,8 +11,8 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-# New containers before a pass over the youngest (a millisecond or two), then such passes before one over all others: the
-# old are gone through about every five million containers, so that what a long gathering leaves in cycles goes too.
+# New containers before a pass over the youngest (a millisecond or two), then such passes before one over all others.
+# The old are gone through about every five million containers, so that what a long gathering leaves in cycles goes too.
 RELAXED = (5_000, 1_000, 1)
 
 _gatherings = 0
