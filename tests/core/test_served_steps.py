@@ -105,8 +105,9 @@ class ServedStepsAgainstOracle(RuleBasedStateMachine):
             assert self.served.in_use(step) == self.used(step)
         idle = sorted(step for step in self.loaded if not self.used(step))
         assert self.served.idle() == idle
-        assert self.served.idle(keep=2) == idle[: max(0, len(idle) - 2)]
-        assert self.served.idle(keep=99) == []
+        for keep in range(9):
+            kept = idle[-keep:] if keep else []
+            assert self.served.idle(keep=keep) == [step for step in idle if step not in kept]
 
 
 TestServedSteps = ServedStepsAgainstOracle.TestCase
