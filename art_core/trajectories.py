@@ -84,8 +84,7 @@ def _read_item(item: Any) -> Any:
 
 
 def _write_item(item: Any) -> Any:
-    # Mode "json" would turn a logprob of -inf into null, which cannot be read back.
-    return item if isinstance(item, dict) else item.model_dump(mode="python", warnings=False)
+    return item if isinstance(item, dict) else item.model_dump(mode="json", warnings=False)
 
 
 class History(BaseModel):
