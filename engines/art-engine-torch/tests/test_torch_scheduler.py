@@ -1,4 +1,4 @@
-"""The scheduler on tiny models: what it samples has exactly the logprobs of transformers + PEFT, whatever shares its batch."""
+"""The scheduler on tiny models: logprobs are those of transformers + PEFT, whatever shares the batch."""
 
 from __future__ import annotations
 
@@ -114,7 +114,10 @@ def test_adapters_and_the_base_share_a_batch_without_mixing(
     runs = []
     for i, adapter in enumerate(adapters):
         for length in (9, 60):
-            prompt, news = prompt_of(length, seed=1), []  # the same prompts for all: nothing may be shared across adapters
+            prompt, news = (
+                prompt_of(length, seed=1),
+                [],
+            )  # the same prompts for all: nothing may be shared across adapters
             scheduler.add(request_for(prompt, news, adapter=adapter, max_tokens=15 + i, seed=i))
             runs.append((folders[i], prompt, news))
     run(scheduler)
@@ -132,9 +135,7 @@ def test_samples_of_one_prompt_compute_it_once(tiny_model: Callable[[str], Path]
     assert len({tuple(update.tokens) for update in news}) > 1
 
 
-def test_a_growing_conversation_computes_only_what_is_new(
-    tiny_model: Callable[[str], Path], reference: Any
-) -> None:
+def test_a_growing_conversation_computes_only_what_is_new(tiny_model: Callable[[str], Path], reference: Any) -> None:
     base = tiny_model("llama-tied")
     scheduler = scheduler_for(base)
     first: list[SequenceUpdate] = []

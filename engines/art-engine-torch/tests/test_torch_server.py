@@ -1,4 +1,4 @@
-"""The HTTP surface, asked over real connections: a tiny random model behind the real server, in a thread of the test."""
+"""The HTTP surface, asked over real connections: a tiny random model behind the real server."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ async def load(http: httpx.AsyncClient, name: str, folder: Path, status: int = 2
     return response.text
 
 
-async def test_chat_with_samples_logprobs_and_token_ids(http: httpx.AsyncClient, server: Server, reference: Any) -> None:
+async def test_chat_with_samples_logprobs_and_token_ids(
+    http: httpx.AsyncClient, server: Server, reference: Any
+) -> None:
     answer = await post(
         http,
         "/v1/chat/completions",
@@ -172,7 +174,14 @@ async def test_a_stream_carries_what_a_whole_answer_does(http: httpx.AsyncClient
 
 
 async def test_completions_take_text_ids_and_batches(http: httpx.AsyncClient) -> None:
-    asked = {"model": BASE, "max_tokens": 5, "temperature": 0, "ignore_eos": True, "return_token_ids": True, "logprobs": 1}
+    asked = {
+        "model": BASE,
+        "max_tokens": 5,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "logprobs": 1,
+    }
     text = await post(http, "/v1/completions", {**asked, "prompt": "Good"})
     ids = text["choices"][0]["prompt_token_ids"]
     both = await post(http, "/v1/completions", {**asked, "prompt": [ids, [5, 6, 7]], "n": 2})
@@ -316,7 +325,9 @@ async def test_each_adapter_answers_under_its_own_name(
         prompt, choice = answer["prompt_token_ids"], answer["choices"][0]
         expected = reference(server.folder, folder, prompt + choice["token_ids"])[len(prompt) - 1 : -1]
         found = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        assert found == pytest.approx([float(r[t]) for r, t in zip(expected, choice["token_ids"], strict=True)], abs=1e-3)
+        assert found == pytest.approx(
+            [float(r[t]) for r, t in zip(expected, choice["token_ids"], strict=True)], abs=1e-3
+        )
 
 
 async def test_unloading_lets_requests_end_and_refuses_new_ones(
@@ -349,7 +360,9 @@ async def test_unloading_lets_requests_end_and_refuses_new_ones(
     assert (await http.post("/v1/unload_lora_adapter", json={"lora_name": "p/m@1"})).status_code == 404
 
 
-async def test_adapters_are_refused_with_a_reason(http: httpx.AsyncClient, tiny_adapters: list[Path], tmp_path: Path) -> None:
+async def test_adapters_are_refused_with_a_reason(
+    http: httpx.AsyncClient, tiny_adapters: list[Path], tmp_path: Path
+) -> None:
     assert "no adapter folder" in await load(http, "a", tmp_path / "nowhere", 404)
     assert "base model's own name" in await load(http, BASE, tiny_adapters[0], 400)
     await load(http, "a", tiny_adapters[0])
@@ -415,7 +428,9 @@ async def test_a_client_that_goes_away_takes_its_sequences_along(server: Server,
     headers = {"Authorization": f"Bearer {KEY}"}
     for stream in (False, True):
         async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=WAIT_S) as leaving:
-            request = asyncio.create_task(leaving.post("/v1/chat/completions", json=chat(n=4, max_tokens=450, stream=stream)))
+            request = asyncio.create_task(
+                leaving.post("/v1/chat/completions", json=chat(n=4, max_tokens=450, stream=stream))
+            )
             while (await http.get("/stats")).json()["running"] != 4:
                 await asyncio.sleep(0.005)
             request.cancel()
@@ -431,7 +446,9 @@ async def test_many_requests_at_once_all_get_their_own_answer(http: httpx.AsyncC
     prompts = [[i, i + 1, i + 2] * (1 + i % 5) for i in range(60)]
     answers = await asyncio.gather(
         *(
-            post(http, "/v1/completions", {"model": BASE, "prompt": p, "max_tokens": 6, "return_token_ids": True, "n": 2})
+            post(
+                http, "/v1/completions", {"model": BASE, "prompt": p, "max_tokens": 6, "return_token_ids": True, "n": 2}
+            )
             for p in prompts
         )
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .lora_batch import LoraBatch
@@ -160,7 +161,12 @@ class Decoder:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         limit = config.max_position_embeddings if max_len is None else max_len
         _refuse_unsupported(config, limit)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+        except SafetensorError as error:
+            raise UnsupportedModel(
+                f"The safetensors weights in {folder} cannot be read: {error}. Fetch them again."
+            ) from error
         return cls(model, device, limit)
 
     @torch.inference_mode()

@@ -264,7 +264,7 @@ class InferenceEngineThread:
             self._end()
 
     def _end(self) -> None:
-        """Tells everything that still waits that the end has come; also what was asked too late to be seen by the thread."""
+        """Tells whoever still waits that the end has come, also those who asked too late for the thread to see."""
         with self._ending:
             self._take_commands()
             if self._scheduler is not None:

@@ -31,8 +31,8 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     # Everything is read from a folder: nothing may be asked of a model hub on the way.
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # GNU OpenMP's threads spin for milliseconds at every barrier unless told otherwise. Beside a trainer on the same cores
-    # that takes the time away from the thread that is waited for; about 50 microseconds of spinning lose nothing alone.
+    # GNU OpenMP's threads spin for milliseconds at every barrier unless told otherwise. Beside a trainer on the same
+    # cores that takes the time away from the very thread that is waited for.
     "GOMP_SPINCOUNT": "1000",
 }
 

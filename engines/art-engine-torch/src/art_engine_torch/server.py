@@ -116,7 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     server = _Server(config)
     server.engine = engine
     engine.start()
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's way of saying that it could not listen; it has logged why
+        engine.stop(STOP_TIMEOUT_S)
+        return 1
     engine.stop(STOP_TIMEOUT_S)
     if failures:
         print(f"art_engine_torch.server ended: {type(failures[0]).__name__}: {failures[0]}", file=sys.stderr)
