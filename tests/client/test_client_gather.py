@@ -1,6 +1,9 @@
 import asyncio
 import math
 import re
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from openai.types.chat.chat_completion import Choice
@@ -234,6 +237,36 @@ async def test_cancelling_at_once_leaves_no_coroutine_unawaited():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not other_tasks()
+
+
+def test_ctrl_c_ends_everything_at_once():
+    code = textwrap.dedent("""
+        import asyncio, os, signal, warnings
+        warnings.simplefilter("error")
+        import art
+
+        async def rollout(i):
+            try:
+                if i == 7:
+                    os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.Event().wait()
+            finally:
+                print("ended", i)
+
+        async def main():
+            try:
+                groups = [art.TrajectoryGroup(rollout(8 * g + i) for i in range(8)) for g in range(2)]
+                await art.gather_trajectory_groups(groups)
+            finally:
+                print("left", len(asyncio.all_tasks()) - 1)
+        asyncio.run(main())
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.count("ended") >= 8
+    assert done.stdout.splitlines()[-1] == "left 0"
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert "never awaited" not in done.stderr
+    assert "never retrieved" not in done.stderr
 
 
 async def test_gather_trajectories_keeps_exceptions_in_place():

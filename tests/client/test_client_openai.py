@@ -3,6 +3,9 @@
 import asyncio
 import gc
 import json
+import resource
+import shutil
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -233,7 +236,15 @@ async def test_a_cancelled_request_gives_its_connection_up(client, endpoint):
     assert len(endpoint.connections) == 2
 
 
-async def test_two_thousand_requests_at_once(client, endpoint):
+@pytest.fixture
+def many_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_two_thousand_requests_at_once(many_files, client, endpoint):
     waiting, everyone = 0, asyncio.Event()
 
     async def answer(request, body):
@@ -311,6 +322,36 @@ async def test_an_https_endpoint_with_an_unknown_certificate_is_refused(endpoint
     model = art.Model(name="m", project="p", inference_base_url=f"{address}/v1", inference_api_key="k")
     with pytest.raises(openai.APIConnectionError):
         await model.openai_client().with_options(max_retries=1).chat.completions.create(messages=[], model="gpt")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+async def test_an_https_endpoint(tmp_path, monkeypatch):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *name]
+    making = [*command, "-keyout", str(key), "-out", str(certificate)]
+    await asyncio.to_thread(subprocess.run, making, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    connections = []
+    body = b'{"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": []}'
+
+    async def serve(reader, writer):
+        connections.append(writer)
+        while await reader.readline():
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    address = f"https://localhost:{server.sockets[0].getsockname()[1]}/v1"
+    model = art.Model(name="m", project="p", inference_base_url=address, inference_api_key="k")
+    for _ in range(2):
+        completion = await model.openai_client().chat.completions.create(messages=[], model="m")
+        assert completion.id == "x"
+    assert len(connections) == 1
+    await model.openai_client().close()
+    server.close()
 
 
 async def test_a_proxy_is_the_packages_affair(endpoint, monkeypatch):
