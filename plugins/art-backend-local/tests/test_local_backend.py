@@ -509,7 +509,8 @@ async def test_engines_are_chosen_from_what_is_installed_and_said_once(
         await backend.register(policy)
         await backend.register(make_policy("other"))
     said = capsys.readouterr().err
-    assert said.count("LocalBackend uses inference engine fake (there is") == 1
+    reason = "there is no GPU, and of fake, fake-shared it runs in this environment"
+    assert said.count(f"LocalBackend uses inference engine fake ({reason})") == 1
     assert "training engine fake (the only one installed)" in said
     with pytest.raises(PluginNotInstalled, match="fakes"):
         new_backend(tmp_path / "b", inference_engine="fakes")

@@ -21,6 +21,7 @@ from art_backend_local.host_files import known_hosts, process_lives, read_host
 from art_core import BackendUnreachable, ProcessFailed, TrainingFailed
 from art_core.checkpoint import whole_steps
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 MESSAGES = [{"role": "user", "content": "hello"}]
 CLIENT = """
     import asyncio, json, sys

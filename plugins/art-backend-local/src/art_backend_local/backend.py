@@ -36,13 +36,14 @@ from art_core import (
 from art_core.checkpoint import step_folder
 from art_core.training_jobs import TrainOptions
 from art_runtime import accelerators
+from art_runtime.environments import engine_for
 
 from .control_client import ControlClient
 from .device_turns import works_at_once
 from .engine_choice import EngineChoice, choose_engines
 from .forking import copy_adapter
 from .groups_file import groups_file
-from .registration import registration_request
+from .registration import EnginePythons, registration_request
 from .settings import ModelSettings, read_settings
 from .train_hooks import TrainHooks
 from .waiting import TrainingBar, Waiting
@@ -72,8 +73,10 @@ class LocalBackend:
     outlives it, is found again by the next client with the same path without loading weights again, and ends after
     `idle_timeout_s` seconds without use or by `art down`. `path` holds models, checkpoints and logs; None is `.art` in
     the root of the git repository around the working folder, or in the working folder. `inference_engine` and
-    `training_engine` are names of installed plugins; None chooses among those and prints why. An engine holds at most
-    `max_adapters` steps at once.
+    `training_engine` are names of installed plugins; None chooses among those and prints why. `inference_python` and
+    `training_python` are interpreters of your own for them; without, an engine that needs an environment of its own
+    uses the one of `art engines install`, which `auto_install` runs if need be. An engine holds at most `max_adapters`
+    steps at once.
 
     `save_checkpoint` of `train`: with True the step's PEFT folder stays on disk; with False it goes once a later step
     is served. Either way the step is published.
@@ -90,6 +93,9 @@ class LocalBackend:
         training_engine: str | None = None,
         idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S,
         max_adapters: int = DEFAULT_MAX_ADAPTERS,
+        inference_python: str | None = None,
+        training_python: str | None = None,
+        auto_install: bool = False,
         show_progress: bool = True,
     ) -> None:
         if max_adapters < 2:
@@ -105,6 +111,7 @@ class LocalBackend:
         self._path = Path(path).expanduser().resolve() if path is not None else default_path()
         self._max_adapters = max_adapters
         self._show = show_progress
+        self._pythons = EnginePythons(inference=inference_python, training=training_python, auto_install=auto_install)
         self._client = ControlClient(self._path, in_process=in_process, idle_timeout_s=idle_timeout_s)
         self._registered: dict[ModelKey, int] = {}
         self._choice: EngineChoice | None = None
@@ -140,7 +147,7 @@ class LocalBackend:
         key = ModelKey(model.project, model.name)
         choice = self._engines()
         request = await registration_request(
-            self._registry, model, choice, max_adapters=self._max_adapters, session=self._client.session
+            self._registry, model, choice, self._pythons, max_adapters=self._max_adapters, session=self._client.session
         )
         with Waiting(f"Registering {key}", enabled=self._show) as waiting:
             answer = await self._client.follow("register", request, waiting.show)
@@ -439,7 +446,7 @@ class LocalBackend:
             ).inference
         except PluginError:
             return _ALWAYS
-        declared = self._registry.inference_engine(engine).capabilities
+        declared = engine_for(self._registry.inference_engine(engine)).capabilities
         concurrent = works_at_once(settings, declared, has_gpu=self._has_gpu)
         return _ALWAYS | {BackendCapability.CONCURRENT_INFERENCE} if concurrent else _ALWAYS
 

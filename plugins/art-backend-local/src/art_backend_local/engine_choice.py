@@ -1,10 +1,14 @@
-"""Which engines a backend uses when none is named, and why; and the capabilities on a card. Knows no engine by name."""
+"""Which engines a backend uses when none is named, and why. Knows no engine by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from art_core import InferenceCapability, PluginNotInstalled, PluginRegistry
+from art_core import InferenceEngineSpec, PluginNotInstalled, PluginRegistry, TrainingEngineSpec
+from art_runtime.environments import EnvironmentMissing, locate
+
+Spec = InferenceEngineSpec | TrainingEngineSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,24 +25,35 @@ def choose_engines(
 ) -> EngineChoice:
     """Fill in what was not named, from what is installed.
 
-    On a GPU an inference engine that declares SLEEP comes first, since it can share the device with training; without
-    one, an engine that goes on serving while a step trains. Raises PluginNotInstalled or PluginError for a name that
-    can't be used, and when no inference engine is installed at all.
+    Engines that can run as things are come before those whose environment is still to be made. Among them, on a GPU,
+    one with an environment of its own comes first, since it is made for that; without a GPU, one that runs in this
+    environment. Raises PluginNotInstalled or PluginError for a name that can't be used, and when no inference engine
+    is installed at all.
     """
     reasons = []
     if inference is None:
-        inference, why = _pick_inference(registry, has_gpu=has_gpu)
+        names = registry.provided("inference engine")
+        if not names:
+            raise PluginNotInstalled(
+                "no inference engine is installed. To install one: pip install art-engine-vllm (CUDA) or pip install"
+                " art-engine-torch"
+            )
+        inference, why = _pick(names, registry.inference_engine, has_gpu=has_gpu)
         reasons.append(f"inference engine {inference} ({why})")
     registry.inference_engine(inference)
     if training is None:
-        training, why = _pick_training(registry, inference)
+        names = registry.provided("training engine")
+        if names:
+            training, why = _pick(names, registry.training_engine, has_gpu=has_gpu)
+        else:
+            why = "none is installed; to train: pip install art-engine-unsloth (CUDA) or art-engine-torch"
         reasons.append(f"training engine {training or 'none'} ({why})")
     if training is not None:
         registry.training_engine(training)
     return EngineChoice(inference=inference, training=training, reason=", ".join(reasons))
 
 
-def no_training_engine(registry: PluginRegistry) -> PluginNotInstalled:
+def no_training_engine() -> PluginNotInstalled:
     """The error for training with nothing that trains."""
     return PluginNotInstalled(
         "No training engine is installed, so this backend serves models but cannot train them. To train: pip install"
@@ -46,29 +61,25 @@ def no_training_engine(registry: PluginRegistry) -> PluginNotInstalled:
     )
 
 
-def _pick_inference(registry: PluginRegistry, *, has_gpu: bool) -> tuple[str, str]:
-    names = registry.provided("inference engine")
-    if not names:
-        raise PluginNotInstalled(
-            "no inference engine is installed. To install one: pip install art-engine-vllm (CUDA) or pip install"
-            " art-engine-torch"
-        )
+def _pick(names: Sequence[str], card: Callable[[str], Spec], *, has_gpu: bool) -> tuple[str, str]:
     if len(names) == 1:
         return names[0], "the only one installed"
-    wanted = InferenceCapability.SLEEP if has_gpu else InferenceCapability.CONCURRENT_TRAINING
-    where = "there is a GPU" if has_gpu else "there is no GPU"
-    fitting = [name for name in names if wanted in registry.inference_engine(name).capabilities]
-    if fitting:
-        return fitting[0], f"{where}, and of {', '.join(names)} it declares {wanted}"
-    return names[0], f"the first of {', '.join(names)}"
+    among = f"of {', '.join(names)}"
+    ready = [name for name in names if _can_run(card(name))]
+    if not ready:
+        return names[0], f"the first {among}, none of which has its environment yet"
+    own = [name for name in ready if card(name).environment is not None]
+    here = [name for name in ready if card(name).environment is None]
+    if has_gpu and own:
+        return own[0], f"there is a GPU, and {among} its environment is installed"
+    if here:
+        return here[0], f"there is {'a' if has_gpu else 'no'} GPU, and {among} it runs in this environment"
+    return ready[0], f"{among} its environment is installed"
 
 
-def _pick_training(registry: PluginRegistry, inference: str) -> tuple[str | None, str]:
-    names = registry.provided("training engine")
-    if not names:
-        return None, "none is installed; to train: pip install art-engine-unsloth (CUDA) or art-engine-torch"
-    if len(names) == 1:
-        return names[0], "the only one installed"
-    if inference in names:
-        return inference, f"of {', '.join(names)} it shares its environment with the inference engine"
-    return names[0], f"the first of {', '.join(names)}"
+def _can_run(spec: Spec) -> bool:
+    try:
+        locate(spec)
+    except EnvironmentMissing:
+        return False
+    return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +22,10 @@ from art_core import (
     PluginRegistry,
     PublicationFailed,
     TrainingEngine,
-    instantiate,
 )
 from art_core.checkpoint import remove_unfinished, write_atomically, write_json_atomically
 from art_runtime import StartProgress, accelerators
+from art_runtime.environments import engine_for
 
 from .base_weights import linear_shapes
 from .engine_choice import no_training_engine
@@ -92,15 +91,17 @@ class HostState:
     def worker_for(self, request: RegisterRequest) -> TrainingServer:
         """The training worker for a model; it may not run yet. Raises PluginNotInstalled when nothing trains."""
         if request.training_engine is None:
-            raise no_training_engine(self.registry)
+            raise no_training_engine()
         settings = request.settings
-        key = _key("train", request.training_engine, request.base_folder, settings.training_key())
+        key = _key(
+            "train", request.training_engine, request.training_python, request.base_folder, settings.training_key()
+        )
         worker = self.workers.get(key)
         if worker is None:
-            engine: TrainingEngine = instantiate(self.registry.training_engine(request.training_engine))
+            engine: TrainingEngine = engine_for(self.registry.training_engine(request.training_engine))
             config = TrainingServerConfig(
                 base_model=request.base_folder,
-                python=sys.executable,
+                python=request.training_python,
                 log_file=self._log_file(f"training-{engine.name}-{request.base_folder.name}"),
                 dtype=settings.training_dtype,
                 devices=self._devices(settings.trainer_gpu_ids),
@@ -164,18 +165,23 @@ class HostState:
     async def _server_for(self, request: RegisterRequest, emit: Emit) -> EngineServer:
         settings = request.settings
         key = _key(
-            "infer", request.inference_engine, request.base_folder, settings.inference_key(), request.max_adapters
+            "infer",
+            request.inference_engine,
+            request.inference_python,
+            request.base_folder,
+            settings.inference_key(),
+            request.max_adapters,
         )
         async with self._locks[key]:
             server = self.servers.get(key)
             if server is not None and server.broken is None:
                 await server.ready(300.0)
                 return server
-            engine: InferenceEngine = instantiate(self.registry.inference_engine(request.inference_engine))
+            engine: InferenceEngine = engine_for(self.registry.inference_engine(request.inference_engine))
             config = EngineServerConfig(
                 base_model=request.base_folder,
                 served_name="base",
-                python=sys.executable,
+                python=request.inference_python,
                 log_file=self._log_file(f"inference-{engine.name}-{request.base_folder.name}"),
                 max_adapters=request.max_adapters,
                 max_lora_rank=settings.max_lora_rank,
@@ -254,6 +260,7 @@ class HostState:
             for what, a, b in (
                 ("base model", old.base_folder, new.base_folder),
                 ("inference engine", old.inference_engine, new.inference_engine),
+                ("interpreter for inference", old.inference_python, new.inference_python),
                 ("inference settings", old.settings.inference_key(), new.settings.inference_key()),
                 ("max_adapters", old.max_adapters, new.max_adapters),
             )

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from art_core import AdapterMismatch, BaseModelNotFound, ModelKey, PluginRegistry, PolicyModel, resolve_base_model
+from art_runtime.environments import python_for
 
 from .adapter_check import check_adapter, read_adapter_config
 from .base_weights import linear_shapes
@@ -19,10 +21,20 @@ from .starting_point import base_model_of_adapter
 from .wire import RegisterRequest
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnginePythons:
+    """The user's own interpreters for the engines, None to find them; `auto_install` makes missing environments."""
+
+    inference: str | None = None
+    training: str | None = None
+    auto_install: bool = False
+
+
 async def registration_request(
     registry: PluginRegistry,
     model: PolicyModel,
     engines: EngineChoice,
+    pythons: EnginePythons,
     *,
     max_adapters: int,
     session: Callable[[], Awaitable[str]],
@@ -30,7 +42,8 @@ async def registration_request(
     """Everything the host needs to serve and train the model.
 
     Raises BaseModelNotFound; AdapterMismatch, naming module and shapes, when base_model is an adapter folder that does
-    not fit its base; UnknownArgument and ValueError for `_internal_config`. Nothing is started before these are known.
+    not fit its base; UnknownArgument and ValueError for `_internal_config`; EnvironmentMissing with the command that
+    makes an engine's environment. Nothing is started before these are known.
     """
     ModelKey(model.project, model.name)
     settings = read_settings(model.internal_config)
@@ -48,6 +61,7 @@ async def registration_request(
         settings = await asyncio.to_thread(_fitting, settings, adapter, folder)
     if not (folder / "config.json").is_file():
         raise BaseModelNotFound(f"{folder} is an adapter, not a base model; an adapter's base must be whole weights.")
+    inference_python, training_python = await asyncio.to_thread(_pythons, registry, engines, pythons)
     return RegisterRequest(
         session=await session(),
         project=model.project,
@@ -57,10 +71,22 @@ async def registration_request(
         base_folder=folder,
         adapter_folder=adapter,
         inference_engine=engines.inference,
+        inference_python=inference_python,
         training_engine=engines.training,
+        training_python=training_python,
         max_adapters=max_adapters,
         settings=settings,
     )
+
+
+def _pythons(registry: PluginRegistry, engines: EngineChoice, given: EnginePythons) -> tuple[str, str]:
+    inference = python_for(
+        registry.inference_engine(engines.inference), python=given.inference, auto_install=given.auto_install
+    )
+    if engines.training is None:
+        return inference, ""
+    training = registry.training_engine(engines.training)
+    return inference, python_for(training, python=given.training, auto_install=given.auto_install)
 
 
 def _fitting(settings: ModelSettings, adapter: Path, base: Path) -> ModelSettings:

@@ -32,7 +32,8 @@ class OfModel(BaseModel):
 class RegisterRequest(OfModel):
     """Serve a model. `base_folder` holds the weights; `adapter_folder` is the PEFT adapter to start from, if any.
 
-    `base_model` is what the user called it. `training_engine` None: serve only.
+    `base_model` is what the user called it. `training_engine` None: serve only. `inference_python` and
+    `training_python` are the interpreters of the engines' environments.
     """
 
     entity: str | None
@@ -40,7 +41,9 @@ class RegisterRequest(OfModel):
     base_folder: Path
     adapter_folder: Path | None
     inference_engine: str
+    inference_python: str
     training_engine: str | None
+    training_python: str
     max_adapters: int
     settings: ModelSettings
 
