@@ -8,7 +8,9 @@ this machine.
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -270,9 +272,8 @@ async def test_backend_train_logs_nothing_and_model_log_both(documents_folder: P
 
 
 async def end_host(backend: Any) -> None:
-    """Close the client and end the host that outlives it, as `art down` does."""
-    path = Path(backend.path)
+    """Close the client, and end the host that outlives it."""
+    path = str(backend.path)
     await backend.close()
-    from art_backend_local import end_host as end
-
-    end(path)
+    down = await asyncio.create_subprocess_exec(sys.executable, "-m", "art_core", "down", "--path", path)
+    assert await asyncio.wait_for(down.wait(), 60) == 0
