@@ -117,7 +117,7 @@ def test_ranks_are_rounded_up_to_those_that_vllm_has() -> None:
 def test_sleep_is_declared_for_cuda_alone() -> None:
     cpu, cuda = VllmInferenceEngine("cpu"), VllmInferenceEngine("cuda")
     assert InferenceCapability.SLEEP in cuda.capabilities
-    assert cuda.sleep().path == "/sleep?level=1&mode=wait"
+    assert cuda.sleep().path == "/sleep?level=1&mode=keep"
     assert cuda.wake().path == "/wake_up"
     for engine in (cpu, VllmInferenceEngine()):
         with pytest.raises(UnsupportedCapability, match="art-engine-torch"):

@@ -128,12 +128,12 @@ class VllmInferenceEngine:
         return EngineCall(method="POST", path="/resume", action="resume", timeout_s=120.0)
 
     def sleep(self) -> EngineCall:
-        """Requests under way end first, new ones queue; then the weights move to the host's memory. CUDA only.
+        """The weights move to the host's memory, the KV cache is dropped. CUDA only.
 
-        Never with mode=keep: the KV cache is dropped, and requests frozen in the middle would go on from nothing.
+        Requests under way are put back into the queue, and computed again from their own tokens after waking.
         """
         self._require(InferenceCapability.SLEEP)
-        return EngineCall(method="POST", path="/sleep?level=1&mode=wait", action="sleep", timeout_s=600.0)
+        return EngineCall(method="POST", path="/sleep?level=1&mode=keep", action="sleep", timeout_s=300.0)
 
     def wake(self) -> EngineCall:
         """Takes the memory again and goes on."""
