@@ -8,7 +8,8 @@ from safetensors.numpy import load_file, save_file
 
 from art_backend_local.adapter_check import check_adapter
 from art_backend_local.base_weights import linear_shapes, select_modules
-from art_backend_local.identity_adapter import LoraShape, write_identity_adapter
+from art_backend_local.identity_adapter import write_identity_adapter
+from art_backend_local.lora_shape import LoraShape
 from art_core import AdapterMismatch, BaseModelNotFound, UnknownArgument
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

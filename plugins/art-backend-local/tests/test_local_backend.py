@@ -12,7 +12,8 @@ from openai import APIStatusError, NotFoundError
 from safetensors.numpy import load_file, save_file
 
 from art_backend_local import LocalBackend
-from art_backend_local.identity_adapter import LoraShape, write_identity_adapter
+from art_backend_local.identity_adapter import write_identity_adapter
+from art_backend_local.lora_shape import LoraShape
 from art_core import (
     AdapterMismatch,
     Backend,

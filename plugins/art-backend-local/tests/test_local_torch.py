@@ -212,3 +212,30 @@ async def test_a_disk_that_takes_no_more_fails_the_step_and_loses_nothing(torch_
     worker.rlimit(psutil.RLIMIT_FSIZE, unlimited)
     assert sorted(folder.name for folder in checkpoints(torch_backend).iterdir()) == ["0000", "0001"]
     assert (await torch_backend.train(policy, groups, learning_rate=1e-2)).step == 2
+
+
+async def test_smollm2_is_trained_and_served(torch_backend, make_policy, client, checkpoints):
+    from art_core import installed_plugins, resolve_base_model
+
+    name = "smollm2-135m-instruct"
+    folder = await resolve_base_model(installed_plugins(), name)
+    policy = make_policy("smol", base_model=name)
+    asked = client(await torch_backend.register(policy))
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+
+    async def one(seed):
+        answer = await asked.chat.completions.create(model="smol", messages=question, max_tokens=12, seed=seed)
+        choice = answer.choices[0]
+        return Trajectory(messages_and_choices=[*question, choice], reward=float(len(choice.message.content or "")))
+
+    group = TrajectoryGroup(await asyncio.gather(*(one(seed) for seed in range(4))))
+    result = await torch_backend.train(policy, [group], learning_rate=1e-4)
+    assert result.metrics["data/step_num_gradient_steps"] == 1
+    (choice,) = (await one(9)).choices()
+    assert choice.policy_version == 1
+    served = [entry.logprob for entry in choice.logprobs.content]
+    expected = await asyncio.to_thread(peft_logprobs, folder, checkpoints(torch_backend, "smol") / "0001", choice)
+    differences = [abs(a - b) for a, b in zip(served, expected, strict=True)]
+    print(f"mean {sum(differences) / len(differences):.2e}, max {max(differences):.2e}")
+    # In bf16 the two differ by their rounding; in fp32 by next to nothing.
+    assert sum(differences) / len(differences) < 0.2

@@ -1,9 +1,27 @@
 """ART's local backend: serves and trains models on this machine.
 
-`LocalBackend` is what users construct; everything else runs behind it, most of it in a host process of its own.
+`LocalBackend` is what users construct; everything else runs behind it, most of it in a host process of its own, so
+nothing is imported here before it is asked for.
 """
 
-from .backend import LocalBackend
-from .host_start import PathInUse
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backend import LocalBackend
+    from .host_start import PathInUse
 
 __all__ = ["LocalBackend", "PathInUse"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LocalBackend":
+        from .backend import LocalBackend
+
+        return LocalBackend
+    if name == "PathInUse":
+        from .host_start import PathInUse
+
+        return PathInUse
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

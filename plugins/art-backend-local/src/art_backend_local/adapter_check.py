@@ -6,7 +6,6 @@ imports neither PEFT nor torch.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, deserialize
 from art_core import AdapterMismatch
 from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
+from .adapter_config import read_adapter_config
 from .base_weights import LinearShapes
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -97,19 +97,6 @@ def _check_shape(
             f"the adapter in {folder}: {module}.lora_{side} has shape {list(shape)}, but its config says rank"
             f" {', '.join(map(str, sorted(ranks)))}."
         )
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config. Raises AdapterMismatch when it is missing, broken or not LoRA's."""
-    file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise AdapterMismatch(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterMismatch(f"{file}: peft_type is {kind!r}; only LoRA adapters are served and trained.")
-    return config
 
 
 def _read_tensors(folder: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -10,13 +10,14 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from art_core import (
     BackendCapability,
+    BackendUnreachable,
     CheckpointNotFound,
     CheckpointRef,
     LocalTrainResult,
@@ -244,7 +245,9 @@ class LocalBackend:
         try:
             yield inference_name(model.name, answer["step"])
         finally:
-            await self._client.call("end_lease", LeaseEnd(session=session, lease=answer["lease"]))
+            # A host that is gone holds nothing any more.
+            with suppress(BackendUnreachable):
+                await self._client.call("end_lease", LeaseEnd(session=session, lease=answer["lease"]))
 
     async def delete_checkpoints(self, model: PolicyModel, steps: Sequence[int]) -> list[int]:
         """Delete steps and say which were; unknown ones are passed over. Raises CheckpointInUse, and deletes nothing,

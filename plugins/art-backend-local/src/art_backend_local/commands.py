@@ -10,14 +10,14 @@ import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.request import ProxyHandler, Request, build_opener
 
-import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .host_files import HostRecord, known_hosts, read_host
-from .host_status import memory_of
+from .process_memory import memory_of
 from .wire import PREFIX
 
 JSON = dict[str, Any]
@@ -79,7 +79,7 @@ def down(
 def _end(record: HostRecord) -> bool:
     try:
         _ask("POST", record, "shutdown")
-    except httpx.HTTPError:
+    except OSError:
         os.kill(record.pid, signal.SIGTERM)
     deadline = time.monotonic() + _END_LIMIT_S
     while record.alive and time.monotonic() < deadline:
@@ -90,21 +90,18 @@ def _end(record: HostRecord) -> bool:
 def _status(record: HostRecord) -> JSON | None:
     try:
         answer: JSON = _ask("GET", record, "status")
-    except (httpx.HTTPError, ValueError):
+    except (OSError, ValueError):
         return None
     return answer
 
 
 def _ask(method: str, record: HostRecord, name: str) -> JSON:
-    answer = httpx.request(
-        method,
-        f"{record.url}{PREFIX}/{name}",
-        headers={"Authorization": f"Bearer {record.token}"},
-        timeout=_ANSWER_LIMIT_S,
-        trust_env=False,
+    request = Request(
+        f"{record.url}{PREFIX}/{name}", method=method, headers={"Authorization": f"Bearer {record.token}"}
     )
-    answer.raise_for_status()
-    value: JSON = answer.json()
+    # A proxy of the user's is not for the loopback interface.
+    with build_opener(ProxyHandler({})).open(request, timeout=_ANSWER_LIMIT_S) as answer:
+        value: JSON = json.load(answer)
     return value
 
 
@@ -132,9 +129,7 @@ def _print_status(console: Console, status: JSON) -> None:
         restarts = f", {engine['restarts']} restarts" if engine["restarts"] else ""
         processes.add_row("inference", engine["engine"], _pid(engine), state + restarts, _memory(engine))
     for worker in status["workers"]:
-        processes.add_row(
-            "training", worker["engine"], _pid(worker), "up" if worker["pid"] else "down", _memory(worker)
-        )
+        processes.add_row("training", worker["engine"], _pid(worker), worker["state"], _memory(worker))
     console.print(processes)
     models = Table("model", "step", "loaded steps", "in flight", "training", box=None, padding=(0, 2))
     for model in status["models"]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
-
 from .host_state import HostState
+from .process_memory import memory_of
 
 JSON = dict[str, Any]
 
@@ -29,7 +28,12 @@ def host_status(state: HostState) -> JSON:
             for server in state.servers.values()
         ],
         "workers": [
-            {"engine": worker.engine.name, "pid": worker.pid, "memory": memory_of(worker.pid)}
+            {
+                "engine": worker.engine.name,
+                "state": worker.state,
+                "pid": worker.pid,
+                "memory": memory_of(worker.pid),
+            }
             for worker in state.workers.values()
         ],
         "models": [
@@ -44,17 +48,3 @@ def host_status(state: HostState) -> JSON:
             for key, model in state.models.items()
         ],
     }
-
-
-def memory_of(pid: int | None) -> int:
-    """Resident memory of a process and its descendants, in bytes."""
-    if pid is None:
-        return 0
-    total = 0
-    try:
-        process = psutil.Process(pid)
-        for each in (process, *process.children(recursive=True)):
-            total += each.memory_info().rss
-    except psutil.Error:
-        return total
-    return total

@@ -8,58 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from art_core import UnknownArgument
 from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving
 
 from .base_weights import SEVEN_PROJECTIONS, LinearShapes, linear_shapes, select_modules
+from .lora_shape import LoraShape
 
 PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraShape:
-    """What `peft_args` decides about a new adapter; the names are PEFT's.
-
-    `random_state` seeds A. `bias` and `lora_dropout` are taken only at the values that do nothing.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16
-    target_modules: str | tuple[str, ...] | None = None
-    use_rslora: bool = False
-    random_state: int = 3407
-    lora_dropout: float = 0.0
-    bias: str = "none"
-
-    @classmethod
-    def of(cls, peft_args: Mapping[str, Any]) -> LoraShape:
-        """Read `peft_args`. Raises UnknownArgument for a name that nothing reads, ValueError for a value."""
-        known = tuple(cls.__dataclass_fields__)
-        for name in peft_args:
-            if name not in known:
-                raise UnknownArgument(name, where="_internal_config['peft_args']", known=known)
-        given = dict(peft_args)
-        if isinstance(given.get("target_modules"), list | set | tuple):
-            given["target_modules"] = tuple(sorted(map(str, given["target_modules"])))
-        shape = cls(**given)
-        if not isinstance(shape.r, int) or shape.r < 1:
-            raise ValueError(f"peft_args: r is the rank, a whole number of at least 1, not {shape.r!r}.")
-        if not shape.lora_alpha > 0:
-            raise ValueError(f"peft_args: lora_alpha must be positive, not {shape.lora_alpha!r}.")
-        if shape.lora_dropout or shape.bias != "none":
-            raise ValueError(
-                "peft_args: the local backend trains with lora_dropout=0 and bias='none' only, since the served policy"
-                " and the trained one must be the same; leave both out."
-            )
-        return shape
 
 
 def write_identity_adapter(folder: Path, base_model: Path, lora: LoraShape) -> None:

@@ -13,11 +13,9 @@ from pathlib import Path
 from art_core import AdapterMismatch, BaseModelNotFound, ModelKey, PluginRegistry, PolicyModel, resolve_base_model
 from art_runtime.environments import python_for
 
-from .adapter_check import check_adapter, read_adapter_config
-from .base_weights import linear_shapes
+from .adapter_config import base_model_of_adapter, read_adapter_config
 from .engine_choice import EngineChoice
 from .settings import ModelSettings, read_settings
-from .starting_point import base_model_of_adapter
 from .wire import RegisterRequest
 
 
@@ -91,6 +89,10 @@ def _pythons(registry: PluginRegistry, engines: EngineChoice, given: EnginePytho
 
 def _fitting(settings: ModelSettings, adapter: Path, base: Path) -> ModelSettings:
     """The settings with room for the adapter's rank, once it is known to fit its base."""
+    # Only a start from an adapter needs numpy in the client.
+    from .adapter_check import check_adapter
+    from .base_weights import linear_shapes
+
     check_adapter(adapter, linear_shapes(base))
     rank = read_adapter_config(adapter)["r"]
     if settings.adapter.peft_args.get("r", rank) != rank:

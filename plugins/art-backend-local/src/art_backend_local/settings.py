@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from art_core import UnknownArgument, UnsupportedCapability
 from art_core.training_jobs import AdapterOptions
 
-from .identity_adapter import LoraShape
+from .lora_shape import LoraShape
 
 _KNOWN = (
     "init_args", "engine_args", "peft_args", "trainer_args", "trainer_gpu_ids", "inference_gpu_ids",

@@ -10,24 +10,13 @@ import json
 import shutil
 from pathlib import Path
 
-from art_core import AdapterMismatch
 from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
 
-from .adapter_check import check_adapter, read_adapter_config
+from .adapter_check import check_adapter
 from .base_weights import LinearShapes
-from .identity_adapter import LoraShape, save_step_zero
+from .identity_adapter import save_step_zero
+from .lora_shape import LoraShape
 from .wire import RegisterRequest
-
-
-def base_model_of_adapter(folder: Path) -> str:
-    """The base model's name or folder that a PEFT adapter says it is for. Raises AdapterMismatch when it says none."""
-    name = read_adapter_config(folder).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise AdapterMismatch(
-            f"{folder / ADAPTER_CONFIG} does not say its base model (base_model_name_or_path). Put the base model's"
-            " name or folder there."
-        )
-    return name
 
 
 def save_starting_point(folder: Path, request: RegisterRequest, shapes: LinearShapes) -> None:

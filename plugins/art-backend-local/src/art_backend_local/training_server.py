@@ -61,6 +61,11 @@ class TrainingServer:
         """The process id; None while none runs."""
         return self._process.pid if self._process is not None and self._process.running else None
 
+    @property
+    def state(self) -> str:
+        """One word for `art ps`."""
+        return "up" if self.pid is not None else "starting" if self._starting.locked() else "not running"
+
     async def ensure_running(self, on_progress: Callable[[StartProgress], None] | None = None) -> None:
         """Start the worker unless it runs. Raises ProcessFailed with the end of its log."""
         async with self._starting:

@@ -5,6 +5,7 @@ Publishing is a call of its own, since the client's plugins may refuse between t
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
@@ -119,7 +120,7 @@ async def _train(state: HostState, model: HostedModel, request: TrainRequest, em
                 if isinstance(event, JobEnded):
                     metrics = event.metrics
         if not saved:
-            _carry(start, job, metrics)
+            await asyncio.to_thread(_carry, start, job, metrics)
     await model.on_disk()
     return {"step": step, "path": str(job.destination), "metrics": metrics}
 
@@ -135,7 +136,7 @@ async def _reference(model: HostedModel, request: TrainRequest) -> Path | None:
             )
         return there[step]
     if request.reference is not None:
-        check_adapter(request.reference, model.base_shapes)
+        await asyncio.to_thread(check_adapter, request.reference, model.base_shapes)
     return request.reference
 
 
