@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from art_training.advantages import balance_step, group_advantages
@@ -10,6 +10,7 @@ from art_training.advantages import balance_step, group_advantages
 rewards = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=1, max_size=9)
 
 
+@settings(deadline=None)
 @given(rewards, st.booleans())
 def test_group_advantages_against_the_formula(values: list[float], scale: bool) -> None:
     mean = sum(values) / len(values)
@@ -24,6 +25,7 @@ def test_equal_rewards_are_exactly_zero_although_their_mean_is_not() -> None:
     assert not group_advantages(np.array([0.1] * 3), scale=True).any()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-3, 3).filter(lambda a: abs(a) > 1e-3), st.integers(1, 30)), min_size=1, max_size=12),
     st.floats(-0.9, 0.9),

@@ -19,8 +19,8 @@ from .policy import Policy
 from .rows import Ints, TokenRow
 
 _PROMPTS = 4
-_CANDIDATES = 12
-_PROMPT_TOKENS = 64
+_CANDIDATES = 6
+_PROMPT_TOKENS = 24
 _TOP = 10
 
 
