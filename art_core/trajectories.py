@@ -84,7 +84,8 @@ def _read_item(item: Any) -> Any:
 
 
 def _write_item(item: Any) -> Any:
-    return item if isinstance(item, dict) else item.model_dump(mode="json", warnings=False)
+    # Mode "json" would turn a NaN or an infinity in a choice's extra fields into null.
+    return item if isinstance(item, dict) else item.model_dump(mode="python", warnings=False)
 
 
 class History(BaseModel):

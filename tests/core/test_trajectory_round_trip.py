@@ -35,6 +35,7 @@ def choice_of(
         token_ids=token_ids,
         prompt_token_ids=[1, 2, 3],
         policy_version=version,
+        engine_scores=[*logprobs, float("nan")],
     )
 
 
