@@ -103,7 +103,7 @@ async def test_sampled_logprobs_are_those_of_the_weights(
             print(f"vllm {name} {settings}: {found}")
             assert found.mean < 0.02, f"{name} with {settings}: {found}"
             assert found.outside < 0.02, f"{name} with {settings}: {found}"
-            other = held(oracle, samples, adapters[TWO if name == ONE else ONE])
+            other = held(oracle, samples[:2], adapters[TWO if name == ONE else ONE])
             assert other.mean > 5 * found.mean, f"the two adapters can't be told apart: {other}"
 
 
