@@ -137,6 +137,7 @@ def test_block_attention_equals_masked_attention(rows: list[TokenRow], heads: tu
         np.testing.assert_allclose(got, want, atol=3e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 7))
 def test_the_mask_for_flex_attention_is_the_same_tree(seed: int, count: int) -> None:
