@@ -373,6 +373,51 @@ async def test_a_plugin_may_refuse(backend, policy, groups, client, recorder, ho
     assert (result.step, await served_by(asked)) == (1, ("m@1", -1.25))
 
 
+async def test_plugins_have_their_say_in_a_step_that_is_published_later(
+    backend, policy, groups, client, fake_engines, recorder, checkpoints
+):
+    asked = client(await backend.register(policy))
+    fake_engines(refuse_load=True)
+    with pytest.raises(PublicationFailed):
+        await backend.train(policy, groups, learning_rate=0.5)
+    fake_engines()
+    recorder.refuse = "before_publish"
+    with pytest.warns(RuntimeWarning, match="step 1 was saved but not published.*refused at"):
+        await backend.register(policy)
+    assert await served_by(asked) == ("m@0", -1.0)
+    assert len(list(checkpoints(backend).glob("0001.refused-*"))) == 1
+    recorder.refuse = ""
+    result = await backend.train(policy, groups, learning_rate=0.25)
+    # The engine never held m@1, so the number is free.
+    assert (result.step, await served_by(asked)) == (1, ("m@1", -1.25))
+
+
+async def test_a_step_cancelled_while_its_plugins_decide_lets_the_next_one_begin(backend, policy, groups, recorder):
+    await backend.register(policy)
+    deciding = asyncio.Event()
+
+    class Slow:
+        art_api = 1
+
+        @hookimpl
+        async def art_before_publish_checkpoint(self):
+            deciding.set()
+            await asyncio.sleep(600)
+
+    installed_plugins().register(Slow(), "slow")
+    try:
+        step = asyncio.create_task(backend.train(policy, groups))
+        await deciding.wait()
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+    finally:
+        installed_plugins().unregister("slow")
+    assert await backend.get_step(policy) == 0
+    result = await backend.train(policy, groups)
+    assert (result.step, await backend.list_steps(policy)) == (2, [0, 1, 2])
+
+
 async def test_a_diverged_step_is_refused_and_the_old_one_stays(
     backend, policy, groups, client, fake_engines, recorder
 ):

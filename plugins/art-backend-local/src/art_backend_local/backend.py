@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+import warnings
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -27,7 +28,6 @@ from art_core import (
     PolicyModel,
     Registration,
     TrajectoryGroup,
-    announce,
     ask_permission,
     check_groups,
     inference_name,
@@ -44,6 +44,7 @@ from .device_turns import works_at_once
 from .engine_choice import EngineChoice, choose_engines
 from .forking import copy_adapter
 from .groups_file import groups_file
+from .publishing import CheckpointPublisher
 from .registration import EnginePythons, registration_request
 from .settings import ModelSettings, read_settings
 from .train_hooks import TrainHooks
@@ -53,8 +54,6 @@ from .wire import (
     LeaseEnd,
     LeaseRequest,
     OfModel,
-    PublishRequest,
-    RefuseRequest,
     StepsRequest,
     TrainRequest,
 )
@@ -153,6 +152,15 @@ class LocalBackend:
         with Waiting(f"Registering {key}", enabled=self._show) as waiting:
             answer = await self._client.follow("register", request, waiting.show)
         self._registered[key] = int(answer["step"])
+        try:
+            await self._publish_pending(model, key, answer["pending"])
+        except Exception as error:
+            warnings.warn(
+                f"{key}: step {answer['pending']} was saved but not published, and it still can't be: {error} Step"
+                f" {answer['step']} is served.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return Registration(
             inference_base_url=answer["inference_base_url"],
             inference_api_key=answer["inference_api_key"],
@@ -202,6 +210,7 @@ class LocalBackend:
         check_groups(groups)
         key = self._require_registered(model)
         steps = await self._steps(model)
+        await self._publish_pending(model, key, steps["pending"])
         hooks = TrainHooks(self._registry, self, model, step=max([steps["routed"], *steps["steps"]]) + 1)
         try:
             await ask_permission(
@@ -256,7 +265,8 @@ class LocalBackend:
         key = self._require_registered(model)
         request = StepsRequest(**await self._of(model), steps=list(steps))
         deleted = [int(step) for step in (await self._client.call("delete", request))["deleted"]]
-        await self._announce_deleted(model, key, deleted)
+        publisher = CheckpointPublisher(self._client, self._registry, model, await self._of(model))
+        await publisher.deleted(key.folder(self._path) / "checkpoints", deleted)
         return deleted
 
     async def fork_checkpoint(
@@ -279,7 +289,7 @@ class LocalBackend:
         step = int((await self._client.call("fork", request))["step"])
         key = ModelKey(model.project, model.name)
         if key in self._registered:
-            self._registered[key] = step
+            await self._publish_pending(model, key, step)
         return step
 
     async def pull_checkpoint(
@@ -360,37 +370,32 @@ class LocalBackend:
             request = TrainRequest(**of_model, groups_file=file, options=options, reference=reference)
             with TrainingBar(f"train {model.name}@{hooks.step}", enabled=self._show) as bar:
                 saved = await self._client.follow("train", request, bar.show)
-        step, hold = int(saved["step"]), str(saved["hold"])
-        hooks.step = step
-        checkpoint = CheckpointRef(key, step, Path(saved["path"]))
-        await hooks.saved(checkpoint)
+        hooks.step = int(saved["step"])
+        checkpoint = CheckpointRef(key, hooks.step, Path(saved["path"]))
+        publisher = CheckpointPublisher(self._client, self._registry, model, of_model)
         try:
-            await ask_permission(self._registry, "art_before_publish_checkpoint", model=model, checkpoint=checkpoint)
-        except BaseException as error:
-            answer = await self._client.call("refuse", RefuseRequest(**of_model, step=step), hold=hold)
-            await hooks.publish_failed(CheckpointRef(key, step, Path(answer["path"])), error)
+            await hooks.saved(checkpoint)
+        except BaseException:
+            await asyncio.shield(publisher.let_go(saved["hold"]))
             raise
         start = time.perf_counter()
-        try:
-            receipt = await self._client.follow(
-                "publish",
-                PublishRequest(**of_model, step=step, keep=options.save_checkpoint),
-                lambda _: None,
-                hold=hold,
-            )
-        except BaseException as error:
-            path = Path(getattr(error, "refused_path", checkpoint.path))
-            await hooks.publish_failed(CheckpointRef(key, step, path), error)
-            raise
-        seconds = time.perf_counter() - start
-        self._registered[key] = step
-        await hooks.published(checkpoint, receipt["seconds"])
-        await self._announce_deleted(model, key, receipt["removed"])
+        await publisher.publish(checkpoint, hooks, keep=options.save_checkpoint, hold=saved["hold"])
+        self._registered[key] = hooks.step
         return LocalTrainResult(
-            step=step,
-            metrics={**saved["metrics"], "time/step_publish_s": seconds},
+            step=hooks.step,
+            metrics={**saved["metrics"], "time/step_publish_s": time.perf_counter() - start},
             checkpoint_path=str(checkpoint.path) if options.save_checkpoint else None,
         )
+
+    async def _publish_pending(self, model: PolicyModel, key: ModelKey, pending: int | None) -> None:
+        """Publish a step that a client saved but did not live to publish, or that was forked."""
+        if pending is None:
+            return
+        checkpoint = CheckpointRef(key, pending, step_folder(key.folder(self._path) / "checkpoints", pending))
+        hooks = TrainHooks(self._registry, self, model, step=pending)
+        publisher = CheckpointPublisher(self._client, self._registry, model, await self._of(model))
+        await publisher.publish(checkpoint, hooks, keep=True)
+        self._registered[key] = pending
 
     async def _reference(self, model: PolicyModel, options: TrainOptions) -> tuple[Path | None, TrainOptions]:
         """The KL reference's folder when it isn't one of the host's own steps, and the options that go with it."""
@@ -406,13 +411,6 @@ class LocalBackend:
         if not (folder / "adapter_config.json").is_file():
             raise ValueError(f"LocalBackend.train: kl_ref_adapter_path={str(given)!r} is not a PEFT adapter folder.")
         return folder, options.model_copy(update={"kl_ref_adapter_path": folder})
-
-    async def _announce_deleted(self, model: PolicyModel, key: ModelKey, steps: Sequence[int]) -> None:
-        for step in steps:
-            folder = step_folder(key.folder(self._path) / "checkpoints", step)
-            await announce(
-                self._registry, "art_checkpoint_deleted", model=model, checkpoint=CheckpointRef(key, step, folder)
-            )
 
     async def _steps(self, model: PolicyModel) -> dict[str, Any]:
         self._require_registered(model)

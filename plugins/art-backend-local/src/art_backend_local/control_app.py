@@ -103,6 +103,7 @@ class ControlApp:
                 "inference_base_url": f"http://127.0.0.1:{self._port}/{given.project}/v1",
                 "inference_api_key": self._api_key,
                 "step": model.steps.routed,
+                "pending": await model.pending(),
             }
 
         return EventStream(work)
@@ -145,6 +146,7 @@ class ControlApp:
         return {
             "routed": model.steps.routed,
             "steps": list(await model.on_disk()),
+            "pending": await model.pending(),
             "loaded": sorted(model.steps.loaded),
         }
 
@@ -158,9 +160,6 @@ class ControlApp:
         step = await asyncio.to_thread(
             fork_checkpoint, self._state.path, source, given.key, not_after_step=given.not_after_step
         )
-        model = self._state.models.get(given.key)
-        if model is not None:
-            await model.publish_latest()
         return {"step": step}
 
     async def _lease(self, request: Request) -> JSON:

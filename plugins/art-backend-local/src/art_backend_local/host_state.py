@@ -70,9 +70,7 @@ class HostState:
         return self.models[key]
 
     async def register(self, request: RegisterRequest, emit: Emit) -> HostedModel:
-        """Serve a model at its latest whole checkpoint, made if there is none. A second call publishes what is
-        newer.
-        """
+        """Serve a model at its latest whole checkpoint, made if there is none. A second call changes nothing."""
         async with self._locks[f"model {request.key}"]:
             model = self.models.get(request.key)
             if model is not None and model.server.broken is None:
@@ -80,7 +78,6 @@ class HostState:
                 model.take_settings(request.settings)
                 self.requests[request.key] = request
                 self._start_worker_early(request)
-                await model.publish_latest()
                 return model
             if model is not None:
                 await self._drop_server(model.server)
@@ -149,17 +146,20 @@ class HostState:
         return model
 
     async def _publish_last_good(self, model: HostedModel) -> None:
-        """Publish the latest checkpoint that can be; those that are themselves at fault are put aside."""
+        """Publish the latest checkpoint that was published before and still can be; those at fault are put aside.
+
+        A later one, which nobody published yet, is for the client to publish, since its plugins have a say in it.
+        """
         while True:
-            latest = await model.latest()
+            last = await model.last_published()
             try:
-                await model.publish(latest)
+                await model.publish(last)
                 return
             except PublicationFailed as error:
-                at_fault = error.stage == "check" and latest.step > 0
+                at_fault = error.stage == "check" and last.step > 0
                 if not at_fault:
                     raise
-                aside = await model.set_refused_aside(latest.step)
+                aside = await model.set_refused_aside(last.step)
                 self.report(f"{error} It is kept as {aside.name}, and the step before it is used.")
 
     async def _server_for(self, request: RegisterRequest, emit: Emit) -> EngineServer:

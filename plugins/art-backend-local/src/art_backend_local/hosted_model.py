@@ -41,6 +41,7 @@ from .template_arguments import with_template_arguments
 # Beside the leased, routed and busy ones, the newest steps that stay loaded so that asking for them costs nothing.
 KEEP_IDLE = 2
 NOT_KEPT = "not_kept"
+PUBLISHED = "published"
 ENGINE_BACK_LIMIT_S = 300.0
 # Any ids will do to see that an engine answers; a checkpoint without canary has no better ones.
 _PROBE = CanaryPrompt(token_ids=[1, 2, 3], expected={})
@@ -132,7 +133,20 @@ class HostedModel:
                 self.report(f"{error} Trying again with the restarted engine.")
                 await self.server.ready(ENGINE_BACK_LIMIT_S)
                 receipt = await publish(checkpoint, self)
+        await asyncio.to_thread((checkpoint.path / PUBLISHED).touch)
         return receipt
+
+    async def pending(self) -> int | None:
+        """The latest whole step when it isn't published and nobody is about to; None otherwise."""
+        latest = (await self.latest()).step
+        is_pending = self.trained_by is None and self.steps.routed is not None and latest > self.steps.routed
+        return latest if is_pending else None
+
+    async def last_published(self) -> CheckpointRef:
+        """The latest whole checkpoint that was published before, or the oldest one when none was."""
+        await self.latest()
+        published = [step for step in self.known if (self.ref(step).path / PUBLISHED).exists()]
+        return self.ref(max(published) if published else min(self.known))
 
     async def publish_latest(self) -> PublicationReceipt | None:
         """Publish the latest whole checkpoint unless it is routed already."""
