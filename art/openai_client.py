@@ -32,6 +32,8 @@ REQUEST_TIMEOUT_S = 1200.0
 CONNECT_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 100_000
 IDLE_CONNECTION_S = 15.0
+USUAL_WAIT_S = 0.5
+LONGEST_WAIT_S = 60.0
 # The HTTP package that this version of openai is built on: httpx for 2.x, httpx2 for 3.x.
 _httpx: Any = sys.modules[
     next(kind for kind in openai.DefaultAioHttpClient.__mro__ if kind.__name__ == "AsyncClient").__module__.split(".")[
@@ -139,7 +141,8 @@ class _ManyRequestsClient(openai.AsyncOpenAI):
         transport, address, key = self._client, self.base_url, self.api_key
         if self._plain is None or self._plain.address is not address or self._plain.key != key:
             pool = None
-            if isinstance(transport, _SharedTransport) and self.max_retries >= 1 and not self.default_query:
+            # Without a key of its own, the client asks a function for one at each request.
+            if isinstance(transport, _SharedTransport) and key and self.max_retries >= 1 and not self.default_query:
                 await transport.belong_to_loop()
                 pool = transport.pool(str(address))
             head = self._request_head(str(address)) if pool is not None else b""
@@ -200,11 +203,11 @@ class _Completions(AsyncCompletions):
                 request=_httpx.Request("POST", f"{str(client.base_url).rstrip('/')}/chat/completions"),
             )
             raise client._make_status_error_from_response(response)
+        await asyncio.sleep(_wait_s(answer))
         return await self._again(params)
 
     async def _again(self, params: dict[str, Any]) -> Any:
         """The package's own way, with its waits between attempts and its errors; one attempt was ours."""
-        await asyncio.sleep(0)
         client = self._client.with_options(max_retries=self._client.max_retries - 1)
         return await AsyncCompletions(client).create(**params)
 
@@ -235,18 +238,29 @@ def _message_fields(value: Any) -> Any:
     raise TypeError
 
 
+def _wait_s(answer: Answer) -> float:
+    """How long a server that is too busy asks us to wait before the next attempt; what the package waits otherwise."""
+    for header, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(answer.headers[header]) * unit_s
+        except (KeyError, ValueError):
+            continue
+        if 0 <= seconds <= LONGEST_WAIT_S:
+            return seconds
+    return USUAL_WAIT_S
+
+
 def _read_completion(answer: Answer) -> ChatCompletion:
     try:
         completion = ChatCompletion.model_validate_json(answer.body)
     except ValidationError:
         try:
-            fields = json.loads(answer.body)
-        except ValueError as error:
+            completion = ChatCompletion.construct(**json.loads(answer.body))
+        except (ValueError, TypeError) as error:
             raise openai.APIConnectionError(
-                message=f"the endpoint answered with HTTP {answer.status} and something that isn't JSON:"
+                message=f"the endpoint answered with HTTP {answer.status} and something that is no chat completion:"
                 f" {answer.body[:200].decode(errors='replace')!r}",
                 request=_httpx.Request("POST", "chat/completions"),
             ) from error
-        completion = ChatCompletion.construct(**fields)
     completion._request_id = answer.headers.get("x-request-id")
     return completion

@@ -188,6 +188,42 @@ async def test_an_answer_the_package_would_not_know_is_read_all_the_same(client,
     assert completion.choices[0].message.content == "so far"
 
 
+@pytest.mark.parametrize("text", ["<html>login</html>", "[1]", "3"])
+async def test_an_answer_that_is_no_completion(client, endpoint, text):
+    async def answer(request, body):
+        return web.Response(text=text)
+
+    endpoint.answer = answer
+    with pytest.raises(openai.APIConnectionError, match="is no chat completion"):
+        await client.chat.completions.create(messages=MESSAGES, model="gpt")
+
+
+async def test_a_key_from_a_function(client, endpoint):
+    async def key():
+        return "sk-fresh"
+
+    await client.with_options(api_key=key).chat.completions.create(messages=MESSAGES, model="gpt")
+    assert endpoint.headers[0]["Authorization"] == "Bearer sk-fresh"
+
+
+async def test_a_busy_server_is_given_the_time_it_asks_for(client, endpoint, monkeypatch):
+    good, waits, sleep = endpoint.answer, [], asyncio.sleep
+
+    async def answer(request, body):
+        endpoint.answer = good
+        return web.Response(status=429, headers={"retry-after": "7"})
+
+    async def note(seconds, *rest):
+        waits.append(seconds)
+        await sleep(0, *rest)
+
+    endpoint.answer = answer
+    monkeypatch.setattr("art.openai_client.asyncio.sleep", note)
+    await client.chat.completions.create(messages=MESSAGES, model="gpt")
+    assert 7.0 in waits
+    assert len(endpoint.requests) == 2
+
+
 async def test_answers_in_chunks_and_without_a_length(client, endpoint):
     whole = json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": []}).encode()
 
