@@ -20,6 +20,7 @@ def worker_plan(config: TrainingLaunch, policy: str, env: Mapping[str, str] | No
         "--base-model", str(config.base_model),
         "--host", config.host,
         "--port", str(config.port),
+        "--device", "cuda:0" if config.devices else "cpu",
         "--dtype", config.dtype,
         "--max-seq-length", str(config.max_seq_length),
         "--init-args", json.dumps(dict(config.init_args)),

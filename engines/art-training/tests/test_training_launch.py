@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from art_core.engines import TrainingLaunch
+from art_core.training_jobs import WORKER_TOKEN
+from art_training.launch import worker_plan
+from art_training.worker import _arguments
+
+
+def test_the_plan_is_a_command_line_the_worker_reads_and_hides_the_token() -> None:
+    config = TrainingLaunch(
+        base_model=Path("/weights"), host="127.0.0.1", port=8123, token="hidden", python="python3",
+        devices=(2,), max_seq_length=99, init_args={"odd": [1]},
+    )  # fmt: skip
+    plan = worker_plan(config, "package.policy:load", {"MORE": "1"})
+    assert plan.argv[:3] == ("python3", "-m", "art_training.worker")
+    read = _arguments(list(plan.argv[3:]))
+    assert (read.policy, read.base_model, read.port, read.max_seq_length) == (
+        "package.policy:load",
+        Path("/weights"),
+        8123,
+        99,
+    )
+    assert read.init_args == {"odd": [1]}
+    assert plan.env == {"CUDA_VISIBLE_DEVICES": "2", "MORE": "1"}
+    assert plan.secret_env == {WORKER_TOKEN: "hidden"}
+    assert "hidden" not in json.dumps(plan.argv) + repr(plan)
