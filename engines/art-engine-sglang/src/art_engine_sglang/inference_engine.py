@@ -230,6 +230,8 @@ def _chosen(config: InferenceLaunch, given: Mapping[str, Any]) -> dict[str, Any]
             "max_total_tokens": 32768,
             "max_running_requests": 64,
             "skip_server_warmup": True,
+            # Otherwise its scheduler spins on a core while there is nothing to do, which a trainer could use.
+            "sleep_on_idle": True,
         }
     if len(config.devices) > 1 and not any(name in given for name in PARALLEL):
         options["tensor_parallel_size"] = len(config.devices)
