@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,16 @@ def reference_logprobs(base: Path, adapter: Path | None, tokens: list[int]) -> t
     with torch.no_grad():
         logits = model.eval()(torch.tensor([tokens])).logits[0]
     return torch.log_softmax(logits.double(), -1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny matrices gain nothing from several threads, and lose much beside other tests on the same cores."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -73,8 +73,8 @@ def read_adapter(
     down = {at: sides["A"].t().to(device, dtype).contiguous() for at, sides in pairs.items()}
     # The scaling is multiplied in while still in full precision, then rounded once.
     up = {at: (sides["B"].float().t() * scaling).to(device, dtype).contiguous() for at, sides in pairs.items()}
-    for side in (down, up):
-        for (layer, module), tensor in side.items():
+    for matrices in (down, up):
+        for (layer, module), tensor in matrices.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterRefused(f"{weights}: layer {layer}'s {module} is too large for {dtype} once scaled.")
     return LoraAdapter(name=name, uid=next(_uids), rank=rank, path=str(folder), down=down, up=up)

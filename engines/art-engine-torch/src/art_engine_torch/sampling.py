@@ -43,38 +43,35 @@ class Sampled:
 
 
 def sample(logits: Tensor, settings: Sequence[SamplingSettings], positions: Sequence[int]) -> Sampled:
-    """`logits` float32 [rows, vocab]; `positions` is each row's count of tokens so far, the second half of its random
-    number.
+    """Draws one token a row from `logits` float32 [rows, vocab], which it overwrites.
+
+    `positions` is each row's count of tokens so far, the second half of its random number.
     """
     device = logits.device
-    temperature = torch.tensor([s.temperature for s in settings], device=device, dtype=torch.float32)
     uniform = torch.from_numpy(_uniform([s.seed for s in settings], positions)).to(device)
-    highest = logits.amax(-1, keepdim=True)
+    # Relative to each row's highest from here on, where float32 is fine enough not to round the logprobs.
+    logits.sub_(logits.amax(-1, keepdim=True))
     greedy = [i for i, s in enumerate(settings) if s.temperature == 0.0]
     filtered = [i for i, s in enumerate(settings) if s.temperature != 0.0 and (s.top_p < 1.0 or s.top_k > 0)]
     plain = all(s.temperature == 1.0 for s in settings)
-
-    if plain:
-        weights = torch.exp(logits - highest)
-    else:
-        divisor = torch.where(temperature == 0.0, 1.0, temperature).unsqueeze(1)
-        weights = (logits - highest).div_(divisor).exp_()
+    weights = logits.exp()
+    normalizer = weights.sum(-1, keepdim=True).log_()
+    if not plain:
+        # Greedy rows are drawn too, at any temperature, and replaced below.
+        divisor = torch.tensor([s.temperature or 1.0 for s in settings], device=device).unsqueeze(1)
+        torch.div(logits, divisor, out=weights).exp_()
     chunks = weights.view(len(settings), -1, _chunk(logits.shape[1]))
-    sums = chunks.sum(-1)
-    # Relative to each row's highest logit, where float32 is fine enough not to round the logprobs.
-    mass = sums.double().sum(-1) if plain else (logits - highest).exp_().sum(-1)
-    normalizer = mass.log().float().unsqueeze(1)
-    tokens = _draw_chunked(chunks, sums, uniform)
+    tokens = _draw_chunked(chunks, chunks.sum(-1), uniform)
     if greedy:
         rows = torch.tensor(greedy, device=device)
         tokens[rows] = logits[rows].argmax(-1)
     if filtered:
         rows = torch.tensor(filtered, device=device)
         chosen = [settings[i] for i in filtered]
-        tokens[rows] = _draw_filtered(logits[rows] / temperature[rows].unsqueeze(1), chosen, uniform[rows])
-    logprobs = logits.gather(1, tokens.unsqueeze(1)) - highest - normalizer
-    top = _top_logprobs(logits, highest, normalizer, settings)
-    return Sampled(tokens.tolist(), logprobs.squeeze(1).tolist(), top)
+        temperature = torch.tensor([s.temperature for s in chosen], device=device).unsqueeze(1)
+        tokens[rows] = _draw_filtered(logits[rows] / temperature, chosen, uniform[rows])
+    logprobs = logits.gather(1, tokens.unsqueeze(1)) - normalizer
+    return Sampled(tokens.tolist(), logprobs.squeeze(1).tolist(), _top_logprobs(logits, normalizer, settings))
 
 
 def _draw_chunked(chunks: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
@@ -117,14 +114,14 @@ def _draw_filtered(scaled: Tensor, settings: Sequence[SamplingSettings], uniform
 
 
 def _top_logprobs(
-    logits: Tensor, highest: Tensor, normalizer: Tensor, settings: Sequence[SamplingSettings]
+    logits: Tensor, normalizer: Tensor, settings: Sequence[SamplingSettings]
 ) -> dict[int, list[tuple[int, float]]]:
     asked = [i for i, s in enumerate(settings) if s.top_logprobs]
     if not asked:
         return {}
     rows = torch.tensor(asked, device=logits.device)
     values, tokens = logits[rows].topk(max(settings[i].top_logprobs for i in asked), dim=-1)
-    pairs = zip(tokens.tolist(), (values - highest[rows] - normalizer[rows]).tolist(), strict=True)
+    pairs = zip(tokens.tolist(), (values - normalizer[rows]).tolist(), strict=True)
     return {
         i: list(zip(ids, logprobs, strict=True))[: settings[i].top_logprobs]
         for i, (ids, logprobs) in zip(asked, pairs, strict=True)
