@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
 
 from art_conformance.oracle import Oracle, agreement, oracle_for
 from art_conformance.serving import LiveEngine, Sample, gather_limited, start_engine
@@ -56,6 +57,8 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def oracle(base: Path) -> Oracle:
+    # The server computes too; threads that wait for each other on a busy machine take many times as long.
+    torch.set_num_threads(1)
     return oracle_for(base)
 
 
