@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ _KEY = re.compile(
     r"(?:base_model\.model\.)?model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>\w+)"
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
+K = TypeVar("K")
 _uids = itertools.count(1)
 
 
@@ -51,6 +52,7 @@ def read_adapter(
     config = _read_config(folder)
     rank, scaling = _rank_and_scaling(folder, config, max_rank)
     pairs: dict[tuple[int, str], dict[str, Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         other = " (adapter_model.bin is a pickle, which is not read; save it as safetensors)"
@@ -62,22 +64,32 @@ def read_adapter(
                 layer, module, side = _parse_key(weights, key, layers, widths)
                 tensor = file.get_tensor(key)
                 _check_tensor(weights, key, tensor, side, rank, widths[module])
-                pairs.setdefault((layer, module), {})[side] = tensor
+                pairs.setdefault((layer, module), {})[side] = tensors[key] = tensor
     except (SafetensorError, OSError) as error:
         raise AdapterRefused(f"{weights} is not a whole safetensors file: {error}.") from error
     if not pairs:
         raise AdapterRefused(f"{weights} holds no LoRA weights.")
+    broken = _not_finite(tensors)
+    if broken is not None:
+        raise AdapterRefused(f"{weights}: {broken} holds NaN or infinite numbers.")
     for (layer, module), sides in pairs.items():
         if len(sides) != 2:
             raise AdapterRefused(f"{weights} has only lora_{next(iter(sides))} of layer {layer}'s {module}.")
     down = {at: sides["A"].t().to(device, dtype).contiguous() for at, sides in pairs.items()}
     # The scaling is multiplied in while still in full precision, then rounded once.
     up = {at: (sides["B"].float().t() * scaling).to(device, dtype).contiguous() for at, sides in pairs.items()}
-    for matrices in (down, up):
-        for (layer, module), tensor in matrices.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise AdapterRefused(f"{weights}: layer {layer}'s {module} is too large for {dtype} once scaled.")
+    too_large = _not_finite(down) or _not_finite(up)
+    if too_large is not None:
+        raise AdapterRefused(f"{weights}: layer {too_large[0]}'s {too_large[1]} is too large for {dtype} once scaled.")
     return LoraAdapter(name=name, uid=next(_uids), rank=rank, path=str(folder), down=down, up=up)
+
+
+def _not_finite(tensors: Mapping[K, Tensor]) -> K | None:
+    """The first tensor with a value that isn't finite. Hundreds are looked at, so one sum each decides where it can."""
+    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors.values()])
+    if bool(torch.isfinite(sums).all()):
+        return None
+    return next((key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -142,5 +154,3 @@ def _check_tensor(weights: Path, key: str, tensor: Tensor, side: str, rank: int,
         )
     if not tensor.is_floating_point():
         raise AdapterRefused(f"{weights}: {key} holds {tensor.dtype}, not floating-point numbers.")
-    if not bool(torch.isfinite(tensor).all()):
-        raise AdapterRefused(f"{weights}: {key} holds NaN or infinite numbers.")
