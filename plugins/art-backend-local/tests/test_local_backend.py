@@ -388,8 +388,8 @@ async def test_plugins_have_their_say_in_a_step_that_is_published_later(
     assert len(list(checkpoints(backend).glob("0001.refused-*"))) == 1
     recorder.refuse = ""
     result = await backend.train(policy, groups, learning_rate=0.25)
-    # The engine never held m@1, so the number is free.
-    assert (result.step, await served_by(asked)) == (1, ("m@1", -1.25))
+    # The engine was asked to load m@1, so that name is not used for other weights.
+    assert (result.step, await served_by(asked)) == (2, ("m@2", -1.25))
 
 
 async def test_a_step_cancelled_while_its_plugins_decide_lets_the_next_one_begin(backend, policy, groups, recorder):

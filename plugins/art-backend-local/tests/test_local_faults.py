@@ -194,6 +194,7 @@ async def test_a_stale_record_of_a_dead_host_is_no_obstacle(tmp_path, new_backen
             for _ in range(100):
                 await backend.get_step(policy)
                 await asyncio.sleep(0.05)
+    await until(lambda: not record.alive)
     assert (tmp_path / "art/host.json").exists()
     async with new_backend(tmp_path / "art") as backend:
         await backend.register(policy)

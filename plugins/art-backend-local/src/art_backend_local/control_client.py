@@ -18,6 +18,7 @@ import aiohttp
 import orjson
 from pydantic import BaseModel
 
+from art_core import BackendUnreachable
 from art_runtime import Child
 
 from .host_files import HostRecord
@@ -29,6 +30,7 @@ JSON = dict[str, Any]
 SILENCE_LIMIT_S = 60.0
 CALL_LIMIT_S = 300.0
 _LEAVE_POLL_S = 0.02
+_DYING_LIMIT_S = 5.0
 
 
 @dataclass
@@ -128,7 +130,13 @@ class ControlClient:
             if connection is not None and not connection.listening.done():
                 return connection
             record = await self._host()
-            connection = self._connections[loop] = await self._connect(record)
+            try:
+                connection = await self._connect(record)
+            except BackendUnreachable:
+                if not await _dies(record):
+                    raise
+                connection = await self._connect(await self._host())
+            self._connections[loop] = connection
             return connection
 
     async def _host(self) -> HostRecord:
@@ -169,3 +177,11 @@ class ControlClient:
                     started.set_result(event["id"])
                 elif event["event"] == "warning":
                     warnings.warn(event["message"], RuntimeWarning, stacklevel=2)
+
+
+async def _dies(record: HostRecord) -> bool:
+    """True when a host that doesn't answer turns out to have been at its end."""
+    deadline = asyncio.get_running_loop().time() + _DYING_LIMIT_S
+    while record.alive and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(_LEAVE_POLL_S)
+    return not record.alive
