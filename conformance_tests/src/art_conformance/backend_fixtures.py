@@ -6,8 +6,9 @@ The subclass gives `open_backend`; everything else follows from the protocol.
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,36 @@ from .suite import Suite
 MEAN_LIMIT = 0.1
 NewAgent = Callable[..., Awaitable[Agent]]
 OpenBackend = Callable[[Path], Backend]
+
+
+@asynccontextmanager
+async def agents(
+    get_backend: Callable[[], Backend],
+    base_model: Path,
+    folder: Path,
+    transport: httpx.AsyncBaseTransport | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> AsyncIterator[NewAgent]:
+    """Give a function that makes registered models and listens to their hooks until the block is left."""
+    limits = httpx.Limits(max_connections=None)
+    with ExitStack() as stack:
+        async with httpx.AsyncClient(trust_env=False, limits=limits, transport=transport) as client:
+
+            async def make(*, backend: Backend | None = None, **fields: Any) -> Agent:
+                chosen = get_backend() if backend is None else backend
+                own = {
+                    "name": f"agent-{uuid.uuid4().hex[:8]}",
+                    "project": "conformance",
+                    "base_model": str(base_model),
+                    "base_path": str(folder / "models"),
+                    "settings": dict(settings or {}),
+                }
+                model = SuiteModel(**{**own, **fields})
+                heard = stack.enter_context(recording(installed_plugins(), model.key))
+                registration = await chosen.register(model)
+                return Agent(chosen, model, registration, client, heard)
+
+            yield make
 
 
 class BackendSuite(Suite):
@@ -62,29 +93,24 @@ class BackendSuite(Suite):
     def oracle(cls, conformance_model: Path) -> Oracle:
         return oracle_for(conformance_model)
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def transport(cls) -> httpx.AsyncBaseTransport | None:
+        """What carries requests to the endpoint; None is the network. Override for a backend without a server."""
+        return None
+
     @pytest_asyncio.fixture(loop_scope="class")
     async def new_agent(
-        self, request: pytest.FixtureRequest, conformance_model: Path, tmp_path: Path
+        self,
+        request: pytest.FixtureRequest,
+        conformance_model: Path,
+        tmp_path: Path,
+        transport: httpx.AsyncBaseTransport | None,
     ) -> AsyncIterator[NewAgent]:
         """Makes registered models: `await new_agent()`, `await new_agent(name=..., backend=...)`."""
-        with ExitStack() as stack:
-            async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
-
-                async def make(*, backend: Backend | None = None, **fields: Any) -> Agent:
-                    chosen = request.getfixturevalue("backend") if backend is None else backend
-                    own = {
-                        "name": f"agent-{uuid.uuid4().hex[:8]}",
-                        "project": "conformance",
-                        "base_model": str(conformance_model),
-                        "base_path": str(tmp_path / "models"),
-                        "settings": dict(self.model_settings),
-                    }
-                    model = SuiteModel(**{**own, **fields})
-                    heard = stack.enter_context(recording(installed_plugins(), model.key))
-                    registration = await chosen.register(model)
-                    return Agent(chosen, model, registration, client, heard)
-
-                yield make
+        get_backend = partial(request.getfixturevalue, "backend")
+        async with agents(get_backend, conformance_model, tmp_path, transport, self.model_settings) as make:
+            yield make
 
     @pytest_asyncio.fixture(loop_scope="class")
     async def agent(self, backend: Backend, new_agent: NewAgent) -> Agent:

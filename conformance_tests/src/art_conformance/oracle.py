@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_TINY = 256
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -43,13 +45,25 @@ class Oracle:
         self._torch = torch
         loader: Any = AutoModelForCausalLM
         self._base: Any = loader.from_pretrained(base_model, dtype=torch.float32).eval()
+        if self._base.config.hidden_size <= _TINY:
+            # On a busy machine several threads wait for each other far longer than so little work takes.
+            torch.set_num_threads(1)
         self._with_adapters: Any = None
         self._names: dict[Path, str] = {}
+        self._active: Path | None = None
 
     def next_logprobs(self, ids: Sequence[int], adapter: Path | None = None) -> NDArray[np.float32]:
         """Logprobs of every next token after each of `ids`: shape (len(ids), vocabulary), natural logarithm."""
         with self._torch.inference_mode():
             logits = self._model(adapter)(input_ids=self._torch.tensor([list(ids)])).logits[0].float()
+            result: NDArray[np.float32] = self._torch.log_softmax(logits, -1).numpy()
+        return result
+
+    def after(self, rows: Sequence[Sequence[int]], adapter: Path | None = None) -> NDArray[np.float32]:
+        """Logprobs of the next token after each of several sequences of one length: shape (len(rows), vocabulary)."""
+        with self._torch.inference_mode():
+            ids = self._torch.tensor([list(row) for row in rows])
+            logits = self._model(adapter)(input_ids=ids).logits[:, -1].float()
             result: NDArray[np.float32] = self._torch.log_softmax(logits, -1).numpy()
         return result
 
@@ -86,7 +100,9 @@ class Oracle:
             else:
                 self._with_adapters.load_adapter(adapter, adapter_name=name)
             self._names[adapter] = name
-        self._with_adapters.set_adapter(self._names[adapter])
+        if self._active != adapter:
+            self._with_adapters.set_adapter(self._names[adapter])
+            self._active = adapter
         return self._with_adapters
 
     def _without(self, **inputs: Any) -> Any:

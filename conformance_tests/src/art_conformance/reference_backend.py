@@ -1,0 +1,324 @@
+"""The plainest backend that meets every MUST it can: one process, no engine, transformers and PEFT for everything.
+
+It samples a token at a time and trains a sequence at a time, so it is only for tiny models. It shows that the suites
+ask for nothing that is the local backend's own, and its mutants show that the checks can fail. It is served by
+`handle`, which takes and gives httpx messages; there is no server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import httpx
+import numpy as np
+
+from art_core import (
+    BackendCapability,
+    CheckpointInUse,
+    CheckpointNotFound,
+    CheckpointRef,
+    InvalidName,
+    LocalTrainResult,
+    ModelKey,
+    NotRegistered,
+    PolicyModel,
+    Registration,
+    ServedSteps,
+    TrajectoryGroup,
+    announce,
+    ask_permission,
+    check_groups,
+    inference_name,
+    installed_plugins,
+    parse_inference_name,
+    publish,
+    resolve_base_model,
+)
+from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
+from art_core.training_jobs import TrainOptions
+
+from .oracle import oracle_for
+from .reference_publisher import ReferencePublisher
+from .reference_trainer import train_step
+from .tiny_model import write_adapter
+
+Cap = BackendCapability
+URL = "http://reference.invalid"
+
+
+@dataclass
+class ServedModel:
+    """One registered model: its base weights, its folder, and what is served of it."""
+
+    key: ModelKey
+    base: Path
+    checkpoints: Path
+    steps: ServedSteps
+    adapters: dict[int, Path] = field(default_factory=dict)
+    training: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def ref(self, step: int) -> CheckpointRef:
+        """The checkpoint of a step."""
+        return CheckpointRef(self.key, step, step_folder(self.checkpoints, step))
+
+
+class ReferenceBackend:
+    """See `art_core.Backend`. `path` holds the checkpoints."""
+
+    name = "reference"
+    capabilities = frozenset(
+        {
+            *(Cap.LEASES, Cap.DELETE_CHECKPOINTS, Cap.FORK, Cap.PULL, Cap.WARM_START),
+            *(Cap.CHECKPOINTS_ON_DISK, Cap.CONCURRENT_INFERENCE),
+        }
+    )
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.key = f"sk-{uuid.uuid4().hex}"
+        self.registry = installed_plugins()
+        self.models: dict[ModelKey, ServedModel] = {}
+        self._registering = asyncio.Lock()
+
+    async def register(self, model: PolicyModel) -> Registration:
+        """Serve the model at its latest whole checkpoint, or at step 0."""
+        key = ModelKey(model.project, model.name)
+        async with self._registering:
+            if key not in self.models:
+                base = await resolve_base_model(self.registry, model.base_model)
+                served = self._open(key, base)
+                await publish(served.ref(max(whole_steps(served.checkpoints))), self.publisher(served))
+                self.models[key] = served
+        return Registration(
+            inference_base_url=f"{URL}/{key.project}/v1", inference_api_key=self.key, base_path=self.path
+        )
+
+    async def train(
+        self, model: PolicyModel, trajectory_groups: Sequence[TrajectoryGroup], **options: Any
+    ) -> LocalTrainResult:
+        """Train one step, a sequence at a time, and publish it."""
+        chosen = TrainOptions.of(options, where="ReferenceBackend.train")
+        check_groups(trajectory_groups)
+        served = self._served(model)
+        async with served.training:
+            step = max(whole_steps(served.checkpoints)) + 1
+            told = {"backend": self, "model": model}
+            try:
+                await ask_permission(self.registry, "art_before_train", **told, step=step, groups=trajectory_groups)
+                metrics = await self._save_next(served, step, trajectory_groups, chosen)
+                await announce(self.registry, "art_checkpoint_saved", model=model, checkpoint=served.ref(step))
+                await self._publish(served, model, step)
+            except BaseException as error:
+                await announce(self.registry, "art_train_failed", **told, step=step, error=error)
+                raise
+            result = LocalTrainResult(step=step, metrics=metrics, checkpoint_path=str(served.ref(step).path))
+            await announce(self.registry, "art_after_train", **told, result=result)
+        return result
+
+    async def get_step(self, model: PolicyModel) -> int:
+        """The routed step."""
+        return self._served(model).steps.routed or 0
+
+    async def list_steps(self, model: PolicyModel) -> list[int]:
+        """The whole checkpoints on disk."""
+        return sorted(whole_steps(self._served(model).checkpoints))
+
+    def inference_name(self, model: PolicyModel, step: int | None = None) -> str:
+        """name@step."""
+        return inference_name(model.name, self._served(model).steps.routed if step is None else step)
+
+    @asynccontextmanager
+    async def lease(self, model: PolicyModel, step: int | None = None) -> AsyncIterator[str]:
+        """Keep a step."""
+        steps = self._served(model).steps
+        held = (steps.routed or 0) if step is None else step
+        steps.lease(held)
+        try:
+            yield inference_name(model.name, held)
+        finally:
+            steps.end_lease(held)
+
+    async def delete_checkpoints(self, model: PolicyModel, steps: Sequence[int]) -> list[int]:
+        """Delete steps that nobody uses."""
+        served = self._served(model)
+        there = whole_steps(served.checkpoints)
+        wanted = [step for step in sorted(set(steps)) if step in there]
+        if any(served.steps.in_use(step) for step in wanted):
+            raise CheckpointInUse(f"{served.key}: one of {wanted} is served or leased, so nothing was deleted.")
+        for step in wanted:
+            served.steps.remove(step)
+            shutil.rmtree(there[step])
+            await announce(self.registry, "art_checkpoint_deleted", model=model, checkpoint=served.ref(step))
+        return wanted
+
+    async def fork_checkpoint(
+        self,
+        model: PolicyModel,
+        from_model: str,
+        *,
+        from_project: str | None = None,
+        not_after_step: int | None = None,
+    ) -> int:
+        """Copy another model's adapter to the next step of this one, and publish it."""
+        source = whole_steps(self._folder(ModelKey(from_project or model.project, from_model)))
+        allowed = [step for step in source if not_after_step is None or step <= not_after_step]
+        if not allowed:
+            raise CheckpointNotFound(f"{from_model} has no checkpoint to fork from; there: {sorted(source)}.")
+        served = self._served(model)
+        step = max(whole_steps(served.checkpoints)) + 1
+        self._copy(served, step, source[max(allowed)])
+        await self._publish(served, model, step)
+        return step
+
+    async def pull_checkpoint(
+        self, model: PolicyModel, *, step: int | Literal["latest"] | None = None, local_path: Path | str | None = None
+    ) -> Path:
+        """Copy an adapter folder out."""
+        served = self._served(model)
+        wanted = served.steps.routed if step in (None, "latest") else step
+        destination = Path(local_path) if local_path else self.path / "pulled" / f"{served.key.name}-{wanted}"
+        destination.mkdir(parents=True, exist_ok=True)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(served.ref(int(wanted or 0)).path / name, destination / name)
+        return destination
+
+    async def close(self) -> None:
+        """Forget everything but the files."""
+        self.models.clear()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def handle(self, request: httpx.Request) -> httpx.Response:
+        """Answer a chat completion, as a gateway would."""
+        if request.headers.get("Authorization") != f"Bearer {self.key}":
+            return _error(401, "the API key is missing or wrong")
+        body = json.loads(request.content)
+        project = request.url.path.strip("/").partition("/")[0]
+        try:
+            name, asked = parse_inference_name(body["model"])
+            served = self.models[ModelKey(project, name)]
+            step = served.steps.acquire(asked)
+        except (KeyError, CheckpointNotFound, InvalidName) as error:
+            there = [inference_name(m.key.name, s) for m in self.models.values() for s in m.steps.loaded]
+            return _error(404, f"{body['model']!r} is not served ({error}); served: {', '.join(there)}")
+        try:
+            choices = await self.sample(served, step, body)
+        finally:
+            served.steps.release(step)
+        return httpx.Response(200, json={"model": inference_name(name, step), "choices": choices})
+
+    async def sample(self, served: ServedModel, step: int, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """Sample the choices of one request side by side, a token of each at a time."""
+        oracle, rng, count = oracle_for(served.base), np.random.default_rng(), body.get("n") or 1
+        prompt = oracle.chat_ids(body["messages"], body.get("tools"))
+        rows: list[list[int]] = [[] for _ in range(count)]
+        logprobs: list[list[float]] = [[] for _ in range(count)]
+        for _ in range(body.get("max_tokens") or 16):
+            tables = oracle.after([[*prompt, *ids] for ids in rows], served.adapters[step]).astype(np.float64)
+            for table, ids, values in zip(tables, rows, logprobs, strict=True):
+                chances = np.exp(table / max(float(body.get("temperature", 1.0)), 1e-4))
+                ids.append(int(rng.choice(len(chances), p=chances / chances.sum())))
+                values.append(float(table[ids[-1]]))
+            await asyncio.sleep(0)
+        end = oracle.tokenizer.eos_token_id
+        choices = []
+        for index, (ids, values) in enumerate(zip(rows, logprobs, strict=True)):
+            stop = ids.index(end) + 1 if end in ids else len(ids)
+            content: list[dict[str, Any]] = [
+                {"token": str(i), "logprob": v, "bytes": None, "top_logprobs": []}
+                for i, v in zip(ids[:stop], values[:stop], strict=True)
+            ]
+            choices.append(
+                {
+                    "index": index,
+                    "finish_reason": "stop" if end in ids else "length",
+                    "message": {"role": "assistant", "content": oracle.text(ids[:stop])},
+                    "logprobs": {"content": content},
+                    "token_ids": ids[:stop],
+                    "prompt_token_ids": prompt,
+                    "policy_version": step,
+                }
+            )
+        return choices
+
+    def publisher(self, served: ServedModel) -> ReferencePublisher:
+        """What takes a checkpoint of a model through the stages."""
+        return ReferencePublisher(served.base, served.steps, served.adapters, self.path / "loaded")
+
+    async def _publish(self, served: ServedModel, model: PolicyModel, step: int) -> None:
+        checkpoint = served.ref(step)
+        told = {"model": model, "checkpoint": checkpoint}
+        try:
+            await ask_permission(self.registry, "art_before_publish_checkpoint", **told)
+            receipt = await publish(checkpoint, self.publisher(served))
+        except BaseException as error:
+            # Out of the way, so that its step can be made again and nobody takes it for a checkpoint.
+            checkpoint.path.rename(checkpoint.path.with_name(f"{checkpoint.path.name}.refused-{uuid.uuid4().hex[:8]}"))
+            await announce(self.registry, "art_checkpoint_publish_failed", **told, error=error)
+            raise
+        await announce(self.registry, "art_checkpoint_published", **told, receipt=receipt)
+
+    async def _save_next(
+        self, served: ServedModel, step: int, groups: Sequence[TrajectoryGroup], options: TrainOptions
+    ) -> dict[str, float]:
+        start = served.ref(served.steps.routed or 0).path
+        rows = trained_rows(groups)
+        if not rows:
+            self._copy(served, step, start)
+            return {"data/step_num_gradient_steps": 0.0}
+        with saving(served.ref(step).path, step=step, base_model=str(served.base), engine=self.name) as folder:
+            return await asyncio.to_thread(train_step, served.base, start, folder, rows, options.learning_rate)
+
+    def _open(self, key: ModelKey, base: Path) -> ServedModel:
+        adapter = base if (base / ADAPTER_CONFIG).is_file() else None
+        if adapter is not None:
+            base = Path(json.loads((adapter / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"])
+        served = ServedModel(key, base, self._folder(key), ServedSteps(key))
+        if not whole_steps(served.checkpoints):
+            if adapter is None:
+                adapter = write_adapter(self.path / "identity" / uuid.uuid4().hex, base, seed=1, strength=0.0)
+            self._copy(served, 0, adapter)
+        return served
+
+    def _copy(self, served: ServedModel, step: int, adapter: Path) -> None:
+        with saving(served.ref(step).path, step=step, base_model=str(served.base), engine=self.name) as folder:
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                shutil.copyfile(adapter / name, folder / name)
+
+    def _folder(self, key: ModelKey) -> Path:
+        return key.folder(self.path) / "checkpoints"
+
+    def _served(self, model: PolicyModel) -> ServedModel:
+        key = ModelKey(model.project, model.name)
+        if key not in self.models:
+            raise NotRegistered(f"{key} is not registered with this backend; await backend.register(model) first.")
+        return self.models[key]
+
+
+def trained_rows(groups: Sequence[TrajectoryGroup]) -> list[tuple[list[int], list[int], float]]:
+    """(prompt, sampled ids, advantage) of every choice whose advantage isn't 0."""
+    rows = []
+    for group in groups:
+        rewards = np.array([trajectory.reward for trajectory in group])
+        for trajectory in group:
+            advantage = float((trajectory.reward - rewards.mean()) / (rewards.std() + 1e-6))
+            for choice in trajectory.choices() if advantage else ():
+                extra: Any = choice
+                rows.append((list(extra.prompt_token_ids), list(extra.token_ids), advantage))
+    return rows
+
+
+def _error(status: int, message: str) -> httpx.Response:
+    return httpx.Response(status, json={"error": {"message": message}})
