@@ -89,7 +89,6 @@ class VllmInferenceEngine:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             # Opens /pause, /resume, /sleep and /wake_up; the middleware guards them.
             "VLLM_SERVER_DEV_MODE": "1",
-            **({} if config.devices else {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}),
             **{str(name): str(value) for name, value in added.items()},
             **cuda_env(config.devices),
         }

@@ -1,8 +1,10 @@
 """Runs the command `vllm` in vLLM's environment, which has nothing of ART but this folder.
 
-What depends on the machine is decided here, where it can be looked at: the dtype that "auto" means on a CPU.
+What depends on the machine is decided here, where it can be looked at: the dtype that "auto" means on a CPU, and that a
+machine of one core has none to spare.
 """
 
+import os
 import sys
 
 
@@ -28,6 +30,9 @@ def _with_dtype(arguments: list[str]) -> list[str]:
 
 # vLLM's own processes import this file again, under another name.
 if __name__ == "__main__":
+    if len(os.sched_getaffinity(0)) == 1:
+        # vLLM keeps a core free for its scheduler, which would leave none to compute on.
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     sys.argv[1:] = _with_dtype(sys.argv[1:])
     from vllm.entrypoints.cli.main import main
 
