@@ -12,12 +12,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from art.local import LocalBackend
-from art_tracker_files import read_history
 from rich.console import Console
 
 import art
+from art.local import LocalBackend
 from art_core import installed_plugins
+from art_tracker_files import read_history
 from reward_display import PublicationDisplay, save_curve, show_step
 
 SYSTEM = "You answer customers of a small shop in one short, friendly sentence."

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from art.local import LocalBackend
-from art_tracker_files import read_history
 from rich.console import Console
 
 import art
+from art.local import LocalBackend
 from art_core import installed_plugins
+from art_tracker_files import read_history
 from reward_display import PublicationDisplay, save_curve, show_step
 
 PRICES = {"kettle": 17, "lamp": 24, "chair": 58, "mirror": 31, "clock": 19, "teapot": 12, "radio": 46, "ladder": 65}
