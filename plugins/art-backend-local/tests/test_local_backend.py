@@ -274,7 +274,11 @@ async def test_bad_input_is_refused_before_anything_happens(backend, policy, gro
     assert recorder.calls == []
     with pytest.raises(UnsupportedCapability, match="kl_reference"):
         await backend.train(policy, groups, kl_penalty_coef=0.1)
-    assert [hook for hook, _ in recorder.calls] == ["before_train", "train_failed"]
+    with pytest.raises(ValueError, match="kl_ref_adapter_path='/nowhere'"):
+        await backend.train(policy, groups, kl_ref_adapter_path="/nowhere")
+    with pytest.raises(ValueError, match="not both"):
+        await backend.train(policy, groups, kl_ref_adapter_path="/nowhere", kl_penalty_reference_step=0)
+    assert [hook for hook, _ in recorder.calls] == ["before_train", "train_failed"] * 2
     assert await backend.get_step(policy) == 0
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from art_backend_local.host_files import read_host
-from art_core import Trajectory, TrajectoryGroup
+from art_core import CheckpointNotFound, Trajectory, TrajectoryGroup
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("art_engine_torch")
@@ -212,6 +212,24 @@ async def test_a_disk_that_takes_no_more_fails_the_step_and_loses_nothing(torch_
     worker.rlimit(psutil.RLIMIT_FSIZE, unlimited)
     assert sorted(folder.name for folder in checkpoints(torch_backend).iterdir()) == ["0000", "0001"]
     assert (await torch_backend.train(policy, groups, learning_rate=1e-2)).step == 2
+
+
+async def test_a_kl_reference_is_a_step_an_adapter_folder_or_the_base(torch_backend, policy, client, checkpoints):
+    asked = client(await torch_backend.register(policy))
+    groups = await gather(asked)
+    await torch_backend.train(policy, groups, learning_rate=1e-1)
+    folder = await torch_backend.pull_checkpoint(policy, step=1)
+    metrics = [
+        (await torch_backend.train(policy, groups, learning_rate=0.0, kl_penalty_coef=0.1, **reference)).metrics
+        for reference in ({"kl_penalty_reference_step": 1}, {"kl_ref_adapter_path": folder}, {})
+    ]
+    step, adapter, base_alone = (m["loss/kl_policy_ref"] for m in metrics)
+    # With learning rate 0 the policy stays at step 1, so only the base model is another policy.
+    assert abs(step) < 1e-4
+    assert abs(adapter) < 1e-4
+    assert abs(base_alone) > 1e-3
+    with pytest.raises(CheckpointNotFound, match="kl_penalty_reference_step=77"):
+        await torch_backend.train(policy, groups, kl_penalty_coef=0.1, kl_penalty_reference_step=77)
 
 
 async def test_smollm2_is_trained_and_served(torch_backend, make_policy, client, checkpoints):

@@ -40,10 +40,12 @@ from art_runtime import accelerators
 from art_runtime.environments import engine_for
 
 from .control_client import ControlClient
+from .default_path import default_path
 from .device_turns import works_at_once
 from .engine_choice import EngineChoice, choose_engines
 from .forking import copy_adapter
 from .groups_file import groups_file
+from .kl_reference import find_reference
 from .publishing import CheckpointPublisher
 from .registration import EnginePythons, registration_request
 from .settings import ModelSettings, read_settings
@@ -364,7 +366,9 @@ class LocalBackend:
         options: TrainOptions,
         hooks: TrainHooks,
     ) -> LocalTrainResult:
-        reference, options = await self._reference(model, options)
+        reference, options = await find_reference(
+            self._registry, model, options, own_steps=(await self._steps(model))["steps"]
+        )
         of_model = await self._of(model)
         async with groups_file(key.folder(self._path) / "jobs", groups) as file:
             request = TrainRequest(**of_model, groups_file=file, options=options, reference=reference)
@@ -396,21 +400,6 @@ class LocalBackend:
         publisher = CheckpointPublisher(self._client, self._registry, model, await self._of(model))
         await publisher.publish(checkpoint, hooks, keep=True)
         self._registered[key] = pending
-
-    async def _reference(self, model: PolicyModel, options: TrainOptions) -> tuple[Path | None, TrainOptions]:
-        """The KL reference's folder when it isn't one of the host's own steps, and the options that go with it."""
-        step = options.kl_penalty_reference_step
-        if step is not None and step not in await self.list_steps(model):
-            folder = await resolve_checkpoint(self._registry, model, step)
-            if folder is not None:
-                return folder, options.model_copy(update={"kl_penalty_reference_step": None})
-        given = options.kl_ref_adapter_path
-        if given is None:
-            return None, options
-        folder = given.expanduser().resolve()
-        if not (folder / "adapter_config.json").is_file():
-            raise ValueError(f"LocalBackend.train: kl_ref_adapter_path={str(given)!r} is not a PEFT adapter folder.")
-        return folder, options.model_copy(update={"kl_ref_adapter_path": folder})
 
     async def _steps(self, model: PolicyModel) -> dict[str, Any]:
         self._require_registered(model)
@@ -450,10 +439,3 @@ class LocalBackend:
         declared = engine_for(self._registry.inference_engine(engine)).capabilities
         concurrent = works_at_once(settings, declared, has_gpu=self._has_gpu)
         return _ALWAYS | {BackendCapability.CONCURRENT_INFERENCE} if concurrent else _ALWAYS
-
-
-def default_path() -> Path:
-    """`.art` in the root of the git repository around the working folder, or in the working folder."""
-    here = Path.cwd()
-    root = next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
-    return root / ".art"
