@@ -164,16 +164,18 @@ class DropsRequestsAtPublish(ReferenceBackend):
         return await super().handle(request)
 
 
-class LeavesRefused(ReferenceBackend):
-    """A refused checkpoint stays where it is, so that its step can't be made again."""
+class StuckAfterRefusal(ReferenceBackend):
+    """A refused checkpoint keeps its step's place, and the next one can't be saved."""
 
-    async def _publish(self, served: ServedModel, model: Any, step: int) -> None:
-        kept = served.ref(step).path
+    refused = False
+
+    async def train(self, model: Any, trajectory_groups: Any, **options: Any) -> LocalTrainResult:
+        if self.refused:
+            raise ArtError("the step exists already")
         try:
-            await super()._publish(served, model, step)
-        except BaseException:
-            [refused] = kept.parent.glob(f"{kept.name}.refused-*")
-            refused.rename(kept)
+            return await super().train(model, trajectory_groups, **options)
+        except ArtError:
+            self.refused = True
             raise
 
 
@@ -267,7 +269,7 @@ class TakesAnyReward(ReferenceBackend):
 class NeedsSomethingToTrain(ReferenceBackend):
     async def train(self, model: Any, trajectory_groups: Any, **options: Any) -> LocalTrainResult:
         if not trajectory_groups:
-            raise ValueError("nothing to train")
+            raise ArtError("nothing to train")
         return await super().train(model, trajectory_groups, **options)
 
 
@@ -397,7 +399,7 @@ MUTANTS: dict[str, type[ReferenceBackend]] = {
     "PUB-010": with_publisher(UncheckedPublisher),
     "PUB-011": with_publisher(UnverifiedPublisher),
     "PUB-012": SwallowsRefusal,
-    "PUB-013": LeavesRefused,
+    "PUB-013": StuckAfterRefusal,
     "PUB-014": AnnouncesTwice,
     "PUB-015": AnnouncesSuccessAlways,
     "PUB-016": ListenersCanRefuse,

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from art_core import InferenceEngine, InferenceLaunch, PluginRegistry, instantiate
+from art_core import InferenceEngine, InferenceEngineSpec, InferenceLaunch, PluginRegistry, TrainingEngineSpec
+from art_runtime.environments import engine_for, python_for
 
 DEFAULT_BACKEND, DEFAULT_ENGINE = "local", "torch"
 
@@ -55,12 +56,19 @@ def backend_arguments(config: pytest.Config, folder: Path) -> dict[str, Any]:
 
 def inference_engine(config: pytest.Config, registry: PluginRegistry) -> Any:
     """The inference engine to check."""
-    return instantiate(registry.inference_engine(targets(config).inference_engine))
+    return engine_for(registry.inference_engine(targets(config).inference_engine))
 
 
 def training_engine(config: pytest.Config, registry: PluginRegistry) -> Any:
     """The training engine to check."""
-    return instantiate(registry.training_engine(targets(config).training_engine))
+    return engine_for(registry.training_engine(targets(config).training_engine))
+
+
+def engine_python(config: pytest.Config, spec: InferenceEngineSpec | TrainingEngineSpec) -> str:
+    """The interpreter of the engine's environment: --engine-python, or where it is installed. Raises EnvironmentMissing
+    with the command that installs it.
+    """
+    return python_for(spec, python=targets(config).engine_python)
 
 
 def command_of(engine: InferenceEngine, base_model: Path) -> tuple[str, ...]:

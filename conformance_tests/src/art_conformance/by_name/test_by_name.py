@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from art_conformance import (
 from art_conformance.targets import (
     backend_arguments,
     command_of,
+    engine_python,
     inference_engine,
     plugin_names,
     targets,
@@ -59,7 +59,9 @@ class TestInferenceEngine(InferenceEngineConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def engine_python(cls, request: pytest.FixtureRequest) -> str:
-        return targets(request.config).engine_python or sys.executable
+        return engine_python(
+            request.config, installed_plugins().inference_engine(targets(request.config).inference_engine)
+        )
 
 
 class TestTrainingEngine(TrainingEngineConformance):
@@ -69,6 +71,13 @@ class TestTrainingEngine(TrainingEngineConformance):
     @classmethod
     def engine(cls, request: pytest.FixtureRequest) -> TrainingEngine:
         return training_engine(request.config, installed_plugins())  # type: ignore[no-any-return]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine_python(cls, request: pytest.FixtureRequest) -> str:
+        return engine_python(
+            request.config, installed_plugins().training_engine(targets(request.config).training_engine)
+        )
 
 
 class _ByName:
