@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from art_core import BackendCapability, BackendSpec, hookimpl
@@ -24,6 +25,14 @@ def art_register_backends() -> Iterable[BackendSpec]:
             capabilities=frozenset(BackendCapability) - {BackendCapability.CHECKPOINTS_AS_ARTIFACTS},
         )
     ]
+
+
+@hookimpl(trylast=True)
+def art_resolve_base_model(name: str) -> Path | None:
+    """The folder of a model on the hub, when no other plugin knows the name."""
+    from .hub_models import resolve_hub_name
+
+    return resolve_hub_name(name)
 
 
 @hookimpl
