@@ -15,7 +15,7 @@ from art_core import EngineCall, EngineRefused, InferenceCapability, InferenceLa
 from art_core.engines import JSON, Endpoint, cuda_env
 
 from .declared import INFERENCE
-from .names import API_KEY_VARIABLE
+from .names import API_KEY_VARIABLE, ENVIRONMENT
 
 # engine_args that users may give, and the kind of value of each. All else follows from the launch.
 ENGINE_ARGS: Final[Mapping[str, type]] = {
@@ -25,15 +25,6 @@ ENGINE_ARGS: Final[Mapping[str, type]] = {
     "max_batch_tokens": int,
     "threads": int,
     "log_level": str,
-}
-
-ENVIRONMENT: Final[Mapping[str, str]] = {
-    # Everything is read from a folder: nothing may be asked of a model hub on the way.
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # GNU OpenMP's threads spin for milliseconds at every barrier unless told otherwise. Beside a trainer on the same
-    # cores that takes the time away from the very thread that is waited for.
-    "GOMP_SPINCOUNT": "1000",
 }
 
 

@@ -13,7 +13,7 @@ from art_core.engines import cuda_env
 from art_core.training_jobs import WORKER_TOKEN
 
 from .declared import TRAINING
-from .names import POLICY_FACTORY
+from .names import ENVIRONMENT, POLICY_FACTORY
 
 # init_args that users may give. gradient_checkpointing is the worker's, the others are transformers'.
 INIT_ARGS: Final = ("gradient_checkpointing", "revision", "trust_remote_code")
@@ -55,5 +55,5 @@ class TorchTrainingEngine:
             argv += ["--gradient-checkpointing", "on" if checkpointing else "off"]
         if init_args:
             argv += ["--init-args", json.dumps(init_args)]
-        env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **cuda_env(config.devices)}
+        env = {**ENVIRONMENT, **cuda_env(config.devices)}
         return LaunchPlan(argv=tuple(argv), env=env, secret_env={WORKER_TOKEN: config.token})
