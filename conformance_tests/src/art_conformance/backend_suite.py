@@ -169,7 +169,8 @@ class BackendConformance(BackendSuite):
 
     @check("BCK-014", MUST, "A name that can't be a folder or a part of an address is refused.", live=True)
     async def test_bad_names(self, agent: Agent) -> None:
-        for fields in ({"name": "../evil"}, {"name": "a/b"}, {"name": "a@3"}, {"project": "a b"}):
+        wrong: list[dict[str, Any]] = [{"name": "../evil"}, {"name": "a/b"}, {"name": "a@3"}, {"project": "a b"}]
+        for fields in wrong:
             with pytest.raises(InvalidName):
                 await agent.backend.register(replace(agent.model, **fields))
 
