@@ -205,10 +205,15 @@ class LiveEngineChecks(DialectChecks):
             [sample] = await live.chat(ONE, messages=messages, max_tokens=1)
             assert sample.prompt_ids == oracle.chat_ids(messages)
 
-    @check("INF-108", MUST, "The text of an answer is what its token ids decode to.", live=True)
+    @check(
+        "INF-108",
+        MUST,
+        "The text of an answer is what its token ids decode to, but for an unfinished character at its end.",
+        live=True,
+    )
     async def test_text_is_ids(self, live: LiveEngine, oracle: Oracle) -> None:
         for sample in await live.chat(ONE, messages=ASK, max_tokens=32, n=4):
-            assert sample.text.strip() == oracle.text(sample.ids).strip()
+            assert finished(sample.text) == finished(oracle.text(sample.ids))
 
     @check("INF-109", MUST, "n choices come back as n samples of their own, numbered from 0.", live=True)
     async def test_n(self, live: LiveEngine) -> None:
@@ -290,7 +295,7 @@ class LiveEngineChecks(DialectChecks):
         assert chunks > 1, "the answer came in one piece"
         assert prompt == oracle.chat_ids(ASK)
         assert finish in ("stop", "length")
-        assert text.strip() == oracle.text(ids).strip()
+        assert finished(text) == finished(oracle.text(ids))
         found = agreement(logprobs, oracle.logprobs(prompt, ids, adapters[ONE]))
         assert found.mean <= MEAN_LIMIT, f"a streamed answer is not the policy's: {found}"
 
@@ -539,3 +544,8 @@ class LiveEngineChecks(DialectChecks):
             ended = await live.process.stop()
         # A server that had to be killed ends with -9 (or 137 from the shell's view of it).
         assert ended.code not in (-9, 137), f"it had to be killed after {plan.stop_timeout_s:g} s: {ended.last_lines}"
+
+
+def finished(text: str) -> str:
+    """A text without what is left of a character whose last bytes were not sampled any more."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}").strip()
