@@ -29,7 +29,9 @@ MANIFEST = "checkpoint.json"
 CANARY = "canary.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-OPTIMIZER_STATE = "optimizer.safetensors"
+# In the format of safetensors, and not called so: SGLang, for one, reads every *.safetensors of an adapter folder as
+# the adapter, and a moment of the optimizer has the name of the weight that it belongs to.
+OPTIMIZER_STATE = "optimizer.state"
 _TEMPORARY = ".saving-"
 # A metric or a logprob may be NaN or infinite; written as null it could not be read back.
 _JSON = ConfigDict(frozen=True, defer_build=True, ser_json_inf_nan="constants")

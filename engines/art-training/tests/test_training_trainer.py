@@ -112,8 +112,8 @@ def test_a_lost_optimizer_state_would_be_noticed(small_policy: Make, job: Make, 
         run(trainer, job(step))
     kept = files(checkpoints / "0003")
     shutil.rmtree(checkpoints / "0003")
-    (checkpoints / "0002" / "optimizer.safetensors").unlink()
-    with pytest.raises(CorruptCheckpoint, match=r"optimizer\.safetensors"):
+    (checkpoints / "0002" / "optimizer.state").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"optimizer\.state"):
         run(Trainer(small_policy()), job(3))
     assert kept
 
