@@ -20,7 +20,11 @@ from art_core import installed_plugins
 from art_tracker_files import read_history
 from reward_display import PublicationDisplay, save_curve, show_step
 
-SYSTEM = "You answer customers of a small shop in one short, friendly sentence."
+OPENING: art.Messages = [
+    {"role": "system", "content": "You answer customers of a small shop in one short, friendly sentence."},
+    {"role": "user", "content": "The pen I bought is dry."},
+    {"role": "assistant", "content": "I am sorry about the pen, would you like a new one?"},
+]
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,7 @@ def reward_of(reply: str, complaint: Complaint) -> dict[str, bool]:
 
 async def rollout(model: art.Model, complaint: Complaint) -> art.Trajectory:
     """One attempt at one complaint."""
-    trajectory = art.Trajectory(
-        messages_and_choices=[
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": complaint.message},
-        ]
-    )
+    trajectory = art.Trajectory(messages_and_choices=[*OPENING, {"role": "user", "content": complaint.message}])
     completion = await model.openai_client().chat.completions.create(
         messages=trajectory.messages(), model=model.get_inference_name(), max_tokens=32
     )
@@ -119,7 +118,12 @@ async def main(arguments: argparse.Namespace) -> None:
                 pbar_desc="gather",
             )
             reward = sum(trajectory.reward for group in groups for trajectory in group) / sum(map(len, groups))
-            result = await backend.train(model, groups, learning_rate=arguments.learning_rate)
+            result = await backend.train(
+                model,
+                groups,
+                learning_rate=arguments.learning_rate,
+                packed_sequence_length=arguments.packed_sequence_length,
+            )
             await model.log(groups, metrics=result.metrics, step=result.step, split="train")
             first_reward = reward if first_reward is None else first_reward
             show_step(console, result.step, reward, first_reward, time.monotonic() - step_start)
@@ -127,7 +131,9 @@ async def main(arguments: argparse.Namespace) -> None:
         console.rule()
         console.print(f"mean reward on complaints never trained on: {before:.2f} before, {after:.2f} after")
         folder = Path(arguments.path) / model.project / "models" / model.name
-        curve = save_curve(read_history(folder), "Customer replies, SmolLM2-135M", folder / "reward.png")
+        curve = save_curve(
+            read_history(folder / "history.jsonl"), "Customer replies, SmolLM2-135M", folder / "reward.png"
+        )
         console.print(f"the curve:  {curve}\neverything: {folder}\n{time.monotonic() - start:.0f} s in all")
 
 
@@ -139,6 +145,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=8, help="attempts at each complaint in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--packed-sequence-length", type=int, default=800, help="tokens in one gradient step; shorter means more steps"
+    )
     parser.add_argument("--base-model", default="smollm2-135m-instruct", help="a name, a folder, or a hub name")
     parser.add_argument("--name", default=time.strftime("run-%Y%m%d-%H%M%S"), help="an old name goes on where it ended")
     parser.add_argument("--path", default="./runs", help="where checkpoints, trajectories and logs go")

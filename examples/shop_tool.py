@@ -137,7 +137,11 @@ async def main(arguments: argparse.Namespace) -> None:
         console.rule("after training")
         show_conversation(console, await rollout(model, "mirror", QUESTIONS[1]))
         folder = Path(arguments.path) / model.project / "models" / model.name
-        curve = save_curve(read_history(folder), "Looking a price up with a tool, SmolLM2-135M", folder / "reward.png")
+        curve = save_curve(
+            read_history(folder / "history.jsonl"),
+            "Looking a price up with a tool, SmolLM2-135M",
+            folder / "reward.png",
+        )
         console.print(f"the curve:  {curve}\neverything: {folder}")
 
 

@@ -32,7 +32,7 @@ def run_example(script: str, *arguments: str, path: Path) -> str:
 
 def rewards(folder: Path) -> list[float]:
     """The mean reward of each step, as the tracker kept it."""
-    return [row["train/reward"] for row in read_history(folder) if "train/reward" in row]
+    return [row["train/reward"] for row in read_history(folder / "history.jsonl") if "train/reward" in row]
 
 
 def test_customer_replies_improve_and_a_second_run_goes_on(tmp_path: Path) -> None:

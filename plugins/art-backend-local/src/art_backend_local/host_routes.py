@@ -56,7 +56,7 @@ class HostRoutes:
                 project=key.project,
                 name=key.name,
                 step=model.steps.routed,
-                steps=tuple(sorted(model.steps.loaded.union(model.known))),
+                steps=tuple(sorted(model.steps.loaded.union(model.published))),
             )
             for key, model in self._models.items()
             if model.steps.routed is not None and project in (None, key.project)

@@ -93,6 +93,12 @@ class HostedModel:
         self.settings = settings
         self.dialect = with_template_arguments(self.server.engine, settings.adapter.chat_template_kwargs)
 
+    @property
+    def published(self) -> tuple[int, ...]:
+        """The known steps that may be asked for. One that is saved and not yet published may still be refused."""
+        routed = self.steps.routed
+        return tuple(step for step in self.known if routed is not None and step <= routed)
+
     async def on_disk(self) -> dict[int, Path]:
         """Every whole step on disk, oldest first; corrupt ones are warned of and left alone."""
         there = await asyncio.to_thread(whole_steps, self.checkpoints)
@@ -293,11 +299,10 @@ class HostedModel:
         return answer
 
     async def _load_on_demand(self, step: int) -> None:
-        there = await self.on_disk()
-        if step not in there:
-            raise CheckpointNotFound(
-                f"{self.key}@{step} is not there; steps that can be asked for: {', '.join(map(str, there)) or 'none'}."
-            )
+        await self.on_disk()
+        if step not in self.published:
+            there = ", ".join(map(str, self.published)) or "none"
+            raise CheckpointNotFound(f"{self.key}@{step} is not published; steps that can be asked for: {there}.")
         checkpoint = self.ref(step)
         await self.server.ready(ENGINE_BACK_LIMIT_S)
         await self.check(checkpoint)
