@@ -48,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: starts real processes or needs more than a few seconds")
+    # Registered by pytest-xdist too, where that is installed.
+    config.addinivalue_line("markers", "xdist_group(name): tests that must run in one worker")
 
 
 @pytest.fixture(scope="session")
