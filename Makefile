@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-fast test-openai2 lint format wheels benchmarks clean
+.PHONY: help setup demo test test-all test-fast test-openai2 lint format wheels benchmarks clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,9 +35,13 @@ $(READY): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DIS
 demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU: watch the reward rise
 	@$(BIN)/python examples/customer_replies.py $(ARGS)
 
-test: $(READY) $(OPENAI2_READY) lint  ## Every test
-	@$(PYTEST) $(ARGS)
+test: $(READY) $(OPENAI2_READY) lint  ## The tests, on real weights and real servers
 	@$(MAKE) --no-print-directory test-openai2
+	@$(PYTEST) -m "not exhaustive" $(ARGS)
+
+test-all: $(READY) $(OPENAI2_READY) lint  ## And vLLM and SGLang in environments of their own, and every mutant: over an hour
+	@$(MAKE) --no-print-directory test-openai2
+	@$(PYTEST) $(ARGS)
 
 test-fast: $(READY)  ## The tests that need no weights and no servers, in less than three minutes
 	@$(PYTEST) -m "not slow" $(ARGS)
@@ -50,7 +54,7 @@ $(OPENAI2_READY): pyproject.toml
 	@touch $(OPENAI2_READY)
 
 test-openai2: $(OPENAI2_READY)  ## The client's tests again, with openai 2.x
-	@$(OPENAI2_VENV)/bin/python -m pytest tests/client
+	@$(OPENAI2_VENV)/bin/python -m pytest -q tests/client
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff format --check --quiet . || { echo "Some files are not formatted. Run: make format" >&2; exit 1; }

@@ -40,7 +40,7 @@ from art_core.training_jobs import (
     write_groups,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.asyncio(loop_scope="module")]
 TOKEN = "token-mutants-0123456789"
 Events = list[TrainEvent]
 

@@ -464,6 +464,7 @@ async def _to_the_newest(backend: ReferenceBackend, request: httpx.Request) -> h
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.asyncio(loop_scope="function")
 @pytest.mark.parametrize("id", MUTANTS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -11,6 +11,7 @@ from art_runtime.environments import engine_for, python_for
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
 class TestVllm(InferenceEngineConformance):
     @pytest.fixture(scope="class")

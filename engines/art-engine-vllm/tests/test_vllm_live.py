@@ -28,7 +28,12 @@ from art_engine_vllm.plugin import art_register_inference_engines
 from art_runtime import free_port
 from art_runtime.environments import python_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.exhaustive,
+    pytest.mark.timeout(1500),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 ONE, TWO = "live/agent@1", "live/agent@2"
 ASK = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 

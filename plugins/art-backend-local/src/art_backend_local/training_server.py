@@ -7,6 +7,7 @@ routes or clients.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -163,12 +164,11 @@ class TrainingServer:
         deadline = asyncio.get_running_loop().time() + BUSY_LIMIT_S
         async with aiohttp.ClientSession(timeout=timeout) as http:
             while process.running:
-                try:
+                # A worker that doesn't answer is dead, which `running` tells, or too busy.
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                     async with http.get(f"{process.base_url}/health") as response:
                         if response.status == 200 and (await response.json()).get("status") != "training":
                             return
-                except (aiohttp.ClientError, TimeoutError):
-                    pass  # dead, which `running` tells, or too busy to answer
                 if asyncio.get_running_loop().time() > deadline:
                     process.kill()
                     return
