@@ -1,1 +1,4 @@
-"""Engine torch: the embedded default, for inference and training, on transformers and PEFT. Importing it loads neither."""
+"""Engine torch, the embedded default for inference and training, on transformers and PEFT.
+
+Importing it loads neither.
+"""
