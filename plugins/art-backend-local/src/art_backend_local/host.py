@@ -163,18 +163,11 @@ def main(argv: list[str] | None = None) -> None:
     raise_file_limit()
     lock = _hold(arguments.path, arguments.owner_pid)
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        # Not uvloop: with hundreds of busy connections it leaves new ones waiting for seconds.
+        with asyncio.Runner() as runner:
             runner.run(run_host(arguments.path, idle_timeout_s=arguments.idle_timeout, owner_pid=arguments.owner_pid))
     finally:
         lock.release()
-
-
-def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.Loop
 
 
 if __name__ == "__main__":
