@@ -259,6 +259,9 @@ def test_ctrl_c_ends_everything_at_once():
                 await art.gather_trajectory_groups(groups)
             finally:
                 print("left", len(asyncio.all_tasks()) - 1)
+
+        # Tests that run in the background of a shell inherit an ignored SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         asyncio.run(main())
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

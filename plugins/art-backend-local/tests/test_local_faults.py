@@ -24,7 +24,7 @@ from art_core.checkpoint import whole_steps
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 MESSAGES = [{"role": "user", "content": "hello"}]
 CLIENT = """
-    import asyncio, json, sys
+    import asyncio, json, signal, sys
     from types import SimpleNamespace
     from art_backend_local import LocalBackend
     from art_core import Trajectory, TrajectoryGroup
@@ -44,6 +44,8 @@ CLIENT = """
             say(registered=await backend.get_step(model))
             %s
 
+    # Tests that run in the background of a shell inherit an ignored SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         asyncio.run(main())
     except KeyboardInterrupt:
