@@ -309,6 +309,7 @@ async def test_a_client_killed_in_the_middle_of_training_keeps_nothing_and_lets_
         said(other, "training")
         await until(lambda: "training" in str(_statuses(backend)))
         await until(lambda: _statuses(backend)["models"][0]["training"])
+        await asyncio.sleep(1.0)  # the host says so before the job has reached the worker
         other.kill()
         await until(lambda: not _statuses(backend)["models"][0]["training"])
         fake_engines()
