@@ -128,6 +128,7 @@ async def test_a_path_in_use_by_an_in_process_backend_is_refused_naming_it(run_c
             await new_backend(tmp_path / "art", in_process=in_process).register(policy)
     # The path is free as soon as that client has ended, even while its host is still leaving.
     process.kill()
+    process.wait(30)
     async with new_backend(tmp_path / "art") as backend:
         await backend.register(policy)
 
