@@ -224,11 +224,13 @@ class InferenceEngineSpec(PluginSpec):
 
     `environment` is the "module:attribute" of its EnvironmentSpec, None for an engine that lives in the client's own.
     With one, the factory takes `flavour`: `capabilities` are those of every flavour, which an instance made without
-    `flavour` declares; an instance made with it may declare more.
+    `flavour` declares; an instance made with it may declare more. `own_server` is one or two sentences on how a server
+    that the user runs must have been started for ART to load adapters into it; empty when that can't be done.
     """
 
     capabilities: frozenset[InferenceCapability] = frozenset()
     environment: str | None = None
+    own_server: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,3 +21,8 @@ BY_FLAVOUR: Final[Mapping[Flavour, frozenset[InferenceCapability]]] = {
     "cpu": EVERYWHERE | {InferenceCapability.CONCURRENT_TRAINING},
     "cuda": EVERYWHERE,
 }
+OWN_SERVER: Final = (
+    "Start it with `SGLANG_RETURN_ORIGINAL_LOGPROB=1 python -m sglang.launch_server --model-path MODEL --enable-lora"
+    " --max-loras-per-batch 8 --max-lora-rank 16 --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj"
+    " down_proj --sampling-defaults openai`, where it reads the folder of checkpoints under the same path as ART does."
+)

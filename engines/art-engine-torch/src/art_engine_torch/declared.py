@@ -20,3 +20,8 @@ INFERENCE: Final = frozenset(
 TRAINING: Final = frozenset(
     {TrainingCapability.PREFIX_SHARING, TrainingCapability.KL_REFERENCE, TrainingCapability.EXACT_RESUME}
 )
+OWN_SERVER: Final = (
+    "Start it with `ART_TORCH_API_KEY=KEY python -m art_engine_torch.server --model FOLDER --served-model-name NAME"
+    " --port PORT --max-adapters 8 --max-lora-rank 16`, where it reads the folder of checkpoints under the same path as"
+    " ART does."
+)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from art_core import InferenceEngineSpec, TrainingEngineSpec, hookimpl
 
-from .declared import INFERENCE, TRAINING
+from .declared import INFERENCE, OWN_SERVER, TRAINING
 
 art_api = 1
 
@@ -24,6 +24,7 @@ def art_register_inference_engines() -> Iterable[InferenceEngineSpec]:
             factory="art_engine_torch.inference_engine:TorchInferenceEngine",
             summary="Embedded OpenAI-compatible server with LoRA for Llama and Qwen models, CPU or one CUDA GPU.",
             capabilities=INFERENCE,
+            own_server=OWN_SERVER,
         )
     ]
 

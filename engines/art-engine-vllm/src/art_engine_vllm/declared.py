@@ -22,3 +22,10 @@ BY_FLAVOUR: Final[Mapping[Flavour, frozenset[InferenceCapability]]] = {
     "cpu": EVERYWHERE | {InferenceCapability.CONCURRENT_TRAINING},
     "cuda": EVERYWHERE | {InferenceCapability.BASE_BESIDE_ADAPTERS, InferenceCapability.SLEEP},
 }
+OWN_SERVER: Final = (
+    "Start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-loras 8 --max-lora-rank"
+    " 16 --logprobs-mode raw_logprobs --override-generation-config"
+    ' \'{"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}\'`'
+    " (and with VLLM_SERVER_DEV_MODE=1 if ART is to pause it while it trains; vLLM guards /pause by no key), where it"
+    " reads the folder of checkpoints under the same path as ART does."
+)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from art_core import InferenceEngineSpec, hookimpl
 
-from .declared import EVERYWHERE
+from .declared import EVERYWHERE, OWN_SERVER
 
 art_api = 1
 
@@ -21,5 +21,6 @@ def art_register_inference_engines() -> Iterable[InferenceEngineSpec]:
             summary="vLLM's server with LoRA, in an environment of its own, on CUDA GPUs or on a CPU.",
             capabilities=EVERYWHERE,
             environment="art_engine_vllm.environment:ENVIRONMENT",
+            own_server=OWN_SERVER,
         )
     ]
