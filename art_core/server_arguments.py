@@ -60,6 +60,26 @@ class ServerArguments:
         return [dashed, _word(value)]
 
 
+def users_arguments(
+    given: Mapping[str, Any], *, decided: Mapping[str, str], where: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a user gave as an engine's arguments: the options by their names with underscores, and the variables of
+    `env` for the server's process.
+
+    `decided` are the options that follow from the launch, each with a sentence on where from. Raises ValueError for one
+    of them, and for an `env` that is no dictionary.
+    """
+    options = {name if name.startswith("--") else name.replace("-", "_"): value for name, value in given.items()}
+    env = options.pop("env", None) or {}
+    if not isinstance(env, Mapping):
+        raise ValueError(f"{where}: env takes a dictionary of variables, not {env!r}.")
+    for name in options:
+        reason = decided.get(name.lstrip("-").replace("-", "_"))
+        if reason is not None:
+            raise ValueError(f"{where}: {name} can't be set. {reason}")
+    return options, {str(name): str(value) for name, value in env.items()}
+
+
 def _unchecked(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [name] if value else []

@@ -5,20 +5,13 @@ Builds and reads, and does no I/O. The server runs in SGLang's own environment (
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from art_core import (
-    EngineCall,
-    EngineRefused,
-    InferenceCapability,
-    InferenceLaunch,
-    LaunchPlan,
-    UnsupportedCapability,
-)
-from art_core.engines import JSON, Endpoint, Flavour, cuda_env
+from art_core import EngineCall, InferenceCapability, InferenceLaunch, LaunchPlan
+from art_core.engines import JSON, Endpoint, cuda_env
+from art_core.openai_server import OpenAIServerEngine
+from art_core.server_arguments import users_arguments
 
 from .declared import BY_FLAVOUR, EVERYWHERE
 from .environment import CPU_SHIMS, SERVE
@@ -42,21 +35,28 @@ DECIDED: Final[Mapping[str, str]] = {
 PARALLEL: Final = ("tp_size", "tensor_parallel_size", "pp_size", "pipeline_parallel_size", "dp_size")
 
 
-class SglangInferenceEngine:
-    """See `art_core.engines.InferenceEngine`. `flavour` None declares what holds on every machine."""
+class SglangInferenceEngine(OpenAIServerEngine):
+    """See `art_core.engines.InferenceEngine`. `flavour` None declares what holds on every machine.
 
-    def __init__(self, flavour: Flavour | None = None) -> None:
-        self._capabilities = EVERYWHERE if flavour is None else BY_FLAVOUR[flavour]
+    Unloading an adapter is answered when the requests under way have ended; so it must not be asked while the engine is
+    paused. SGLang still remembers the folder and serves it again when the name is asked for: a name must never be given
+    to other weights, nor other weights be written to that folder.
+    """
 
-    @property
-    def name(self) -> str:
-        """sglang"""
-        return "sglang"
-
-    @property
-    def capabilities(self) -> frozenset[InferenceCapability]:
-        """Those of the flavour."""
-        return self._capabilities
+    name = "sglang"
+    capabilities = EVERYWHERE
+    by_flavour = BY_FLAVOUR
+    instead: ClassVar = {
+        InferenceCapability.SLEEP: "Use pause and resume, or an engine that gives device memory back: pip install"
+        " art-engine-vllm."
+    }
+    load_path = "/load_lora_adapter"
+    unload_path = "/unload_lora_adapter"
+    unload_timeout_s = 600.0
+    pause_call = EngineCall(
+        method="POST", path="/pause_generation", json={"mode": "in_place"}, action="pause", timeout_s=120.0
+    )
+    resume_call = EngineCall(method="POST", path="/continue_generation", json={}, action="resume", timeout_s=120.0)
 
     def launch(self, config: InferenceLaunch) -> LaunchPlan:
         """The server on the GPUs of `config.devices`, or on the CPU when there are none.
@@ -65,14 +65,7 @@ class SglangInferenceEngine:
         what is chosen here. Raises UnknownArgument for one that doesn't exist, ValueError for one that is decided
         elsewhere or doesn't fit.
         """
-        given = {name if name.startswith("--") else name.replace("-", "_"): v for name, v in config.engine_args.items()}
-        added = given.pop("env", None) or {}
-        if not isinstance(added, Mapping):
-            raise ValueError(f"{WHERE}: env takes a dictionary of variables, not {added!r}.")
-        for name in given:
-            decided = DECIDED.get(name.lstrip("-").replace("-", "_"))
-            if decided is not None:
-                raise ValueError(f"{WHERE}: {name} can't be set. {decided}")
+        given, added = users_arguments(config.engine_args, decided=DECIDED, where=WHERE)
         options = {**_chosen(config, given), **given}
         argv = [config.python, str(SERVE), "--model-path", str(config.base_model)]
         argv += ["--host", config.host, "--port", str(config.port), "--served-model-name", config.served_name]
@@ -91,7 +84,7 @@ class SglangInferenceEngine:
             # Otherwise the logprobs of sampled tokens are those after the temperature.
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
             **({} if config.devices else on_cpu),
-            **{str(name): str(value) for name, value in added.items()},
+            **added,
             **cuda_env(config.devices),
         }
         return LaunchPlan(
@@ -102,110 +95,42 @@ class SglangInferenceEngine:
             stop_timeout_s=30.0,
         )
 
-    def load_adapter(self, adapter: str, folder: Path) -> EngineCall:
-        """Done once the answer is there."""
-        body = {"lora_name": adapter, "lora_path": str(folder)}
-        return EngineCall(method="POST", path="/load_lora_adapter", json=body, action=f"load adapter {adapter}")
-
-    def unload_adapter(self, adapter: str) -> EngineCall:
-        """Answers when the requests under way have ended; so it must not be asked while the engine is paused.
-
-        SGLang still remembers the folder and serves it again when the name is asked for. So a name must never be given
-        to other weights, nor other weights be written to that folder.
-        """
-        return EngineCall(
-            method="POST",
-            path="/unload_lora_adapter",
-            json={"lora_name": adapter},
-            action=f"unload adapter {adapter}",
-            timeout_s=600.0,
-        )
-
-    def list_adapters(self) -> EngineCall:
-        """The base model is in the answer too, and has no parent."""
-        return EngineCall(method="GET", path="/v1/models", action="list adapters", timeout_s=30.0)
-
-    def read_adapters(self, body: bytes) -> frozenset[str]:
-        """The models that have a parent."""
-        return frozenset(entry["id"] for entry in json.loads(body)["data"] if entry.get("parent"))
-
-    def pause(self) -> EngineCall:
-        """Requests under way freeze where they are, new ones queue."""
-        body = {"mode": "in_place"}
-        return EngineCall(method="POST", path="/pause_generation", json=body, action="pause", timeout_s=120.0)
-
-    def resume(self) -> EngineCall:
-        """Everything goes on where it was."""
-        return EngineCall(method="POST", path="/continue_generation", json={}, action="resume", timeout_s=120.0)
-
-    def sleep(self) -> EngineCall:
-        """Not declared."""
-        raise self._no_sleep()
-
-    def wake(self) -> EngineCall:
-        """Not declared."""
-        raise self._no_sleep()
-
-    def check_answer(self, call: EngineCall, status: int, body: bytes) -> None:
-        """Raises EngineRefused with SGLang's own sentence; some of its refusals come with 200 and say success false."""
-        try:
-            answer = json.loads(body)
-        except ValueError:
-            answer = None
-        refused = isinstance(answer, dict) and answer.get("success") is False
-        if refused or not 200 <= status < 300:
-            raise EngineRefused(self.name, call.action, f"HTTP {status}: {_reason(answer, body)}")
-
     def prepare_request(self, endpoint: Endpoint, body: JSON, adapter: str | None) -> JSON:
         """An adapter is named as `base:adapter`: any name without a colon, unknown ones too, is the base model to
         SGLang. What is before the colon doesn't matter to it.
         """
         # An adapter named here as well would be one that nobody routed to.
-        request = {key: value for key, value in body.items() if key != "lora_path"}
-        if adapter is not None:
-            request["model"] = f"base:{adapter}"
-        if endpoint == "completions":
-            return {**request, "return_token_ids": True, "logprobs": request.get("logprobs") or 0}
-        request["logprobs"] = True
-        if request.get("stream"):
+        own = {key: value for key, value in body.items() if key != "lora_path"}
+        request = super().prepare_request(endpoint, own, None if adapter is None else f"base:{adapter}")
+        if endpoint == "chat/completions" and request.get("stream"):
             # return_token_ids is refused for a stream of chat; these two come in one event at its end.
-            return {**request, "return_input_ids_in_sglext": True, "return_output_ids_in_sglext": True}
-        return {**request, "return_token_ids": True}
+            del request["return_token_ids"]
+            request |= {"return_input_ids_in_sglext": True, "return_output_ids_in_sglext": True}
+        return request
 
     def read_response(self, endpoint: Endpoint, body: JSON) -> JSON:
         """Chat answers call the sampled ids `response_token_ids`."""
         choices = []
         for choice in body["choices"]:
-            whole = {key: value for key, value in choice.items() if key != "response_token_ids"}
+            whole = dict(choice)
+            sampled = whole.pop("response_token_ids", None)
             if whole.get("token_ids") is None:
-                whole["token_ids"] = choice.get("response_token_ids")
-            missing = [key for key in ("token_ids", "prompt_token_ids", "logprobs") if whole.get(key) is None]
-            if missing:
-                raise EngineRefused(self.name, "answer", f"choice {choice.get('index')} has no {', '.join(missing)}")
+                whole["token_ids"] = sampled
             choices.append(whole)
-        return {**body, "choices": choices}
+        return super().read_response(endpoint, {**body, "choices": choices})
 
     def read_chunk(self, endpoint: Endpoint, chunk: JSON) -> JSON:
         """A stream of chat carries its token ids in one event at its end; they become a last chunk of each choice."""
-        extension: Any = chunk.get("sglext") or {}
-        rest = {key: value for key, value in chunk.items() if key != "sglext"}
+        chunk = dict(chunk)
+        extension: Any = chunk.pop("sglext", None) or {}
         sampled = extension.get("output_ids")
-        if sampled is None:
-            choices = [{**choice, "token_ids": choice.get("token_ids") or []} for choice in chunk.get("choices", [])]
-            return {**rest, "choices": choices}
-        prompt = extension.get("input_ids")
-        choices = [
-            {"index": i, "delta": {}, "finish_reason": None, "token_ids": ids, "prompt_token_ids": prompt}
-            for i, ids in enumerate(sampled)
-        ]
-        return {**rest, "choices": choices}
-
-    def _no_sleep(self) -> UnsupportedCapability:
-        return UnsupportedCapability(
-            self.name,
-            str(InferenceCapability.SLEEP.value),
-            "Use pause and resume, or an engine that gives device memory back: pip install art-engine-vllm.",
-        )
+        if sampled is not None:
+            prompt = extension.get("input_ids")
+            chunk["choices"] = [
+                {"index": i, "delta": {}, "finish_reason": None, "token_ids": ids, "prompt_token_ids": prompt}
+                for i, ids in enumerate(sampled)
+            ]
+        return super().read_chunk(endpoint, chunk)
 
 
 def _chosen(config: InferenceLaunch, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,13 +161,3 @@ def _chosen(config: InferenceLaunch, given: Mapping[str, Any]) -> dict[str, Any]
     if len(config.devices) > 1 and not any(name in given for name in PARALLEL):
         options["tensor_parallel_size"] = len(config.devices)
     return options
-
-
-def _reason(answer: Any, body: bytes) -> str:
-    if isinstance(answer, dict):
-        error = answer.get("error")
-        nested = error.get("message") if isinstance(error, dict) else error
-        found = answer.get("error_message") or answer.get("message") or nested
-        if found:
-            return str(found)
-    return body[:2000].decode(errors="replace")

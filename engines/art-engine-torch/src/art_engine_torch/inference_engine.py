@@ -6,13 +6,12 @@ imported here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
-from art_core import EngineCall, EngineRefused, InferenceCapability, InferenceLaunch, LaunchPlan, UnknownArgument
-from art_core.engines import JSON, Endpoint, cuda_env
+from art_core import InferenceLaunch, LaunchPlan, UnknownArgument
+from art_core.engines import cuda_env
+from art_core.openai_server import OpenAIServerEngine
 
 from .declared import INFERENCE
 from .names import API_KEY_VARIABLE, ENVIRONMENT
@@ -28,18 +27,15 @@ ENGINE_ARGS: Final[Mapping[str, type]] = {
 }
 
 
-class TorchInferenceEngine:
-    """See `art_core.engines.InferenceEngine`. Serves on one device, base traffic beside adapters."""
+class TorchInferenceEngine(OpenAIServerEngine):
+    """See `art_core.engines.InferenceEngine`. Serves on one device, base traffic beside adapters.
 
-    @property
-    def name(self) -> str:
-        """torch"""
-        return "torch"
+    The server checks an adapter's shapes, rank and values itself. Asleep, the weights are in the host's memory on a
+    GPU; on a CPU the caches are given back.
+    """
 
-    @property
-    def capabilities(self) -> frozenset[InferenceCapability]:
-        """All that an inference engine can declare."""
-        return INFERENCE
+    name = "torch"
+    capabilities = INFERENCE
 
     def launch(self, config: InferenceLaunch) -> LaunchPlan:
         """The server on a CPU, or on the one GPU of `config.devices`.
@@ -64,80 +60,6 @@ class TorchInferenceEngine:
             argv += [f"--{name.replace('_', '-')}", str(_checked(name, value))]
         env = {**ENVIRONMENT, **cuda_env(config.devices)}
         return LaunchPlan(argv=tuple(argv), env=env, secret_env={API_KEY_VARIABLE: config.api_key})
-
-    def load_adapter(self, adapter: str, folder: Path) -> EngineCall:
-        """The server checks shapes, rank and values itself, and refuses with the reason."""
-        body = {"lora_name": adapter, "lora_path": str(folder)}
-        return EngineCall(method="POST", path="/v1/load_lora_adapter", json=body, action=f"load adapter {adapter}")
-
-    def unload_adapter(self, adapter: str) -> EngineCall:
-        """Answers at once; requests under way end on the adapter."""
-        body = {"lora_name": adapter}
-        return EngineCall(method="POST", path="/v1/unload_lora_adapter", json=body, action=f"unload adapter {adapter}")
-
-    def list_adapters(self) -> EngineCall:
-        """The base model is in the answer too, and has no parent."""
-        return EngineCall(method="GET", path="/v1/models", action="list adapters", timeout_s=30.0)
-
-    def read_adapters(self, body: bytes) -> frozenset[str]:
-        """The models that have a parent."""
-        return frozenset(entry["id"] for entry in json.loads(body)["data"] if entry.get("parent"))
-
-    def pause(self) -> EngineCall:
-        """After the step under way, everything waits."""
-        return EngineCall(method="POST", path="/pause?mode=keep", action="pause", timeout_s=120.0)
-
-    def resume(self) -> EngineCall:
-        """Everything goes on where it was."""
-        return EngineCall(method="POST", path="/resume", action="resume", timeout_s=120.0)
-
-    def sleep(self) -> EngineCall:
-        """Pauses as well. On a GPU the weights move to the host's memory; on a CPU the caches are given back."""
-        return EngineCall(method="POST", path="/sleep", action="sleep", timeout_s=120.0)
-
-    def wake(self) -> EngineCall:
-        """Resumes as well."""
-        return EngineCall(method="POST", path="/wake_up", action="wake", timeout_s=120.0)
-
-    def check_answer(self, call: EngineCall, status: int, body: bytes) -> None:
-        """Raises EngineRefused with the server's own sentence."""
-        if 200 <= status < 300:
-            return
-        try:
-            reason = json.loads(body)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            reason = body[:2000].decode(errors="replace")
-        raise EngineRefused(self.name, call.action, f"HTTP {status}: {reason}")
-
-    def prepare_request(self, endpoint: Endpoint, body: JSON, adapter: str | None) -> JSON:
-        """An adapter is named as the model; without one, the model in `body` stays: the base model's served name."""
-        request = {**body, "return_token_ids": True}
-        if adapter is not None:
-            request["model"] = adapter
-        if endpoint == "chat/completions":
-            request["logprobs"] = True
-        elif request.get("logprobs") is None:
-            request["logprobs"] = 0  # of the sampled tokens alone
-        return request
-
-    def read_response(self, endpoint: Endpoint, body: JSON) -> JSON:
-        """Chat answers hold the prompt's ids beside the choices; they move into each."""
-        prompt = body.get("prompt_token_ids")
-        choices = []
-        for choice in body["choices"]:
-            whole = {"prompt_token_ids": prompt, **choice}
-            missing = [key for key in ("token_ids", "prompt_token_ids", "logprobs") if whole.get(key) is None]
-            if missing:
-                raise EngineRefused(self.name, "answer", f"choice {choice.get('index')} has no {', '.join(missing)}")
-            choices.append(whole)
-        return {**{key: value for key, value in body.items() if key != "prompt_token_ids"}, "choices": choices}
-
-    def read_chunk(self, endpoint: Endpoint, chunk: JSON) -> JSON:
-        """Every choice gets `token_ids`, empty where a chunk has none; a choice's first has the prompt's ids."""
-        prompt: Any = chunk.get("prompt_token_ids")
-        extra = {} if prompt is None else {"prompt_token_ids": prompt}
-        choices = [{"token_ids": [], **extra, **choice} for choice in chunk.get("choices", [])]
-        return {**{key: value for key, value in chunk.items() if key != "prompt_token_ids"}, "choices": choices}
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -5,12 +5,10 @@ Builds a command line and does no I/O. What a job is, `art_core.training_jobs` s
 
 from __future__ import annotations
 
-import json
 from typing import Final
 
 from art_core import LaunchPlan, TrainingCapability, TrainingLaunch, UnknownArgument
-from art_core.engines import cuda_env
-from art_core.training_jobs import WORKER_TOKEN
+from art_training.launch import worker_plan
 
 from .declared import TRAINING
 from .names import ENVIRONMENT, POLICY_FACTORY
@@ -45,15 +43,4 @@ class TorchTrainingEngine:
         for name in config.init_args:
             if name not in INIT_ARGS:
                 raise UnknownArgument(name, where="init_args of the torch training engine", known=INIT_ARGS)
-        argv = [config.python, "-m", "art_training.worker", "--policy", POLICY_FACTORY]
-        argv += ["--base-model", str(config.base_model), "--host", config.host, "--port", str(config.port)]
-        argv += ["--device", "cuda:0" if config.devices else "cpu", "--dtype", config.dtype]
-        argv += ["--max-seq-length", str(config.max_seq_length)]
-        init_args = dict(config.init_args)
-        checkpointing = init_args.pop("gradient_checkpointing", None)
-        if checkpointing is not None:
-            argv += ["--gradient-checkpointing", "on" if checkpointing else "off"]
-        if init_args:
-            argv += ["--init-args", json.dumps(init_args)]
-        env = {**ENVIRONMENT, **cuda_env(config.devices)}
-        return LaunchPlan(argv=tuple(argv), env=env, secret_env={WORKER_TOKEN: config.token})
+        return worker_plan(config, POLICY_FACTORY, ENVIRONMENT)

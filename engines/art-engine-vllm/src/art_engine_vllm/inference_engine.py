@@ -5,20 +5,13 @@ Builds and reads, and does no I/O. The server runs in vLLM's own environment (se
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from art_core import (
-    EngineCall,
-    EngineRefused,
-    InferenceCapability,
-    InferenceLaunch,
-    LaunchPlan,
-    UnsupportedCapability,
-)
-from art_core.engines import JSON, Endpoint, Flavour, cuda_env
+from art_core import InferenceCapability, InferenceLaunch, LaunchPlan
+from art_core.engines import cuda_env
+from art_core.openai_server import OpenAIServerEngine
+from art_core.server_arguments import users_arguments
 
 from .declared import BY_FLAVOUR, EVERYWHERE
 from .environment import SERVE
@@ -43,21 +36,21 @@ DECIDED: Final[Mapping[str, str]] = {
 PLAIN_SAMPLING: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-class VllmInferenceEngine:
-    """See `art_core.engines.InferenceEngine`. `flavour` None declares what holds on every machine."""
+class VllmInferenceEngine(OpenAIServerEngine):
+    """See `art_core.engines.InferenceEngine`. `flavour` None declares what holds on every machine.
 
-    def __init__(self, flavour: Flavour | None = None) -> None:
-        self._capabilities = EVERYWHERE if flavour is None else BY_FLAVOUR[flavour]
+    vLLM takes an adapter of a wrong width and one with NaN with 200 and is poisoned by them: whoever publishes checks
+    before. Asleep, the weights are in the host's memory and the KV cache is gone; requests under way are computed again
+    from their own tokens after waking.
+    """
 
-    @property
-    def name(self) -> str:
-        """vllm"""
-        return "vllm"
-
-    @property
-    def capabilities(self) -> frozenset[InferenceCapability]:
-        """Those of the flavour."""
-        return self._capabilities
+    name = "vllm"
+    capabilities = EVERYWHERE
+    by_flavour = BY_FLAVOUR
+    instead: ClassVar = {
+        InferenceCapability.SLEEP: "Only its CUDA build gives memory back; on a CPU use pause and resume, or engine"
+        " torch (pip install art-engine-torch)."
+    }
 
     def launch(self, config: InferenceLaunch) -> LaunchPlan:
         """The server on the GPUs of `config.devices`, or on the CPU when there are none.
@@ -66,14 +59,7 @@ class VllmInferenceEngine:
         what is chosen here. Raises UnknownArgument for one that doesn't exist, ValueError for one that is decided
         elsewhere or doesn't fit.
         """
-        given = {name if name.startswith("--") else name.replace("-", "_"): v for name, v in config.engine_args.items()}
-        added = given.pop("env", None) or {}
-        if not isinstance(added, Mapping):
-            raise ValueError(f"{WHERE}: env takes a dictionary of variables, not {added!r}.")
-        for name in given:
-            decided = DECIDED.get(name.lstrip("-").replace("-", "_"))
-            if decided is not None:
-                raise ValueError(f"{WHERE}: {name} can't be set. {decided}")
+        given, added = users_arguments(config.engine_args, decided=DECIDED, where=WHERE)
         options = {**_chosen(config, given), **given}
         argv = [config.python, str(SERVE), "serve", str(config.base_model)]
         argv += ["--host", config.host, "--port", str(config.port), "--served-model-name", config.served_name]
@@ -89,7 +75,7 @@ class VllmInferenceEngine:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             # Opens /pause, /resume, /sleep and /wake_up; the middleware guards them.
             "VLLM_SERVER_DEV_MODE": "1",
-            **{str(name): str(value) for name, value in added.items()},
+            **added,
             **cuda_env(config.devices),
         }
         return LaunchPlan(
@@ -99,95 +85,6 @@ class VllmInferenceEngine:
             ready_timeout_s=900.0 if config.devices else 600.0,
             stop_timeout_s=30.0,
         )
-
-    def load_adapter(self, adapter: str, folder: Path) -> EngineCall:
-        """vLLM takes a wrong width and NaN with 200 and is poisoned by them: whoever publishes checks before."""
-        body = {"lora_name": adapter, "lora_path": str(folder)}
-        return EngineCall(method="POST", path="/v1/load_lora_adapter", json=body, action=f"load adapter {adapter}")
-
-    def unload_adapter(self, adapter: str) -> EngineCall:
-        """Answers at once; requests under way end on the adapter."""
-        body = {"lora_name": adapter}
-        return EngineCall(method="POST", path="/v1/unload_lora_adapter", json=body, action=f"unload adapter {adapter}")
-
-    def list_adapters(self) -> EngineCall:
-        """The base model is in the answer too, and has no parent."""
-        return EngineCall(method="GET", path="/v1/models", action="list adapters", timeout_s=30.0)
-
-    def read_adapters(self, body: bytes) -> frozenset[str]:
-        """The models that have a parent."""
-        return frozenset(entry["id"] for entry in json.loads(body)["data"] if entry.get("parent"))
-
-    def pause(self) -> EngineCall:
-        """Requests under way freeze where they are, new ones queue."""
-        return EngineCall(method="POST", path="/pause?mode=keep", action="pause", timeout_s=120.0)
-
-    def resume(self) -> EngineCall:
-        """Everything goes on where it was."""
-        return EngineCall(method="POST", path="/resume", action="resume", timeout_s=120.0)
-
-    def sleep(self) -> EngineCall:
-        """The weights move to the host's memory, the KV cache is dropped. CUDA only.
-
-        Requests under way are put back into the queue, and computed again from their own tokens after waking.
-        """
-        self._require(InferenceCapability.SLEEP)
-        return EngineCall(method="POST", path="/sleep?level=1&mode=keep", action="sleep", timeout_s=300.0)
-
-    def wake(self) -> EngineCall:
-        """Takes the memory again and goes on."""
-        self._require(InferenceCapability.SLEEP)
-        return EngineCall(method="POST", path="/wake_up", action="wake", timeout_s=300.0)
-
-    def check_answer(self, call: EngineCall, status: int, body: bytes) -> None:
-        """Raises EngineRefused with vLLM's own sentence."""
-        if not 200 <= status < 300:
-            raise EngineRefused(self.name, call.action, f"HTTP {status}: {_reason(body)}")
-
-    def prepare_request(self, endpoint: Endpoint, body: JSON, adapter: str | None) -> JSON:
-        """An adapter is named as the model; without one, the model in `body` stays: the base model's served name."""
-        request = {**body, "return_token_ids": True}
-        if adapter is not None:
-            request["model"] = adapter
-        if endpoint == "chat/completions":
-            request["logprobs"] = True
-        elif request.get("logprobs") is None:
-            request["logprobs"] = 0  # of the sampled tokens alone
-        return request
-
-    def read_response(self, endpoint: Endpoint, body: JSON) -> JSON:
-        """Chat answers hold the prompt's ids beside the choices; they move into each."""
-        prompt = body.get("prompt_token_ids")
-        choices = []
-        for choice in body["choices"]:
-            whole = {**choice}
-            if whole.get("prompt_token_ids") is None:
-                whole["prompt_token_ids"] = prompt
-            missing = [key for key in ("token_ids", "prompt_token_ids", "logprobs") if whole.get(key) is None]
-            if missing:
-                raise EngineRefused(self.name, "answer", f"choice {choice.get('index')} has no {', '.join(missing)}")
-            choices.append(whole)
-        return {**{key: value for key, value in body.items() if key != "prompt_token_ids"}, "choices": choices}
-
-    def read_chunk(self, endpoint: Endpoint, chunk: JSON) -> JSON:
-        """Every choice gets `token_ids`, empty where a chunk has none; a choice's first has the prompt's ids."""
-        prompt: Any = chunk.get("prompt_token_ids")
-        choices = []
-        for choice in chunk.get("choices", []):
-            whole = {**choice, "token_ids": choice.get("token_ids") or []}
-            if prompt is not None:
-                whole["prompt_token_ids"] = prompt
-            choices.append(whole)
-        return {**{key: value for key, value in chunk.items() if key != "prompt_token_ids"}, "choices": choices}
-
-    def _require(self, capability: InferenceCapability) -> None:
-        if capability not in self.capabilities:
-            raise UnsupportedCapability(
-                self.name,
-                str(capability.value),
-                "Only its CUDA build gives memory back; on a CPU use pause and resume, or engine torch"
-                " (pip install art-engine-torch).",
-            )
 
 
 def _chosen(config: InferenceLaunch, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,11 +115,3 @@ def _rank(wanted: int) -> int:
     if not fitting:
         raise ValueError(f"vLLM serves adapters of rank {RANKS[-1]} at most, not {wanted}. Lower r in peft_args.")
     return fitting[0]
-
-
-def _reason(body: bytes) -> str:
-    try:
-        error = json.loads(body)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return body[:2000].decode(errors="replace")

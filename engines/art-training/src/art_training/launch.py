@@ -13,8 +13,14 @@ from art_core.training_jobs import WORKER_TOKEN
 
 
 def worker_plan(config: TrainingLaunch, policy: str, env: Mapping[str, str] | None = None) -> LaunchPlan:
-    """Run `policy`, a "module:attr" naming a PolicyFactory, in the shared worker."""
-    argv = (
+    """Run `policy`, a "module:attr" naming a PolicyFactory, in the shared worker.
+
+    Of `config.init_args`, `gradient_checkpointing` (True, False, or None for automatic) is the worker's own; the others
+    reach the factory.
+    """
+    init_args = dict(config.init_args)
+    checkpointing = init_args.pop("gradient_checkpointing", None)
+    argv = [
         config.python, "-m", "art_training.worker",
         "--policy", policy,
         "--base-model", str(config.base_model),
@@ -23,7 +29,10 @@ def worker_plan(config: TrainingLaunch, policy: str, env: Mapping[str, str] | No
         "--device", "cuda:0" if config.devices else "cpu",
         "--dtype", config.dtype,
         "--max-seq-length", str(config.max_seq_length),
-        "--init-args", json.dumps(dict(config.init_args)),
-    )  # fmt: skip
-    devices = cuda_env(config.devices) if config.devices else {}
-    return LaunchPlan(argv=argv, env={**devices, **(env or {})}, secret_env={WORKER_TOKEN: config.token})
+        "--init-args", json.dumps(init_args),
+    ]  # fmt: skip
+    if checkpointing is not None:
+        argv += ["--gradient-checkpointing", "on" if checkpointing else "off"]
+    return LaunchPlan(
+        argv=tuple(argv), env={**(env or {}), **cuda_env(config.devices)}, secret_env={WORKER_TOKEN: config.token}
+    )
