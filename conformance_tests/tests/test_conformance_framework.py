@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from art_conformance.requirements import checks_of
 pytest_plugins = ["pytester"]
 # Loaded here, because a run inside this process forgets what it imported, and numpy can't be imported twice.
 requirements()
+OPTIONS = ("-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
 
 
 def run(pytester: pytest.Pytester, body: str, *arguments: str) -> tuple[pytest.RunResult, dict[str, Any]]:
@@ -34,8 +36,7 @@ def run(pytester: pytest.Pytester, body: str, *arguments: str) -> tuple[pytest.R
         + body
     )
     report = pytester.path / "report.json"
-    options = ["-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function"]
-    result = pytester.runpytest(*options, f"--conformance-report={report}", *arguments)
+    result = pytester.runpytest(*OPTIONS, f"--conformance-report={report}", *arguments)
     content = json.loads(report.read_text()) if report.exists() else []
     return result, (content[0] if content else {})
 
@@ -133,9 +134,35 @@ def test_what_was_not_run_does_not_count(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*incomplete (1 met, 13 not run)*"])
 
 
+def test_the_report_has_a_line_for_what_is_not_met_and_with_v_for_everything(pytester: pytest.Pytester) -> None:
+    result, _ = run(pytester, "")
+    lines = section(result, "ART conformance")
+    assert lines[0] == "PluginConformance rev 1, TestMine: conformant (13 met, 1 NOT MET)"
+    assert [line.split()[0] for line in lines[1:-1]] == ["PLG-014", "AssertionError:"]
+    result, _ = run(pytester, "", "-v")
+    ids = {line.split()[0] for line in section(result, "ART conformance") if line.startswith("  PLG-")}
+    assert len(ids) == 14
+
+
+def test_the_reason_of_a_failure_is_printed_last(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")  # otherwise pytest shortens it to the width of a terminal
+    install_plugin(pytester, "sound", "art_api = '1'\n" + HOOK)
+    result, _ = run(pytester, "")
+    sections = [line.strip("= ") for line in result.outlines if line.startswith("=====")]
+    assert sections[-3:-1] == ["ART conformance", "short test summary info"]
+    lines = ["FAILED *::TestMine::test_declares_api - *art_api is '1'*"]
+    result.stdout.fnmatch_lines(["*short test summary info*", "FAILED *", *lines])
+
+
+def section(result: pytest.RunResult, title: str) -> list[str]:
+    """The lines of the output under a title."""
+    start = next(i for i, line in enumerate(result.outlines) if line.strip("= ") == title)
+    return list(itertools.takewhile(lambda line: not line.startswith("====="), result.outlines[start + 1 :]))
+
+
 def test_a_suite_without_its_fixture_says_which(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("from art_conformance import InferenceEngineConformance as C\nclass TestX(C):\n    pass\n")
-    result = pytester.runpytest("-p", "no:cacheprovider", "-m", "not slow")
+    result = pytester.runpytest(*OPTIONS, "-m", "not slow")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*give the fixture `engine`*"])
 

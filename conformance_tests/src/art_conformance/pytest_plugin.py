@@ -118,12 +118,26 @@ def _prepare(item: pytest.Item, cls: type, suite: type) -> None:
     if requirement is None:
         return
     callspec = getattr(item, "callspec", None)
-    subject = item.nodeid.rpartition("::")[0] + (f"[{callspec.id}]" if callspec else "")
+    checked_by_name = callspec.id if callspec else _named_target(item.config, cls)
+    subject = item.nodeid.rpartition("::")[0] + (f"[{checked_by_name}]" if checked_by_name else "")
     properties = {"suite": suite.__name__, "subject": subject, "id": requirement.id, "level": requirement.level.value}
     item.user_properties.append((_PROPERTY, properties))
     item.add_marker(pytest.mark.xdist_group(subject))
     if requirement.id in known:
         item.add_marker(pytest.mark.xfail(reason=known[requirement.id], strict=True))
+
+
+def _named_target(config: pytest.Config, cls: type) -> str:
+    """What a class that checks by name checks in this run; empty for a class that says itself what it checks."""
+    kind = getattr(cls, "conformance_target", None)
+    if kind is None:
+        return ""
+    from .targets import targets
+
+    name = str(getattr(targets(config), kind))
+    engines = [config.getoption(option) for option in ("inference_engine", "training_engine")]
+    chosen = " and ".join(filter(None, engines)) if kind == "backend" else ""
+    return f"{name} with {chosen}" if chosen else name
 
 
 @pytest.hookimpl(wrapper=True)
@@ -183,8 +197,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     report = config.stash.get(_REPORT, None)
     if report is None:
         return
-    terminalreporter.section("ART conformance")
-    for line in report.lines():
+    terminalreporter.write_sep("=", "ART conformance")
+    for line in report.lines(verbose=config.get_verbosity() > 0):
         terminalreporter.write_line(line)
     path = config.getoption("--conformance-report")
     if path is not None:

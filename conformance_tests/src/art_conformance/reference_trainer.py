@@ -39,7 +39,7 @@ def train_step(base: Path, start: Path, folder: Path, rows: Sequence[Row], rate:
         chosen = torch.log_softmax(logits, -1)[range(len(ids)), ids]
         loss: Any = -(advantage * chosen).sum() / count
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, 0.1))
     optimizer.step()
     model.save_pretrained(folder)

@@ -7,6 +7,7 @@ Nothing that wasn't run counts as met.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,6 +16,8 @@ from typing import Any
 
 from .catalogue import REVISION, requirements_of
 from .requirements import Level, Requirement
+
+_PARAMETER = re.compile(r"\[([^\[\]]+)\]$")
 
 
 class Outcome(Enum):
@@ -60,6 +63,12 @@ class Verdict:
             and self.count(Outcome.MET) > 0
         )
 
+    @property
+    def target(self) -> str:
+        """What was checked, as short as it can be told: what stands in brackets, else the class of the checks."""
+        parameter = _PARAMETER.search(self.subject)
+        return parameter[1] if parameter else self.subject.rpartition("::")[2]
+
     def summary(self) -> str:
         """One line."""
         counts = ", ".join(f"{self.count(o)} {o.value}" for o in Outcome if self.count(o))
@@ -69,7 +78,7 @@ class Verdict:
             word = "NOT conformant"
         else:
             word = "incomplete"
-        return f"{self.suite} revision {REVISION}, {self.subject}: {word} ({counts})"
+        return f"{self.suite} rev {REVISION}, {self.target}: {word} ({counts})"
 
     def as_json(self) -> dict[str, Any]:
         """The object in the report file."""
@@ -97,18 +106,23 @@ class ConformanceReport:
         key = (properties["suite"], properties["subject"])
         self.verdicts.setdefault(key, Verdict(*key)).note(properties["id"], outcome, detail)
 
-    def lines(self) -> list[str]:
-        """The tables."""
+    def lines(self, *, verbose: bool = False) -> list[str]:
+        """A line for each suite and subject, and one for each requirement that was looked at and is not met. With
+        `verbose` every requirement has its line.
+        """
         lines: list[str] = []
         for verdict in self.verdicts.values():
             lines.append(verdict.summary())
+            if verbose:
+                lines.append(f"  {verdict.subject}")
             for requirement, outcome in verdict.rows():
+                if outcome in (Outcome.MET, Outcome.NOT_RUN) and not verbose:
+                    continue
                 lines.append(
                     f"  {requirement.id}  {requirement.level.value:<6}  {outcome.value:<13}  {requirement.text}"
                 )
-                if outcome in (Outcome.NOT_MET, Outcome.KNOWN_FAILURE) and requirement.id in verdict.details:
+                if requirement.id in verdict.details:
                     lines.append(f"           {verdict.details[requirement.id]}")
-            lines.append("")
         return lines
 
     def write(self, path: Path) -> None:
