@@ -55,6 +55,7 @@ OPENING: list[dict[str, Any]] = [
     {"role": "system", "content": "You work in a shop. Look prices up with the tool price_of, then answer."},
     *worked_example("How much is a spoon?", "spoon", 3),
     *worked_example("What does the bowl cost?", "bowl", 9),
+    *worked_example("How much is a candle?", "candle", 5),
 ]
 
 
@@ -130,7 +131,12 @@ async def main(arguments: argparse.Namespace) -> None:
                 pbar_desc="gather",
             )
             reward = sum(trajectory.reward for group in groups for trajectory in group) / sum(map(len, groups))
-            result = await backend.train(model, groups, learning_rate=arguments.learning_rate)
+            result = await backend.train(
+                model,
+                groups,
+                learning_rate=arguments.learning_rate,
+                packed_sequence_length=arguments.packed_sequence_length,
+            )
             await model.log(groups, metrics=result.metrics, step=result.step, split="train")
             first_reward = reward if first_reward is None else first_reward
             show_step(console, result.step, reward, first_reward, time.monotonic() - start)
@@ -152,7 +158,10 @@ def parse_arguments() -> argparse.Namespace:
         "--steps", type=int, default=6, help="training steps in all; a second run goes on from the last"
     )
     parser.add_argument("--samples", type=int, default=8, help="attempts at each question in a step")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--packed-sequence-length", type=int, default=1600, help="tokens in one gradient step; shorter means more steps"
+    )
     parser.add_argument("--base-model", default="smollm2-135m-instruct", help="a name, a folder, or a hub name")
     parser.add_argument("--name", default=time.strftime("run-%Y%m%d-%H%M%S"), help="an old name goes on where it ended")
     parser.add_argument("--path", default="./runs", help="where checkpoints, trajectories and logs go")

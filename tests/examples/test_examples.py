@@ -48,9 +48,10 @@ def test_customer_replies_improve_and_a_second_run_goes_on(tmp_path: Path) -> No
 
 
 def test_a_tool_is_used_over_several_turns(tmp_path: Path) -> None:
-    printed = run_example("shop_tool.py", "--steps", "3", "--samples", "6", path=tmp_path)
+    printed = run_example("shop_tool.py", "--steps", "3", "--samples", "4", path=tmp_path)
     folder = tmp_path / "shop-tool" / "models" / "test"
     curve = rewards(folder)
     assert len(curve) == 3
-    assert curve[-1] > curve[0], f"the reward did not rise: {curve}"
+    # 32 attempts a step: the mean of a step strays by less than 0.1, and both later steps gain several times that.
+    assert sum(curve[-2:]) / 2 > curve[0] + 0.15, f"the reward did not rise: {curve}"
     assert "calls price_of(" in printed
