@@ -15,10 +15,12 @@ READY := $(VENV)/.ready
 OPENAI2_VENV := .venv-openai2
 OPENAI2_READY := $(OPENAI2_VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
+# Engines in environments of their own; their tests fail without.
+TESTED_ENGINES := vllm sglang
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all test-fast test-openai2 lint format wheels benchmarks clean
+.PHONY: help setup engines demo test test-all test-fast test-openai2 lint format wheels benchmarks clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,11 +37,14 @@ $(READY): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DIS
 demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU: watch the reward rise
 	@$(BIN)/python examples/customer_replies.py $(ARGS)
 
-test: $(READY) $(OPENAI2_READY) lint  ## The tests, on real weights and real servers
+engines: $(READY)  ## Make the environments of vLLM and SGLang that the tests run in, where they aren't there yet
+	@for engine in $(TESTED_ENGINES); do $(BIN)/art engines install $$engine --flavour cpu; done
+
+test: $(READY) $(OPENAI2_READY) lint engines  ## The tests, on real weights and real servers, vLLM and SGLang among them
 	@$(MAKE) --no-print-directory test-openai2
 	@$(PYTEST) -m "not exhaustive" $(ARGS)
 
-test-all: $(READY) $(OPENAI2_READY) lint  ## And vLLM and SGLang in environments of their own, and every mutant: over an hour
+test-all: $(READY) $(OPENAI2_READY) lint engines  ## And every broken implementation against live checks: over an hour
 	@$(MAKE) --no-print-directory test-openai2
 	@$(PYTEST) $(ARGS)
 

@@ -20,7 +20,7 @@ import pytest
 import pytest_asyncio
 
 from art_conformance import InferenceEngineConformance
-from art_conformance.live_engine_checks import IDENTITY, ONE, TWO
+from art_conformance.live_engine_suite import IDENTITY, ONE, TWO
 from art_conformance.oracle import oracle_for
 from art_conformance.requirements import checks_of
 from art_conformance.serving import LiveEngine, port_for_a_server, start_engine

@@ -19,7 +19,7 @@ import pytest_asyncio
 from art_core import Backend, Capability, installed_plugins
 
 from .agents import Agent, SuiteModel
-from .oracle import Agreement, Oracle, agreement, oracle_for
+from .oracle import Oracle, oracle_for
 from .recorder import recording
 from .serving import Sample
 from .suite import Suite
@@ -117,20 +117,12 @@ class BackendSuite(Suite):
         """A fresh model on the backend of this class, at step 0."""
         return await new_agent(backend=backend)
 
-    def judge(self, oracle: Oracle, found: Sequence[Sample], adapter: Path | None) -> Agreement:
-        """How the logprobs of samples agree with the oracle's for an adapter."""
-        said, true = [], []
-        for sample in found:
-            said += sample.logprobs
-            true += oracle.logprobs(sample.prompt_ids, sample.ids, adapter).tolist()
-        return agreement(said, true)
-
     def assert_answers_as(
         self, oracle: Oracle, found: Sequence[Sample], adapter: Path | None, others: Sequence[Path | None] = ()
     ) -> None:
         """Fail unless the logprobs of samples are the oracle's for an adapter, and those of no other."""
-        mine = self.judge(oracle, found, adapter)
+        mine = oracle.judge(found, adapter)
         assert mine.mean <= MEAN_LIMIT, f"not the weights of {adapter or 'the base model'}: {mine}"
         for other in others:
-            theirs = self.judge(oracle, found, other)
+            theirs = oracle.judge(found, other)
             assert mine.mean < theirs.mean, f"rather {other or 'the base model'} ({theirs}) than {adapter} ({mine})"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from .live_engine_checks import LiveEngineChecks
+from .sampling_checks import SamplingChecks
+from .serving_checks import ServingChecks
 
 
-class InferenceEngineConformance(LiveEngineChecks):
+# pytest runs the checks of the last base first: the one that stops the server comes at the end.
+class InferenceEngineConformance(ServingChecks, SamplingChecks):
     """Give the fixture `engine` (scope="class"): an instance of the engine.
 
     An engine with an environment of its own also gives `engine_python`; `engine_args` are passed through.

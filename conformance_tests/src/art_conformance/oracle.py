@@ -11,10 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .serving import Sample
 
 _TINY = 256
 
@@ -75,6 +78,14 @@ class Oracle:
         positions = np.arange(len(prompt) - 1, len(prompt) + len(sampled) - 1)
         picked: NDArray[np.float32] = table[positions, np.asarray(sampled, dtype=np.int64)]
         return picked
+
+    def judge(self, samples: Sequence[Sample], adapter: Path | None) -> Agreement:
+        """How the logprobs of samples agree with those of an adapter (None: the base)."""
+        said, true = [], []
+        for sample in samples:
+            said += sample.logprobs
+            true += self.logprobs(sample.prompt_ids, sample.ids, adapter).tolist()
+        return agreement(said, true)
 
     def chat_ids(self, messages: list[Any], tools: list[Any] | None = None) -> list[int]:
         """The prompt's token ids by the model's own chat template, generation prompt included."""

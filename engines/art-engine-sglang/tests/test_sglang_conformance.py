@@ -6,23 +6,21 @@ import pytest
 
 from art_conformance import InferenceEngineConformance
 from art_core import InferenceEngine
+from art_engine_sglang.inference_engine import SglangInferenceEngine
 from art_engine_sglang.plugin import art_register_inference_engines
-from art_runtime.environments import engine_for, python_for
+from art_runtime.environments import python_for
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
 class TestSglang(InferenceEngineConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls) -> InferenceEngine:
-        [spec] = art_register_inference_engines()
-        made: InferenceEngine = engine_for(spec)
-        return made
+        return SglangInferenceEngine("cpu")
 
     @pytest.fixture(scope="class")
     @classmethod
     def engine_python(cls) -> str:
         [spec] = art_register_inference_engines()
-        return python_for(spec, auto_install=True)
+        return python_for(spec, flavour="cpu")

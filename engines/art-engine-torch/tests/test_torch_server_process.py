@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-import torch
 
 from art_core import InferenceLaunch
 from art_engine_torch.base_model import resolve_base_model, verify_hashes
@@ -115,40 +113,6 @@ def test_it_knows_the_capital_of_france(served: httpx.Client) -> None:
     )
     assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
     assert answer["choices"][0]["finish_reason"] == "stop"
-
-
-def test_sampled_logprobs_equal_transformers_and_peft(
-    served: httpx.Client, smollm2: Path, adapter_maker: Callable[..., Path], reference: Any, tmp_path: Path
-) -> None:
-    adapter = adapter_maker(smollm2, tmp_path / "adapter", rank=8)
-    # The maker's B is far too strong for a real model: a tenth of it leaves text that is still text.
-    weights = adapter / "adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
-    save_file({k: t * (0.05 if "lora_B" in k else 1) for k, t in load_file(weights).items()}, weights)
-    response = served.post("/v1/load_lora_adapter", json={"lora_name": "p/m@1", "lora_path": str(adapter)})
-    assert response.status_code == 200, response.text
-    questions = ["Tell me a story.", "What is seven times eight?", "Name three rivers and a mountain, please."]
-
-    def ask(task: tuple[str, str]) -> dict[str, Any]:
-        name, question = task
-        messages = [{"role": "user", "content": question}]
-        return chat(served, model=name, messages=messages, n=2, max_tokens=40, logprobs=True)
-
-    tasks = [(name, question) for name in ("base", "p/m@1") for question in questions]
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        answers = list(pool.map(ask, tasks))
-    differences: list[float] = []
-    for (name, _), answer in zip(tasks, answers, strict=True):
-        prompt = answer["prompt_token_ids"]
-        for choice in answer["choices"]:
-            tokens = choice["token_ids"]
-            rows = reference(smollm2, None if name == "base" else adapter, prompt + tokens)[len(prompt) - 1 : -1]
-            expected = rows[torch.arange(len(tokens)), torch.tensor(tokens)].numpy()
-            found = np.array([entry["logprob"] for entry in choice["logprobs"]["content"]])
-            differences += np.abs(found - expected).tolist()
-    print(f"{len(differences)} tokens: mean {np.mean(differences):.2e}, max {np.max(differences):.2e}")
-    assert max(differences) < 1e-3
 
 
 def test_a_signal_ends_it_with_its_requests(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The options of SGLang's server, as its own parser lists them. Written by write_options.py; don't edit."""
+"""The server's options, as its own parser lists them. Written by art_core.server_options; don't edit."""
 
 # ruff: noqa: SIM905
 from __future__ import annotations

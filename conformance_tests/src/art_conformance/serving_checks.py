@@ -1,0 +1,232 @@
+"""What a running inference server must do with adapters that come and go, with bad requests, and when it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from art_core import EngineRefused, InferenceCapability
+
+from .dialect_checks import KEY
+from .live_engine_suite import ASK, ONE, TWO, LiveEngineSuite
+from .oracle import Oracle
+from .requirements import MUST, SHOULD, check
+from .serving import LiveEngine, Sample, gather_limited
+from .tiny_model import write_adapter
+
+Cap = InferenceCapability
+
+
+class ServingChecks(LiveEngineSuite):
+    """The checks of `InferenceEngineConformance` on how it is served."""
+
+    @check("INF-120", MUST, "An adapter that was never loaded is an error, never the base model's answer.", live=True)
+    async def test_unknown_adapter(self, live: LiveEngine) -> None:
+        for endpoint, asked in (("chat/completions", {"messages": ASK}), ("completions", {"prompt": [5, 6, 7]})):
+            body = live.engine.prepare_request(endpoint, {**asked, "max_tokens": 1}, "conformance/never@9")  # type: ignore[arg-type]
+            answer = await live.post(f"/v1/{endpoint}", body)
+            assert 400 <= answer.status_code < 500, f"HTTP {answer.status_code}: {answer.text[:500]}"
+
+    @check("INF-121", MUST, "After unloading, a name is an error or still those weights, never others.", live=True)
+    async def test_unloaded_adapter(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        name = "conformance/gone@1"
+        await live.load(name, adapters[TWO])
+        await live.chat(name, messages=ASK, max_tokens=1)
+        await live.unload(name)
+        body = live.engine.prepare_request("chat/completions", {"messages": ASK, "max_tokens": 16}, name)
+        answer = await live.post("/v1/chat/completions", body)
+        if answer.status_code == 200:
+            found = await live.chat(name, messages=ASK, max_tokens=16)
+            self.assert_answers_as(oracle, found, adapters[TWO], "an unloaded adapter")
+        else:
+            assert 400 <= answer.status_code < 500
+
+    @check(
+        "INF-122",
+        MUST,
+        "A missing, empty or truncated adapter is refused with a reason, the rest still served.",
+        live=True,
+    )
+    async def test_bad_adapters(
+        self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle, conformance_model: Path, tmp_path: Path
+    ) -> None:
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        truncated = write_adapter(tmp_path / "truncated", conformance_model, seed=5)
+        weights = truncated / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        for kind, folder in (("missing", tmp_path / "missing"), ("empty", empty), ("truncated", truncated)):
+            name = f"conformance/{kind}@1"
+            with pytest.raises(EngineRefused) as refusal:
+                await live.load(name, folder)
+            assert len(refusal.value.reason) > 10, f"the refusal of a {kind} adapter gives no reason"
+            assert name not in await live.adapters(), f"the {kind} adapter was refused and is listed"
+        self.assert_answers_as(
+            oracle, await live.chat(ONE, messages=ASK, max_tokens=16), adapters[ONE], "a good adapter after bad ones"
+        )
+
+    @check("INF-123", SHOULD, "A name that is loaded is not given to other weights.", live=True)
+    async def test_name_taken(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        with contextlib.suppress(EngineRefused):
+            await live.load(ONE, adapters[TWO])
+        found = await live.chat(ONE, messages=ASK, max_tokens=16, n=2)
+        try:
+            self.assert_answers_as(oracle, found, adapters[ONE], "a name loaded twice")
+        finally:
+            # Whatever the engine made of it, the next check finds the right weights under that name.
+            await live.unload(ONE)
+            await live.load(ONE, adapters[ONE])
+
+    @check(
+        "INF-124",
+        MUST,
+        "Requests in flight stay on their adapter while others are loaded and theirs is unloaded.",
+        live=True,
+    )
+    async def test_in_flight(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        old, new = "conformance/flight@1", "conformance/flight@2"
+        await live.load(old, adapters[ONE])
+        asking = [asyncio.create_task(live.chat(old, messages=ASK, max_tokens=160, n=2)) for _ in range(4)]
+        try:
+            await asyncio.sleep(0.2)  # long enough to be under way, and no assertion depends on it
+            await live.load(new, adapters[TWO])
+            unloading = asyncio.create_task(live.unload(old))
+            newer = await live.chat(new, messages=ASK, max_tokens=16, n=2)
+            answers = await gather_limited(*asking)
+            await unloading
+        finally:
+            for task in asking:
+                task.cancel()
+        self.assert_answers_as(oracle, [s for found in answers for s in found], adapters[ONE], "a request in flight")
+        self.assert_answers_as(oracle, newer, adapters[TWO], "a request after the load")
+        await live.unload(new)
+
+    @check(
+        "INF-125", MUST, "Many loads and unloads in a row under load: no request fails, none is mislabelled.", live=True
+    )
+    async def test_many_publishes(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        folders = [adapters[ONE], adapters[TWO]]
+        current, ended = ["conformance/many@0"], asyncio.Event()
+        await live.load(current[0], folders[0])
+        answers: list[tuple[int, list[Sample]]] = []
+
+        async def keep_asking() -> None:
+            while not ended.is_set():
+                name = current[0]
+                answers.append((int(name.rpartition("@")[2]), await live.chat(name, messages=ASK, max_tokens=12)))
+
+        asking = [asyncio.create_task(keep_asking()) for _ in range(4)]
+        try:
+            async with asyncio.timeout(240):
+                for step in range(1, 21):
+                    name = f"conformance/many@{step}"
+                    await live.load(name, folders[step % 2])
+                    previous, current[0] = current[0], name
+                    answered = len(answers)
+                    while len(answers) < answered + len(asking):  # everyone has moved on
+                        await asyncio.sleep(0.01)
+                        assert not any(task.done() for task in asking), "a request failed"
+                    await live.unload(previous)
+        finally:
+            ended.set()
+            outcomes = await asyncio.gather(*asking, return_exceptions=True)
+        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        assert not failed, f"a request failed: {failed[0]}"
+        for parity in (0, 1):
+            mine = [s for step, found in answers if step % 2 == parity for s in found]
+            self.assert_answers_as(oracle, mine[:80], folders[parity], f"an adapter of {len(answers)} requests")
+        await live.unload(current[0])
+
+    @check(
+        "INF-126", MUST, "A prompt longer than the context is a 4xx that says so, and the server goes on.", live=True
+    )
+    async def test_context_too_long(self, live: LiveEngine, conformance_model: Path) -> None:
+        context = json.loads((conformance_model / "config.json").read_bytes())["max_position_embeddings"]
+        body = live.engine.prepare_request("completions", {"prompt": [5] * (context + 10), "max_tokens": 4}, ONE)
+        answer = await live.post("/v1/completions", body)
+        assert 400 <= answer.status_code < 500, f"HTTP {answer.status_code}"
+        assert str(context) in answer.text, f"the error does not say how long the context is: {answer.text[:500]}"
+        assert await live.chat(ONE, messages=ASK, max_tokens=2)
+
+    @check("INF-127", MUST, "A request that makes no sense is a 4xx with a reason, and the server goes on.", live=True)
+    async def test_bad_requests(self, live: LiveEngine) -> None:
+        good = live.engine.prepare_request("chat/completions", {"messages": ASK, "max_tokens": 2}, ONE)
+        for change in ({"messages": "no list"}, {"max_tokens": -3}, {"temperature": -1.0}, {"n": 0}, {"top_p": 3.0}):
+            answer = await live.post("/v1/chat/completions", {**good, **change})
+            assert 400 <= answer.status_code < 500, f"{change} gave HTTP {answer.status_code}: {answer.text[:300]}"
+            assert len(answer.text) > 10
+        headers = {"Content-Type": "application/json"}
+        answer = await live.client.post("/v1/chat/completions", content=b"{not json", headers=headers)
+        assert 400 <= answer.status_code < 500
+        assert await live.chat(ONE, messages=ASK, max_tokens=2)
+
+    @check("INF-128", MUST, "A client that goes away in mid-answer harms no other request.", live=True)
+    async def test_client_goes_away(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        staying = asyncio.create_task(live.chat(TWO, messages=ASK, max_tokens=64))
+        going = [asyncio.create_task(live.chat(ONE, messages=ASK, max_tokens=400, n=4)) for _ in range(3)]
+        await asyncio.sleep(0.2)  # long enough to be under way, and no assertion depends on it
+        for task in going:
+            task.cancel()
+        await asyncio.gather(*going, return_exceptions=True)
+        [found] = await gather_limited(staying)
+        self.assert_answers_as(oracle, found, adapters[TWO], "another's request")
+
+    @check(
+        *("INF-130", MUST, "While paused, requests wait; after resuming, they are answered."),
+        needs=Cap.PAUSE,
+        live=True,
+    )
+    async def test_pause(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        before = asyncio.create_task(live.chat(ONE, messages=ASK, max_tokens=200, n=2))
+        await asyncio.sleep(0.1)  # long enough to be under way, and no assertion depends on it
+        await live.control(live.engine.pause())
+        try:
+            during = asyncio.create_task(live.chat(TWO, messages=ASK, max_tokens=4))
+            await asyncio.sleep(1.0)
+            assert not during.done(), "a request was answered while the engine was paused"
+        finally:
+            await live.control(live.engine.resume())
+        found_before, found_during = await gather_limited(before, during)
+        self.assert_answers_as(oracle, found_before, adapters[ONE], "a request in flight at the pause")
+        self.assert_answers_as(oracle, found_during, adapters[TWO], "a request made in the pause")
+
+    @check(
+        *("INF-131", MUST, "After sleeping and waking, every adapter answers as before."), needs=Cap.SLEEP, live=True
+    )
+    async def test_sleep(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        await live.control(live.engine.sleep())
+        await live.control(live.engine.wake())
+        assert await live.adapters() >= adapters.keys()
+        for name in (ONE, TWO):
+            found = await live.chat(name, messages=ASK, max_tokens=16, n=2)
+            self.assert_answers_as(oracle, found, adapters[name], f"{name} after waking")
+
+    @check(
+        *("INF-132", MUST, "The base model and adapters asked at once are each answered right."),
+        needs=Cap.BASE_BESIDE_ADAPTERS,
+        live=True,
+    )
+    async def test_base_beside_adapters(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        names = [None, ONE] * 6
+        answers = await gather_limited(*(live.chat(name, messages=ASK, max_tokens=24) for name in names))
+        for name in (None, ONE):
+            mine = [s for asked, found in zip(names, answers, strict=True) if asked == name for s in found]
+            self.assert_answers_as(oracle, mine, None if name is None else adapters[name], name or "the base model")
+
+    @check("INF-140", MUST, "The server's log never holds the API key.", live=True)
+    async def test_log_holds_no_key(self, live: LiveEngine) -> None:
+        log = live.process.log_file.read_text(errors="replace")
+        assert log.strip() or live.process.running
+        assert KEY not in log
+
+    @check("INF-141", MUST, "On SIGTERM the server leaves within its plan's stop_timeout_s.", live=True)
+    async def test_stops(self, live: LiveEngine) -> None:
+        plan = live.engine.launch(live.launch)
+        async with asyncio.timeout(plan.stop_timeout_s + 30):
+            ended = await live.process.stop()
+        # A server that had to be killed ends with -9 (or 137 from the shell's view of it).
+        assert ended.code not in (-9, 137), f"it had to be killed after {plan.stop_timeout_s:g} s: {ended.last_lines}"
