@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from art_core import UnknownArgument
-from art_core.server_arguments import ServerArguments
+from art_core.server_arguments import ServerArguments, users_arguments
 
 SERVER = ServerArguments(
     values=frozenset({"max_model_len", "rope_scaling"}),
@@ -56,3 +56,24 @@ def test_a_misspelt_setting_is_refused_with_the_nearest() -> None:
         UnknownArgument, match=r"engine_args has no argument 'max_modl_len'\. Did you mean 'max_model_len'"
     ):
         SERVER.command_line({"max_modl_len": 1}, where="engine_args")
+
+
+def test_a_users_arguments_are_options_and_variables() -> None:
+    given = {"max-model-len": 3, "--brand-new": 1, "env": {"THREADS": 2}}
+    assert users_arguments(given, decided={}, where="engine_args") == (
+        {"max_model_len": 3, "--brand-new": 1},
+        {"THREADS": "2"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"host": "0.0.0.0"}, "host can't be set. Servers listen here only."),
+        ({"--host": "0.0.0.0"}, "--host can't be set. Servers listen here only."),
+        ({"env": "A=1"}, "env takes a dictionary of variables"),
+    ],
+)
+def test_what_follows_from_the_launch_cannot_be_given(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^engine_args: {said}"):
+        users_arguments(given, decided={"host": "Servers listen here only."}, where="engine_args")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from art_core import EngineRefused, InferenceEngine, InferenceLaunch, UnknownArgument, UnsupportedCapability
+from art_engine_sglang.declared import OWN_SERVER
 from art_engine_sglang.environment import CPU_SHIMS, ENVIRONMENT, SERVE
 from art_engine_sglang.inference_engine import KEY_VARIABLE, SglangInferenceEngine
+from art_engine_sglang.options import ARGUMENTS
 from art_engine_sglang.plugin import art_register_inference_engines
 
 LAUNCH = InferenceLaunch(
@@ -141,20 +143,11 @@ def test_the_ids_of_a_stream_become_its_last_chunks() -> None:
     assert "sglext" not in read
 
 
-def test_refusals_carry_sglangs_sentence() -> None:
-    engine = SglangInferenceEngine()
-    call = engine.load_adapter("p/m@1", Path("/a"))
-    engine.check_answer(call, 200, b'{"success": true}')
-    engine.check_answer(engine.pause(), 200, b"")
-    for status, body in (
-        (400, {"success": False, "error_message": "rank 64"}),
-        (200, {"success": False, "error_message": "rank 64"}),
-        (400, {"object": "error", "message": "rank 64"}),
-        (401, {"error": "rank 64"}),
-        (500, {"error": {"message": "rank 64"}}),
-    ):
-        with pytest.raises(EngineRefused, match=rf"sglang refused to load adapter p/m@1: HTTP {status}: rank 64"):
-            engine.check_answer(call, status, json.dumps(body).encode())
+def test_a_server_of_the_users_own_is_started_with_options_that_exist() -> None:
+    named = {name.replace("-", "_") for name in re.findall(r" --([a-z-]+)", OWN_SERVER)}
+    assert "enable_lora" in named
+    assert named <= ARGUMENTS.names
+    assert "SGLANG_RETURN_ORIGINAL_LOGPROB" in SglangInferenceEngine().launch(LAUNCH).env
 
 
 def test_sleep_is_not_declared() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,6 @@ from typing import Any
 import pytest
 
 from art_core import (
-    EngineRefused,
     InferenceEngine,
     InferenceLaunch,
     TrainingEngine,
@@ -17,7 +18,9 @@ from art_core import (
     UnknownArgument,
 )
 from art_engine_torch import plugin
+from art_engine_torch.declared import OWN_SERVER
 from art_engine_torch.inference_engine import ENGINE_ARGS, TorchInferenceEngine
+from art_engine_torch.names import API_KEY_VARIABLE
 from art_engine_torch.server import arguments
 from art_engine_torch.training_engine import INIT_ARGS, TorchTrainingEngine
 from art_engine_torch.training_policy import _INIT_ARGS
@@ -113,40 +116,9 @@ def test_the_training_plan_passes_init_args_on() -> None:
     assert set(INIT_ARGS) - {"gradient_checkpointing"} == set(_INIT_ARGS)
 
 
-def test_a_refusal_carries_the_servers_sentence() -> None:
-    engine = TorchInferenceEngine()
-    call = engine.load_adapter("p/m@1", Path("/adapters/1"))
-    engine.check_answer(call, 200, b"Success")
-    with pytest.raises(EngineRefused, match=r"load adapter p/m@1.*NaN here"):
-        engine.check_answer(call, 400, b'{"error": {"message": "NaN here"}}')
-    with pytest.raises(EngineRefused, match="plain words"):
-        engine.check_answer(call, 502, b"plain words")
-
-
-def test_requests_ask_for_ids_and_logprobs_and_leave_the_users_alone() -> None:
-    engine = TorchInferenceEngine()
-    chat = {"model": "m", "messages": [], "logprobs": False}
-    prepared = engine.prepare_request("chat/completions", chat, "p/m@3")
-    assert prepared == {"model": "p/m@3", "messages": [], "logprobs": True, "return_token_ids": True}
-    assert chat == {"model": "m", "messages": [], "logprobs": False}
-    assert engine.prepare_request("completions", {"model": "m", "prompt": "x"}, None)["logprobs"] == 0
-    assert engine.prepare_request("completions", {"model": "m", "prompt": "x", "logprobs": 4}, None)["logprobs"] == 4
-
-
-def test_answers_are_brought_into_one_form() -> None:
-    engine = TorchInferenceEngine()
-    choice = {"index": 0, "token_ids": [5], "logprobs": {"content": []}}
-    read = engine.read_response("chat/completions", {"prompt_token_ids": [1, 2], "choices": [choice]})
-    assert read == {"choices": [{**choice, "prompt_token_ids": [1, 2]}]}
-    inside = {**choice, "prompt_token_ids": [9]}
-    assert engine.read_response("completions", {"choices": [inside]}) == {"choices": [inside]}
-    with pytest.raises(EngineRefused, match="token_ids"):
-        engine.read_response("completions", {"choices": [{"index": 0, "logprobs": {}}]})
-    chunk = engine.read_chunk("chat/completions", {"prompt_token_ids": [1], "choices": [{"index": 0, "delta": {}}]})
-    assert chunk == {"choices": [{"index": 0, "delta": {}, "token_ids": [], "prompt_token_ids": [1]}]}
-    assert engine.read_chunk("completions", {"choices": [], "usage": {}}) == {"choices": [], "usage": {}}
-
-
-def test_listed_adapters_are_the_models_with_a_parent() -> None:
-    body = b'{"data": [{"id": "base", "parent": null}, {"id": "p/m@1", "parent": "base"}]}'
-    assert TorchInferenceEngine().read_adapters(body) == {"p/m@1"}
+def test_a_server_of_the_users_own_is_started_with_a_command_line_that_it_reads() -> None:
+    [command] = re.findall(r"`(.*)`", OWN_SERVER)
+    variable, *words = shlex.split(command.replace(" PORT", " 1234"))
+    assert variable == f"{API_KEY_VARIABLE}=KEY"
+    assert words[:3] == ["python", "-m", "art_engine_torch.server"]
+    assert arguments().parse_args(words[3:]).max_adapters == 8

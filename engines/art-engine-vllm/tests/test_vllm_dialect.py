@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from art_core import (
-    EngineRefused,
     InferenceCapability,
     InferenceEngine,
     InferenceLaunch,
     UnknownArgument,
     UnsupportedCapability,
 )
+from art_engine_vllm.declared import OWN_SERVER
 from art_engine_vllm.environment import ENVIRONMENT, FOLDER
 from art_engine_vllm.inference_engine import VllmInferenceEngine
+from art_engine_vllm.options import ARGUMENTS
 from art_engine_vllm.plugin import art_register_inference_engines
 
 LAUNCH = InferenceLaunch(
@@ -114,6 +115,15 @@ def test_ranks_are_rounded_up_to_those_that_vllm_has() -> None:
         launched(max_lora_rank=1000)
 
 
+def test_a_server_of_the_users_own_is_started_with_options_that_exist() -> None:
+    named = {name.replace("-", "_") for name in re.findall(r" --([a-z-]+)", OWN_SERVER)}
+    assert "enable_lora" in named
+    assert named <= ARGUMENTS.names
+    plan = VllmInferenceEngine().launch(LAUNCH)
+    for variable in re.findall(r"VLLM_[A-Z_]+=", OWN_SERVER):
+        assert variable[:-1] in plan.env
+
+
 def test_sleep_is_declared_for_cuda_alone() -> None:
     cpu, cuda = VllmInferenceEngine("cpu"), VllmInferenceEngine("cuda")
     assert InferenceCapability.SLEEP in cuda.capabilities
@@ -124,34 +134,6 @@ def test_sleep_is_declared_for_cuda_alone() -> None:
             engine.sleep()
     assert InferenceCapability.BASE_BESIDE_ADAPTERS not in cpu.capabilities
     assert InferenceCapability.BASE_BESIDE_ADAPTERS in cuda.capabilities
-
-
-def test_refusals_carry_vllms_sentence() -> None:
-    engine = VllmInferenceEngine()
-    call = engine.load_adapter("p/m@1", Path("/a"))
-    engine.check_answer(call, 200, b"Success")
-    for body in (b'{"error": {"message": "rank 64 is too large"}}', b'{"error": "rank 64 is too large"}', b"rank 64"):
-        with pytest.raises(EngineRefused, match=r"vllm refused to load adapter p/m@1: HTTP 400: rank 64"):
-            engine.check_answer(call, 400, body)
-
-
-def test_adapters_are_the_models_with_a_parent() -> None:
-    body = json.dumps({"data": [{"id": "base", "parent": None}, {"id": "p/m@1", "parent": "base"}]}).encode()
-    assert VllmInferenceEngine().read_adapters(body) == {"p/m@1"}
-
-
-def test_answers_come_into_the_one_form() -> None:
-    engine = VllmInferenceEngine()
-    choice = {"index": 0, "message": {"content": "x"}, "logprobs": {"content": []}, "token_ids": [7]}
-    read = engine.read_response("chat/completions", {"choices": [choice], "prompt_token_ids": [1, 2]})
-    assert read["choices"][0]["prompt_token_ids"] == [1, 2]
-    assert "prompt_token_ids" not in read
-    own = {**choice, "prompt_token_ids": [3]}
-    assert engine.read_response("completions", {"choices": [own]})["choices"][0]["prompt_token_ids"] == [3]
-    with pytest.raises(EngineRefused, match="choice 0 has no token_ids"):
-        engine.read_response("chat/completions", {"choices": [{**choice, "token_ids": None}], "prompt_token_ids": [1]})
-    first = engine.read_chunk("chat/completions", {"choices": [{"index": 0, "delta": {}}], "prompt_token_ids": [1]})
-    assert first == {"choices": [{"index": 0, "delta": {}, "token_ids": [], "prompt_token_ids": [1]}]}
 
 
 async def answer_of(path: str, authorization: str | None, monkeypatch: pytest.MonkeyPatch) -> int:

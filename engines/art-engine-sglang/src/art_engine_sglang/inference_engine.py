@@ -79,6 +79,9 @@ class SglangInferenceEngine(OpenAIServerEngine):
         env = {
             # The environment is whole in itself: what the client's process imports from elsewhere must not reach it.
             "PYTHONPATH": "" if config.devices else str(CPU_SHIMS),
+            # Its thousands of modules are compiled once, not by each of its processes at every start, even where the
+            # client's process keeps no bytecode.
+            "PYTHONDONTWRITEBYTECODE": "",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             # Otherwise the logprobs of sampled tokens are those after the temperature.

@@ -68,6 +68,9 @@ class VllmInferenceEngine(OpenAIServerEngine):
         env = {
             # The environment is whole in itself: what the client's process imports from elsewhere must not reach it.
             "PYTHONPATH": "",
+            # Its thousands of modules are compiled once, not by each of its processes at every start, even where the
+            # client's process keeps no bytecode.
+            "PYTHONDONTWRITEBYTECODE": "",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             # Its processes talk to each other by sockets, which would listen on the machine's outer address.
