@@ -1,0 +1,1 @@
+"""What the benchmarks that start real engines share. Holds no measurement itself."""

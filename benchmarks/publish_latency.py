@@ -1,0 +1,257 @@
+"""How long a trained step takes to be served: from the optimizer's end to the first token of the new version.
+
+    python benchmarks/publish_latency.py --engine torch
+    python benchmarks/publish_latency.py --engine vllm --publishes 10 --in-flight 16
+
+Real training steps, small ones, through LocalBackend, while `--in-flight` chat completions are under way through the
+gateway all the time. The clock starts at the optimizer's last step, as the training worker's log has it
+(`verbose=True`), and ends when a request for one token is answered that is sent, beside the others, as soon as the step
+is announced as published. The stages between:
+
+    save         the canary is computed, the checkpoint is written and synced to disk, and the client is told
+    hooks        plugins are asked whether to publish, the host is told to, and plugins are told of it
+    checked      the file's hashes, shapes and values
+    loaded       the engine's own load of the adapter
+    verified     the engine answers the canary as this checkpoint
+    routed       new requests go to it
+    first token  a request for one token, through the gateway
+
+"beyond load" is everything but the engine's own load; its targets are p50 < 100 ms and p99 < 250 ms. Every answer of
+the traffic is checked: its model, x-art-step and policy_version against what was asked. Exits with 1 when one failed or
+was mislabelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from measuring.live_engines import DEFAULT_MODEL, base_model_folder
+from measuring.machine import machine, versions
+from measuring.rollout_traffic import SeenSteps, Traffic
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import art
+from art.local import LocalBackend
+from art_conformance.tiny_model import write_base_model
+from art_core import CheckpointRef, PublicationReceipt, hookimpl, installed_plugins
+
+STAGES = ("save", "hooks", "checked", "loaded", "verified", "routed", "first token")
+ENGINE_OWN = "loaded"
+TARGETS_MS = {"p50": 100.0, "p99": 250.0}
+WARM_UP = 1
+GRADIENT_STEP = re.compile(r"^(\S+ \S+) .* step (\d+), gradient step (\d+) of \3:")
+
+
+@dataclass
+class Watch:
+    """A plugin that notes when a step is saved and published, and asks for its first token.
+
+    Times are Unix seconds, by step.
+    """
+
+    steps: SeenSteps
+    traffic: Traffic | None = None
+    art_api: int = 1
+    saved: dict[int, float] = field(default_factory=dict)
+    published: dict[int, float] = field(default_factory=dict)
+    answered: dict[int, float] = field(default_factory=dict)
+    receipts: dict[int, PublicationReceipt] = field(default_factory=dict)
+
+    @hookimpl
+    def art_checkpoint_saved(self, checkpoint: CheckpointRef) -> None:
+        """Whole on disk."""
+        self.saved[checkpoint.step] = time.time()
+        self.steps.saved = checkpoint.step
+
+    @hookimpl
+    async def art_checkpoint_published(self, checkpoint: CheckpointRef, receipt: PublicationReceipt) -> None:
+        """Served; ask at once. Raises RuntimeError when another step answers."""
+        self.published[checkpoint.step] = time.time()
+        self.steps.published = checkpoint.step
+        self.receipts[checkpoint.step] = receipt
+        if self.traffic is not None:
+            self.answered[checkpoint.step], version = await self.traffic.first_token()
+            if version != checkpoint.step:
+                raise RuntimeError(f"step {checkpoint.step} is published, and step {version} answers")
+
+
+def optimizer_ends(logs: Path) -> dict[int, float]:
+    """When the last optimizer step of each training step was done, Unix seconds, from the workers' logs."""
+    ends = {}
+    for log in sorted(logs.glob("training-*.log")):
+        for line in log.read_text(errors="replace").splitlines():
+            found = GRADIENT_STEP.match(line)
+            if found:
+                ends[int(found[2])] = datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    return ends
+
+
+def stages_of(watch: Watch, ends: Mapping[int, float], steps: Sequence[int]) -> list[dict[str, float]]:
+    """The seconds of each stage of each step. Raises RuntimeError for a step that something is missing of."""
+    rows = []
+    for step in steps:
+        if step not in ends or step not in watch.answered:
+            missing = "end of its optimizer in the worker's log" if step not in ends else "first token"
+            raise RuntimeError(f"step {step} has no {missing}")
+        spent = watch.receipts[step].seconds
+        known = {stage: spent[stage] for stage in ("checked", "loaded", "verified", "routed")}
+        begun, told = watch.saved[step], watch.published[step]
+        rows.append(
+            {
+                "save": begun - ends[step],
+                # What the host's stages leave of the time between the two moments that the client sees.
+                "hooks": told - begun - sum(known.values()),
+                **known,
+                "first token": watch.answered[step] - told,
+            }
+        )
+    return rows
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of the values don't exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """p50 and p99 in milliseconds of every stage, of everything, and of everything but the engine's own load."""
+    columns = {stage: [row[stage] for row in rows] for stage in STAGES}
+    columns["total"] = [sum(row.values()) for row in rows]
+    columns["beyond load"] = [sum(row.values()) - row[ENGINE_OWN] for row in rows]
+    return {
+        name: {"p50": 1000 * quantile(values, 0.5), "p99": 1000 * quantile(values, 0.99)}
+        for name, values in columns.items()
+    }
+
+
+async def groups_for(model: art.TrainableModel, tokens: int) -> list[art.TrajectoryGroup]:
+    """One small group, sampled from the model, rewarded so that there is something to learn from."""
+    messages: art.Messages = [{"role": "user", "content": "Tell me something about a small shop."}]
+    completion = await model.openai_client().chat.completions.create(
+        messages=messages, model=model.get_inference_name(), max_tokens=tokens, n=4
+    )
+    return [
+        art.TrajectoryGroup(
+            art.Trajectory(messages_and_choices=[*messages, choice], reward=float(index % 2))
+            for index, choice in enumerate(completion.choices)
+        )
+    ]
+
+
+async def measure(arguments: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
+    """Train and publish, with traffic, and give what was found."""
+    base = write_base_model(folder / "tiny") if arguments.tiny else await base_model_folder(arguments.base_model)
+    steps = SeenSteps()
+    watch = Watch(steps)
+    installed_plugins().register(watch, name="publish-latency")
+    settings: art.dev.InternalModelConfig = {"engine_args": {"dtype": arguments.dtype}} if arguments.dtype else {}
+    backend = LocalBackend(
+        in_process=True,
+        path=folder / "runs",
+        inference_engine=arguments.engine,
+        auto_install=arguments.auto_install,
+        show_progress=False,
+    )
+    async with backend:
+        model = art.TrainableModel(
+            name="agent",
+            project="publish-latency",
+            base_model=str(base),
+            base_path=str(folder / "runs"),
+            _internal_config=settings,
+        )
+        with console.status(f"starting {arguments.engine} and the training worker"):
+            registration = await backend.register(model)
+            await model.register(backend)
+        groups = await groups_for(model, arguments.tokens)
+        async with Traffic(model.name, registration, steps, arguments.tokens) as traffic:
+            watch.traffic = traffic
+            traffic.keep_in_flight(arguments.in_flight)
+            made = []
+            began = time.monotonic()
+            for _ in track(range(WARM_UP + arguments.publishes), "publishing", console=console):
+                result = await backend.train(model, groups, learning_rate=arguments.learning_rate, verbose=True)
+                made.append(result.step)
+            seconds = time.monotonic() - began
+        rows = stages_of(watch, optimizer_ends(backend.path / "logs"), made[WARM_UP:])
+    return {
+        "engine": arguments.engine,
+        "base_model": base.name,
+        "publishes": len(rows),
+        "in_flight": arguments.in_flight,
+        "milliseconds": summary(rows),
+        "each": rows,
+        "requests": traffic.answered,
+        "tokens_per_s": traffic.tokens / seconds,
+        "failed": traffic.failed,
+        "mislabelled": traffic.mislabelled,
+    }
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Print the table and the verdict."""
+    table = Table(
+        "stage", "p50", "p99", title_justify="left",
+        title=f"{result['engine']}, {result['base_model']}: {result['publishes']} publishes, {result['in_flight']}"
+        " requests in flight",
+    )  # fmt: skip
+    for name, found in result["milliseconds"].items():
+        label = f"{name} (the engine's own)" if name == ENGINE_OWN else name
+        table.add_row(label, f"{found['p50']:.0f} ms", f"{found['p99']:.0f} ms", end_section=name == STAGES[-1])
+    console.print(table)
+    beyond = result["milliseconds"]["beyond load"]
+    for quantile_name, limit in TARGETS_MS.items():
+        word = "met" if beyond[quantile_name] < limit else "NOT met"
+        console.print(f"beyond load, {quantile_name} < {limit:.0f} ms: {word}", highlight=False)
+    console.print(
+        f"{result['requests']} requests answered ({result['tokens_per_s']:.0f} tokens/s),"
+        f" {len(result['failed'])} failed, {len(result['mislabelled'])} mislabelled",
+        highlight=False,
+    )
+    for problem in [*result["failed"], *result["mislabelled"]][:10]:
+        console.print(f"  {problem}", highlight=False, markup=False)
+
+
+def main() -> None:
+    """Measure and print; exit with 1 when a request failed or was mislabelled."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", default="torch", help="an installed inference engine (default torch)")
+    parser.add_argument("--publishes", type=int, default=30, help="steps that are measured (default 30)")
+    parser.add_argument("--in-flight", type=int, default=8, help="chat completions under way all the time (default 8)")
+    parser.add_argument("--tokens", type=int, default=32, help="max_tokens of each (default 32)")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--base-model", default=DEFAULT_MODEL, help="a name, a folder, or a hub name")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model instead: the path without the weights")
+    parser.add_argument("--dtype", help="the inference engine's; default: its own choice")
+    parser.add_argument("--auto-install", action="store_true", help="make the engine's environment if it isn't there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every single publish")
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    described = {"machine": machine(), "versions": versions([arguments.engine], ("art-backend-local", "art-training"))}
+    with TemporaryDirectory() as folder:
+        result = asyncio.run(measure(arguments, Path(folder), console))
+    if arguments.json:
+        print(json.dumps({**described, **result}, indent=1))
+    else:
+        out = Console(width=110)
+        out.print(f"{described['machine']}\n{described['versions']}", highlight=False)
+        show(result, out)
+    sys.exit(1 if result["failed"] or result["mislabelled"] else 0)
+
+
+if __name__ == "__main__":
+    main()
