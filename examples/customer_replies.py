@@ -99,6 +99,7 @@ async def main(arguments: argparse.Namespace) -> None:
         path=arguments.path,
         inference_engine=arguments.inference_engine,
         training_engine=arguments.training_engine,
+        auto_install=arguments.auto_install,
     )
     async with backend:
         model = art.TrainableModel(
@@ -151,8 +152,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base-model", default="smollm2-135m-instruct", help="a name, a folder, or a hub name")
     parser.add_argument("--name", default=time.strftime("run-%Y%m%d-%H%M%S"), help="an old name goes on where it ended")
     parser.add_argument("--path", default="./runs", help="where checkpoints, trajectories and logs go")
-    parser.add_argument("--inference-engine", default="torch")
+    parser.add_argument("--inference-engine", default="torch", help="torch, vllm, sglang, or another that is installed")
     parser.add_argument("--training-engine", default="torch")
+    parser.add_argument(
+        "--auto-install",
+        action="store_true",
+        help="make an engine's own environment when it has none yet, as `art engines install` does (gigabytes, once)",
+    )
     return parser.parse_args()
 
 
