@@ -33,7 +33,7 @@ class Agreement:
     tokens: int
 
     def __str__(self) -> str:
-        return f"mean |Δ| {self.mean:.4f}, {self.outside:.1%} of {self.tokens} tokens outside [0.9, 1.1]"
+        return f"mean |Δ| {self.mean:.1e}, {self.outside:.1%} of {self.tokens} tokens outside [0.9, 1.1]"
 
 
 class Oracle:
