@@ -100,6 +100,12 @@ class EngineRefused(ArtError):
         super().__init__(f"{engine} refused to {action}: {reason}")
 
 
+class ServerUnusable(ArtError, ConnectionError):
+    """An inference server that the user runs is not there, refuses the key, or cannot load adapters. The message says
+    what it must be started with.
+    """
+
+
 class ProcessFailed(ArtError):
     """A process that this machine runs for us did not start, died or stopped answering; the message ends with its
     log.

@@ -190,6 +190,7 @@ class TableRoutes:
     down: RouteUnavailable | None = None
     wait: asyncio.Event | None = None
     released: list[int] = field(default_factory=list)
+    unreachable: int = 0
 
     def publish(self, project: str, name: str, step: int) -> ServedSteps:
         key = ModelKey(project, name)
@@ -214,6 +215,9 @@ class TableRoutes:
             self.released.append(pinned)
             served.release(pinned)
 
+        def unreachable() -> None:
+            self.unreachable += 1
+
         return Route(
             upstream_url=self.upstream_url,
             upstream_key=ENGINE_KEY,
@@ -222,6 +226,7 @@ class TableRoutes:
             name=inference_name(name, pinned),
             step=pinned,
             release=release,
+            unreachable=unreachable,
         )
 
     def projects_of(self, name: str) -> Collection[str]:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
@@ -104,22 +105,59 @@ async def test_an_engine_killed_in_the_middle_of_a_stream_leaves_an_error_not_an
     await stage.settled()
 
 
-async def test_an_engine_killed_before_it_answers_is_a_502_and_then_a_503(stage: Any) -> None:
+@asynccontextmanager
+async def _asked_and_killed(stage: Any) -> AsyncIterator[asyncio.Task[Any]]:
+    """Gives a request whose server is killed once it has it; it is dead when the block ends."""
     server = subprocess.Popen([sys.executable, "-c", _DYING_SERVER], stdout=subprocess.PIPE)
     assert server.stdout is not None
     try:
         stage.routes.upstream_url = f"http://127.0.0.1:{int(await asyncio.to_thread(server.stdout.readline))}"
         asking = asyncio.create_task(stage.chat())
         assert await asyncio.to_thread(server.stdout.readline) == b"asked\n"
+        yield asking
     finally:
         server.kill()
         await asyncio.to_thread(server.wait, 10)
         server.stdout.close()
-    status, body, _ = await asking
-    assert (status, body["error"]["code"]) == (502, "engine_died")
-    status, body, headers = await stage.chat()
+
+
+async def test_an_engine_killed_before_it_answers_and_not_back_is_a_503(stage: Any) -> None:
+    async with _asked_and_killed(stage) as asking:
+        pass
+    status, body, headers = await asking
     assert (status, body["error"]["code"]) == (503, "engine_unavailable")
     assert int(headers["retry-after"]) >= 1
+    assert stage.routes.unreachable >= 2
+    await stage.settled()
+
+
+async def test_a_request_whose_engine_is_killed_is_answered_by_the_next_one_from_the_same_step(stage: Any) -> None:
+    another = stage.routes.upstream_url
+    async with _asked_and_killed(stage) as asking:
+        stage.routes.publish("p", "agent", 4)
+        stage.routes.upstream_url = another
+    status, body, _ = await asking
+    assert (status, body["model"]) == (200, "agent@3")
+    assert stage.routes.unreachable == 1
+    await stage.settled()
+
+
+async def test_a_request_that_ends_every_engine_is_asked_twice_and_no_more(stage: Any) -> None:
+    asked = []
+
+    def break_off(body: dict[str, Any]) -> StreamingResponse:
+        asked.append(body)
+
+        async def cut() -> AsyncIterator[bytes]:
+            yield b'{"choices": ['
+            raise ConnectionResetError
+
+        return StreamingResponse(cut(), media_type="application/json")
+
+    stage.upstream.behave = break_off
+    status, body, _ = await stage.chat()
+    assert (status, body["error"]["code"]) == (502, "engine_died")
+    assert len(asked) == 2
     await stage.settled()
 
 

@@ -48,6 +48,7 @@ from .groups_file import groups_file
 from .kl_reference import find_reference
 from .publishing import CheckpointPublisher
 from .registration import EnginePythons, registration_request
+from .server_choice import choose_servers
 from .settings import ModelSettings, read_settings
 from .train_hooks import TrainHooks
 from .waiting import TrainingBar, Waiting
@@ -80,6 +81,11 @@ class LocalBackend:
     uses the one of `art engines install`, which `auto_install` runs if need be. An engine holds at most `max_adapters`
     steps at once.
 
+    `inference_replicas` servers share the requests, each on its share of the GPUs; a step is published once all hold
+    it, and one that dies is taken out and brought back. `inference_url`, one or several, uses servers that you run,
+    with `inference_api_key`; they must see the same files as this process, and `art plugins show NAME` says how to
+    start one.
+
     `save_checkpoint` of `train`: with True the step's PEFT folder stays on disk; with False it goes once a later step
     is served. Either way the step is published.
     """
@@ -96,6 +102,9 @@ class LocalBackend:
         idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S,
         max_adapters: int = DEFAULT_MAX_ADAPTERS,
         inference_python: str | None = None,
+        inference_replicas: int = 1,
+        inference_url: str | Sequence[str] | None = None,
+        inference_api_key: str | None = None,
         training_python: str | None = None,
         auto_install: bool = False,
         show_progress: bool = True,
@@ -113,6 +122,13 @@ class LocalBackend:
         self._path = Path(path).expanduser().resolve() if path is not None else default_path()
         self._max_adapters = max_adapters
         self._show = show_progress
+        self._servers = choose_servers(
+            inference_engine=inference_engine,
+            inference_python=inference_python,
+            inference_replicas=inference_replicas,
+            inference_url=inference_url,
+            inference_api_key=inference_api_key,
+        )
         self._pythons = EnginePythons(inference=inference_python, training=training_python, auto_install=auto_install)
         self._client = ControlClient(self._path, in_process=in_process, idle_timeout_s=idle_timeout_s)
         self._registered: dict[ModelKey, int] = {}
@@ -149,7 +165,13 @@ class LocalBackend:
         key = ModelKey(model.project, model.name)
         choice = self._engines()
         request = await registration_request(
-            self._registry, model, choice, self._pythons, max_adapters=self._max_adapters, session=self._client.session
+            self._registry,
+            model,
+            choice,
+            self._pythons,
+            self._servers,
+            max_adapters=self._max_adapters,
+            session=self._client.session,
         )
         with Waiting(f"Registering {key}", enabled=self._show) as waiting:
             answer = await self._client.follow("register", request, waiting.show)
@@ -437,5 +459,5 @@ class LocalBackend:
         except PluginError:
             return _ALWAYS
         declared = engine_for(self._registry.inference_engine(engine)).capabilities
-        concurrent = works_at_once(settings, declared, has_gpu=self._has_gpu)
+        concurrent = works_at_once(settings, declared, has_gpu=self._has_gpu, attached=bool(self._servers.urls))
         return _ALWAYS | {BackendCapability.CONCURRENT_INFERENCE} if concurrent else _ALWAYS

@@ -127,7 +127,13 @@ def _print_status(console: Console, status: JSON) -> None:
     for engine in status["engines"]:
         state = "up" if engine["up"] else "down"
         restarts = f", {engine['restarts']} restarts" if engine["restarts"] else ""
-        processes.add_row("inference", engine["engine"], _pid(engine), state + restarts, _memory(engine))
+        processes.add_row(
+            "inference",
+            engine["server"].removeprefix("inference engine "),
+            _pid(engine),
+            state + restarts,
+            _memory(engine),
+        )
     for worker in status["workers"]:
         processes.add_row("training", worker["engine"], _pid(worker), worker["state"], _memory(worker))
     console.print(processes)

@@ -11,22 +11,23 @@ from contextlib import asynccontextmanager
 
 from art_core import ArtError, EngineCall, InferenceCapability, ProcessFailed
 
-from .engine_server import EngineServer
+from .replicas import Replicas
 from .settings import ModelSettings
 
 DRAIN_LIMIT_S = 1200.0
 
 
-def works_at_once(settings: ModelSettings, declared: Collection[object], *, has_gpu: bool) -> bool:
-    """True when inference goes on while a step trains: on devices of their own, or on a CPU with an engine that
-    declares CONCURRENT_TRAINING. Two processes on one GPU take turns whatever they declare, since its memory is one.
+def works_at_once(settings: ModelSettings, declared: Collection[object], *, has_gpu: bool, attached: bool) -> bool:
+    """True when inference goes on while a step trains: on devices of their own, on a server of the user's (`attached`,
+    whose device is not ours to give), or on a CPU with an engine that declares CONCURRENT_TRAINING. Two processes on
+    one GPU take turns whatever they declare, since its memory is one.
     """
-    return settings.dedicated or (not has_gpu and InferenceCapability.CONCURRENT_TRAINING in declared)
+    return settings.dedicated or attached or (not has_gpu and InferenceCapability.CONCURRENT_TRAINING in declared)
 
 
 @asynccontextmanager
 async def inference_aside(
-    server: EngineServer, *, in_flight: Callable[[], int], report: Callable[[str], None]
+    server: Replicas, *, in_flight: Callable[[], int], report: Callable[[str], None]
 ) -> AsyncIterator[None]:
     """Hold inference while the block runs. New requests wait at the gate; those under way are paused, or waited for
     when the engine declares no PAUSE. An engine that declares SLEEP gives its memory back meanwhile.
@@ -60,7 +61,7 @@ async def _drained(in_flight: Callable[[], int]) -> None:
         ) from None
 
 
-async def _undo(server: EngineServer, calls: list[EngineCall], report: Callable[[str], None]) -> None:
+async def _undo(server: Replicas, calls: list[EngineCall], report: Callable[[str], None]) -> None:
     try:
         for call in reversed(calls):
             await server.call(call)

@@ -81,20 +81,26 @@ class HostRoutes:
     def _pin(self, model: HostedModel, step: int) -> Route:
         pinned = model.steps.acquire(step)
         checkpoint = model.ref(pinned)
+        member = model.server.pick()
+        connection = member.connection
+        assert connection is not None, "a picked server is up"
+        member.in_flight += 1
 
         def release() -> None:
             self._used()
+            member.in_flight -= 1
             model.steps.release(pinned)
             model.ended.set()
 
         return Route(
-            upstream_url=model.server.base_url,
-            upstream_key=model.server.api_key,
+            upstream_url=connection.where,
+            upstream_key=connection.api_key,
             engine=model.dialect,
             adapter=checkpoint.adapter_name,
             name=checkpoint.inference_name,
             step=pinned,
             release=release,
+            unreachable=lambda: model.server.suspect(member),
         )
 
 

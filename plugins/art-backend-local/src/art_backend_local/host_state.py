@@ -21,16 +21,20 @@ from art_core import (
     ModelKey,
     PluginRegistry,
     PublicationFailed,
+    ServerUnusable,
     TrainingEngine,
 )
 from art_core.checkpoint import remove_unfinished, write_atomically, write_json_atomically
 from art_runtime import StartProgress, accelerators
 from art_runtime.environments import engine_for
 
+from .attached_server import AttachedServer
 from .base_weights import linear_shapes
+from .devices import devices_of, devices_of_replicas
 from .engine_choice import no_training_engine
-from .engine_server import EngineServer, EngineServerConfig
 from .hosted_model import HostedModel
+from .inference_server import InferenceServer, ServerConfig, StartedServer
+from .replicas import Replicas
 from .sessions import Sessions
 from .starting_point import save_starting_point
 from .training_server import TrainingServer, TrainingServerConfig
@@ -51,7 +55,7 @@ class HostState:
         self.sessions = sessions
         self.models: dict[ModelKey, HostedModel] = {}
         self.requests: dict[ModelKey, RegisterRequest] = {}
-        self.servers: dict[str, EngineServer] = {}
+        self.servers: dict[str, Replicas] = {}
         self.workers: dict[str, TrainingServer] = {}
         self.has_gpu = bool(accelerators())
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -101,16 +105,16 @@ class HostState:
                 python=request.training_python,
                 log_file=self._log_file(f"training-{engine.name}-{request.base_folder.name}"),
                 dtype=settings.training_dtype,
-                devices=self._devices(settings.trainer_gpu_ids),
+                devices=devices_of(settings.trainer_gpu_ids, accelerators()),
                 max_seq_length=settings.adapter.max_seq_length,
                 init_args=settings.init_args,
             )
             worker = self.workers[key] = TrainingServer(engine, config)
         return worker
 
-    def in_flight(self, server: EngineServer) -> int:
+    def in_flight(self, server: Replicas) -> int:
         """How many requests an engine is answering."""
-        return sum(m.steps.in_flight(s) for m in self._models_of(server) for s in m.steps.loaded)
+        return sum(m.steps.in_flight(s) for m in self.models_of(server) for s in m.steps.loaded)
 
     async def close(self) -> None:
         """Stop every engine and worker."""
@@ -135,9 +139,18 @@ class HostState:
         model = HostedModel(
             key, folder, base_shapes=shapes, settings=request.settings, server=server, report=self.report
         )
+        stale = await server.unload_strangers(model.adapter_prefix)
+        if stale:
+            self.report(f"{server.engine.name}: unloaded {', '.join(stale)}, which an earlier host had left there.")
         self.models[key] = model
         try:
             await self._publish_last_good(model)
+        except PublicationFailed as error:
+            del self.models[key]
+            if server.attached and error.stage in ("load", "verify"):
+                how_to_start = self.registry.inference_engine(request.inference_engine).own_server
+                raise ServerUnusable(f"{error} {how_to_start}") from error
+            raise
         except BaseException:
             del self.models[key]
             raise
@@ -162,7 +175,7 @@ class HostState:
                 aside = await model.set_refused_aside(last.step)
                 self.report(f"{error} It is kept as {aside.name}, and the step before it is used.")
 
-    async def _server_for(self, request: RegisterRequest, emit: Emit) -> EngineServer:
+    async def _server_for(self, request: RegisterRequest, emit: Emit) -> Replicas:
         settings = request.settings
         key = _key(
             "infer",
@@ -171,6 +184,8 @@ class HostState:
             request.base_folder,
             settings.inference_key(),
             request.max_adapters,
+            request.replicas,
+            request.inference_urls,
         )
         async with self._locks[key]:
             server = self.servers.get(key)
@@ -178,50 +193,57 @@ class HostState:
                 await server.ready(300.0)
                 return server
             engine: InferenceEngine = engine_for(self.registry.inference_engine(request.inference_engine))
-            config = EngineServerConfig(
+            new = Replicas(
+                engine,
+                self._attached(request, engine) if request.inference_urls else await self._own_servers(request, engine),
                 base_model=request.base_folder,
-                served_name="base",
-                python=request.inference_python,
-                log_file=self._log_file(f"inference-{engine.name}-{request.base_folder.name}"),
                 max_adapters=request.max_adapters,
                 max_lora_rank=settings.max_lora_rank,
-                max_model_len=settings.max_model_len,
-                dtype=settings.inference_dtype,
-                devices=self._devices(settings.inference_gpu_ids),
-                chat_template=await asyncio.to_thread(self._template_file, settings.adapter.chat_template),
-                engine_args=settings.engine_args,
+                attached=bool(request.inference_urls),
+                report=self.report,
             )
-
-            new = EngineServer(engine, config, report=self.report)
-            new.serves(
-                lost=lambda: self._lost(new),
-                restore=lambda: self._restore(new),
-                give_up_one=lambda: self._give_up_one(new),
-            )
+            new.serves(_ModelsOn(self, new))
             await new.start(lambda progress: emit(status_event(progress)))
             self.servers[key] = new
             return new
 
-    def _lost(self, server: EngineServer) -> None:
-        for model in self._models_of(server):
-            model.lost()
+    def _attached(self, request: RegisterRequest, engine: InferenceEngine) -> list[InferenceServer]:
+        how_to_start = self.registry.inference_engine(request.inference_engine).own_server
+        key = request.inference_api_key
+        return [
+            AttachedServer(engine, url, key, base_model=request.base_model, how_to_start=how_to_start)
+            for url in request.inference_urls
+        ]
 
-    async def _restore(self, server: EngineServer) -> None:
-        for model in self._models_of(server):
-            await model.restore()
+    async def _own_servers(self, request: RegisterRequest, engine: InferenceEngine) -> list[InferenceServer]:
+        settings = request.settings
+        template = await asyncio.to_thread(self._template_file, settings.adapter.chat_template)
+        devices = devices_of_replicas(settings.inference_gpu_ids, request.replicas, accelerators())
+        servers: list[InferenceServer] = []
+        for number in range(1, request.replicas + 1):
+            suffix = f"-{number}" if request.replicas > 1 else ""
+            config = ServerConfig(
+                base_model=request.base_folder,
+                served_name="base",
+                python=request.inference_python,
+                log_file=self._log_file(f"inference-{engine.name}-{request.base_folder.name}{suffix}"),
+                max_adapters=request.max_adapters,
+                max_lora_rank=settings.max_lora_rank,
+                max_model_len=settings.max_model_len,
+                dtype=settings.inference_dtype,
+                devices=devices[number - 1],
+                chat_template=template,
+                engine_args=settings.engine_args,
+            )
+            title = f"inference engine {engine.name}" + (f" ({number} of {request.replicas})" if suffix else "")
+            servers.append(StartedServer(engine, config, title=title, report=self.report))
+        return servers
 
-    async def _give_up_one(self, server: EngineServer) -> bool:
-        for model in self._models_of(server):
-            for step in model.steps.idle():
-                await model.give_up(step)
-                return True
-        return False
-
-    def _models_of(self, server: EngineServer) -> list[HostedModel]:
+    def models_of(self, server: Replicas) -> list[HostedModel]:
         return [model for model in self.models.values() if model.server is server]
 
-    async def _drop_server(self, server: EngineServer) -> None:
-        for key in [model.key for model in self._models_of(server)]:
+    async def _drop_server(self, server: Replicas) -> None:
+        for key in [model.key for model in self.models_of(server)]:
             del self.models[key]
         self.servers = {key: s for key, s in self.servers.items() if s is not server}
         await server.close()
@@ -263,6 +285,8 @@ class HostState:
                 ("interpreter for inference", old.inference_python, new.inference_python),
                 ("inference settings", old.settings.inference_key(), new.settings.inference_key()),
                 ("max_adapters", old.max_adapters, new.max_adapters),
+                ("number of replicas", old.replicas, new.replicas),
+                ("inference_url", old.inference_urls, new.inference_urls),
             )
             if a != b
         ]
@@ -271,15 +295,6 @@ class HostState:
                 f"{new.key} is being served with another {' and another '.join(differing)}. Use another model name, or"
                 f" end this host first: art down --path {self.path}"
             )
-
-    def _devices(self, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
-        if chosen is not None:
-            there = [gpu.index for gpu in accelerators()]
-            missing = [index for index in chosen if index not in there]
-            if missing:
-                raise ValueError(f"GPU {missing} is not on this machine; it has: {there or 'none'}.")
-            return chosen
-        return tuple(gpu.index for gpu in accelerators()[:1])
 
     def _log_file(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
@@ -291,6 +306,34 @@ class HostState:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, template.encode())
         return file
+
+
+class _ModelsOn:
+    """The models served by some replicas, as their `Tenants`."""
+
+    def __init__(self, state: HostState, server: Replicas) -> None:
+        self._state, self._server = state, server
+
+    def lost(self) -> set[str]:
+        return {adapter for model in self._state.models_of(self._server) for adapter in model.lost()}
+
+    def restored(self, adapter: str) -> None:
+        for model, step in self._owners(adapter):
+            model.steps.add(step)
+
+    def can_spare(self, adapter: str) -> bool:
+        return all(step != model.steps.routed for model, step in self._owners(adapter))
+
+    async def give_up_one(self) -> bool:
+        for model in self._state.models_of(self._server):
+            for step in model.steps.idle():
+                await model.give_up(step)
+                return True
+        return False
+
+    def _owners(self, adapter: str) -> list[tuple[HostedModel, int]]:
+        models = self._state.models_of(self._server)
+        return [(model, step) for model in models if (step := model.step_of(adapter)) is not None]
 
 
 def _key(*parts: object) -> str:

@@ -19,13 +19,16 @@ def host_status(state: HostState) -> JSON:
         "engines": [
             {
                 "engine": server.engine.name,
-                "base_model": str(server.config.base_model),
-                "up": server.up,
-                "pid": server.pid,
-                "restarts": server.restarts,
-                "memory": memory_of(server.pid),
+                "server": member.server.title,
+                "base_model": str(server.base_model),
+                "up": member.connection is not None,
+                "pid": member.server.pid,
+                "in_flight": member.in_flight,
+                "restarts": member.restarts,
+                "memory": memory_of(member.server.pid),
             }
             for server in state.servers.values()
+            for member in server.members
         ],
         "workers": [
             {

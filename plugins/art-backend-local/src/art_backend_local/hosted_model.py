@@ -11,17 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from art_core import (
     ArtError,
-    Canary,
-    CanaryPrompt,
     CheckpointInUse,
     CheckpointNotFound,
     CheckpointRef,
-    EngineRefused,
     ModelKey,
     ProcessFailed,
     PublicationFailed,
@@ -29,12 +25,11 @@ from art_core import (
     ServedSteps,
     publish,
 )
-from art_core.checkpoint import MANIFEST, read_canary, read_manifest, step_folder, whole_steps
+from art_core.checkpoint import MANIFEST, read_manifest, step_folder, whole_steps
 
 from .adapter_check import check_adapter
 from .base_weights import LinearShapes
-from .canary import canary_request, first_token, read_canary_answers
-from .engine_server import EngineServer
+from .replicas import Replicas
 from .settings import ModelSettings
 from .template_arguments import with_template_arguments
 
@@ -43,8 +38,6 @@ KEEP_IDLE = 2
 NOT_KEPT = "not_kept"
 PUBLISHED = "published"
 ENGINE_BACK_LIMIT_S = 300.0
-# Any ids will do to see that an engine answers; a checkpoint without canary has no better ones.
-_PROBE = CanaryPrompt(token_ids=[1, 2, 3], expected={})
 
 
 class HostedModel:
@@ -64,7 +57,7 @@ class HostedModel:
         *,
         base_shapes: LinearShapes,
         settings: ModelSettings,
-        server: EngineServer,
+        server: Replicas,
         report: Callable[[str], None],
     ) -> None:
         self.key = key
@@ -80,7 +73,6 @@ class HostedModel:
         self.trained_by: str | None = None
         self.dialect = with_template_arguments(server.engine, settings.adapter.chat_template_kwargs)
         self.report = report
-        self._to_restore: set[int] = set()
         self._loading: dict[int, asyncio.Task[None]] = {}
 
     @property
@@ -174,28 +166,19 @@ class HostedModel:
             task.add_done_callback(lambda done: self._loading_done(step, done))
         await asyncio.shield(task)
 
-    def lost(self) -> None:
-        """The engine died: remember what to load again."""
-        self._to_restore |= self.steps.lose_all()
-        if self.steps.routed is not None:
-            self._to_restore.add(self.steps.routed)
+    def lost(self) -> set[str]:
+        """The engine died. Gives the adapters to load again: the routed step's and the leased ones'."""
+        return {self.ref(step).adapter_name for step in self.steps.lose_all()}
 
-    async def restore(self) -> None:
-        """Load again what was routed or leased when the engine died, verified. Raises ArtError."""
-        for step in sorted(self._to_restore):
-            checkpoint = self.ref(step)
-            try:
-                await self.load(checkpoint)
-                await self.verify(checkpoint)
-            except ArtError as error:
-                if step == self.steps.routed or isinstance(error, ProcessFailed):
-                    raise
-                self.report(
-                    f"{checkpoint.inference_name} could not be loaded again after the engine's restart: {error}"
-                )
-            else:
-                self.steps.add(step)
-            self._to_restore.discard(step)
+    def step_of(self, adapter: str) -> int | None:
+        """The step that an engine knows under this name, None for another model's."""
+        mine, _, step = adapter.rpartition("@")
+        return int(step) if f"{mine}@" == self.adapter_prefix else None
+
+    @property
+    def adapter_prefix(self) -> str:
+        """What the names of all its adapters begin with."""
+        return self.ref(0).adapter_name.removesuffix("0")
 
     async def tidy(self) -> None:
         """Unload idle steps but the newest few."""
@@ -255,9 +238,7 @@ class HostedModel:
     async def check(self, checkpoint: CheckpointRef) -> None:
         """Publisher: files as the manifest says, shapes, rank, finite values."""
         await asyncio.to_thread(read_manifest, checkpoint.path, hashes=True)
-        await asyncio.to_thread(
-            check_adapter, checkpoint.path, self.base_shapes, max_rank=self.server.config.max_lora_rank
-        )
+        await asyncio.to_thread(check_adapter, checkpoint.path, self.base_shapes, max_rank=self.server.max_lora_rank)
 
     async def load(self, checkpoint: CheckpointRef) -> None:
         """Publisher: have the engine hold it, after making room among idle adapters."""
@@ -268,14 +249,7 @@ class HostedModel:
 
     async def verify(self, checkpoint: CheckpointRef) -> None:
         """Publisher: the engine answers under its name, and as this checkpoint."""
-        canary = await asyncio.to_thread(read_canary, checkpoint.path)
-        prompts = canary.prompts if canary is not None and canary.prompts else [_PROBE]
-        answers = [first_token(await self._ask(checkpoint, prompt)) for prompt in prompts]
-        if canary is None or not canary.prompts:
-            return
-        reading = read_canary_answers(Canary(prompts=prompts), answers)
-        if reading.problem:
-            raise EngineRefused(self.server.engine.name, f"answer as {checkpoint.inference_name}", reading.problem)
+        await self.server.verify(checkpoint.adapter_name, checkpoint.path)
 
     async def route(self, checkpoint: CheckpointRef) -> None:
         """Publisher: new requests go to it."""
@@ -285,18 +259,8 @@ class HostedModel:
 
     async def unload(self, checkpoint: CheckpointRef) -> None:
         """Publisher: undo `load`."""
-        if checkpoint.adapter_name in self.server.loaded:
+        async with self.server.adapters_lock:
             await self.server.unload(checkpoint.adapter_name)
-
-    async def _ask(self, checkpoint: CheckpointRef, prompt: CanaryPrompt) -> dict[str, Any]:
-        answer = await self.server.complete(canary_request(prompt), checkpoint.adapter_name)
-        try:
-            first_token(answer)
-        except ValueError as error:
-            raise EngineRefused(
-                self.server.engine.name, f"answer as {checkpoint.inference_name}", str(error)
-            ) from error
-        return answer
 
     async def _load_on_demand(self, step: int) -> None:
         await self.on_disk()

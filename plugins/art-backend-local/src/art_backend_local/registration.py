@@ -15,6 +15,7 @@ from art_runtime.environments import python_for
 
 from .adapter_config import base_model_of_adapter, read_adapter_config
 from .engine_choice import EngineChoice
+from .server_choice import ServerChoice
 from .settings import ModelSettings, read_settings
 from .wire import RegisterRequest
 
@@ -33,6 +34,7 @@ async def registration_request(
     model: PolicyModel,
     engines: EngineChoice,
     pythons: EnginePythons,
+    servers: ServerChoice,
     *,
     max_adapters: int,
     session: Callable[[], Awaitable[str]],
@@ -59,7 +61,7 @@ async def registration_request(
         settings = await asyncio.to_thread(_fitting, settings, adapter, folder)
     if not (folder / "config.json").is_file():
         raise BaseModelNotFound(f"{folder} is an adapter, not a base model; an adapter's base must be whole weights.")
-    inference_python, training_python = await asyncio.to_thread(_pythons, registry, engines, pythons)
+    inference_python, training_python = await asyncio.to_thread(_pythons, registry, engines, pythons, servers)
     return RegisterRequest(
         session=await session(),
         project=model.project,
@@ -70,6 +72,9 @@ async def registration_request(
         adapter_folder=adapter,
         inference_engine=engines.inference,
         inference_python=inference_python,
+        replicas=servers.replicas,
+        inference_urls=servers.urls,
+        inference_api_key=servers.api_key,
         training_engine=engines.training,
         training_python=training_python,
         max_adapters=max_adapters,
@@ -77,10 +82,12 @@ async def registration_request(
     )
 
 
-def _pythons(registry: PluginRegistry, engines: EngineChoice, given: EnginePythons) -> tuple[str, str]:
-    inference = python_for(
-        registry.inference_engine(engines.inference), python=given.inference, auto_install=given.auto_install
-    )
+def _pythons(
+    registry: PluginRegistry, engines: EngineChoice, given: EnginePythons, servers: ServerChoice
+) -> tuple[str, str]:
+    card = registry.inference_engine(engines.inference)
+    # A server of the user's needs no environment here.
+    inference = "" if servers.urls else python_for(card, python=given.inference, auto_install=given.auto_install)
     if engines.training is None:
         return inference, ""
     training = registry.training_engine(engines.training)

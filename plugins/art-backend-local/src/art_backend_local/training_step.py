@@ -105,9 +105,12 @@ async def _train(state: HostState, model: HostedModel, request: TrainRequest, em
             options=options,
             adapter=registration.settings.adapter,
         )
-        if not works_at_once(registration.settings, model.server.engine.capabilities, has_gpu=state.has_gpu):
+        server = model.server
+        if not works_at_once(
+            registration.settings, server.engine.capabilities, has_gpu=state.has_gpu, attached=server.attached
+        ):
             await stack.enter_async_context(
-                inference_aside(model.server, in_flight=lambda: state.in_flight(model.server), report=state.report)
+                inference_aside(server, in_flight=lambda: state.in_flight(server), report=state.report)
             )
         await worker.ensure_running(lambda progress: emit(status_event(progress)))
         emit({"event": "job", "step": step, "start": start.step})

@@ -27,11 +27,20 @@ from .routes import Route, Routes, RouteUnavailable
 # Below every server's own limit for idle connections (uvicorn's is 5 s), so that none is used while it is being closed.
 _IDLE_CONNECTION_S = 2.0
 _ONE_PIECE = 2**20
+JSON = dict[str, Any]
 _STREAM = b"text/event-stream; charset=utf-8"
 
 
 class ClientGone(Exception):
     """The client hung up, or has stopped reading: nobody is there to be answered."""
+
+
+class EngineLost(Exception):
+    """The server behind a route is gone, and the client has not got a byte yet. `error` is what to tell it."""
+
+    def __init__(self, error: ApiError, *, took_nothing: bool) -> None:
+        self.error, self.took_nothing = error, took_nothing
+        super().__init__(str(error))
 
 
 class Upstream:
@@ -126,13 +135,37 @@ class Completions:
         try:
             # The engine's side has limits of its own; this one is for a client that doesn't read its answer.
             async with asyncio.timeout(self._limits.answer_s + self._limits.reader_s):
-                await self._forward(route, request, send)
+                await self._ask_until_answered(project, route, request, send)
         except ApiError as error:
             await error.send(send)
         except TimeoutError:
             raise ClientGone(f"the client of {route.name} didn't read its answer") from None
-        finally:
-            route.release()
+
+    async def _ask_until_answered(self, project: str | None, route: Route, request: JSON, send: Send) -> None:
+        """Forward, and ask the same step again when the server is lost before the client got a byte.
+
+        A server that took no connection has done nothing, so it is asked until `refusals` are used up; one that broke
+        an answer off is asked once more only, since the request itself may be what ends it.
+        """
+        refusals, breaks = list(self._limits.refused_again_s), 1
+        while True:
+            try:
+                await self._forward(route, request, send)
+                return
+            except EngineLost as lost:
+                route.unreachable()
+                if lost.took_nothing and refusals:
+                    await asyncio.sleep(refusals.pop(0))
+                elif not lost.took_nothing and breaks:
+                    breaks -= 1
+                    await asyncio.sleep(self._limits.broken_again_s)
+                else:
+                    raise lost.error from lost.__cause__
+                # The new hold comes before the old one ends, so that the step can't be unloaded in between.
+                again = await self._acquire(project, route.name)
+            finally:
+                route.release()
+            route = again
 
     async def _acquire(self, project: str | None, requested: str) -> Route:
         try:
@@ -176,12 +209,13 @@ class Completions:
                 status, retry_after = answer.status, answer.headers.get("Retry-After")
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             message = f"The engine behind {route.name} takes no connections ({error}); it has died or is restarting."
-            raise engine_error(503, message, code="engine_unavailable", retry_after_s=2) from error
+            unavailable = engine_error(503, message, code="engine_unavailable", retry_after_s=2)
+            raise EngineLost(unavailable, took_nothing=True) from error
         except TimeoutError as error:
             message = f"The engine behind {route.name} gave no whole answer within {self._limits.answer_s:g} s."
             raise engine_error(504, message, code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise died(route, error) from error
+            raise EngineLost(died(route, error), took_nothing=False) from error
         if status in (401, 403):
             # The user's key never reaches the engine; passed on, this would blame it.
             raise engine_error(

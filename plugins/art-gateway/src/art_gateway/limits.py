@@ -28,7 +28,8 @@ class GatewayLimits:
 
     `answer_s` bounds a whole answer, streaming included; `route_s` the wait for a route, as while an engine restarts;
     `request_s` the arrival of a request's body; `connect_s` the connection to an engine; `reader_s` how much longer
-    than `answer_s` a client may take to read its answer.
+    than `answer_s` a client may take to read its answer. `refused_again_s` are the pauses before a server that took no
+    connection is asked again, `broken_again_s` the one before a broken answer is asked for once more.
     """
 
     request_bytes: int = 64 * 2**20
@@ -38,6 +39,8 @@ class GatewayLimits:
     connect_s: float = 60.0
     answer_s: float = 1200.0
     reader_s: float = 60.0
+    refused_again_s: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
+    broken_again_s: float = 0.2
 
 
 def raise_file_limit() -> int:

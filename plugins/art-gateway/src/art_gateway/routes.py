@@ -30,8 +30,8 @@ class Route:
 
     `upstream_url` is the engine's server without a path, such as "http://127.0.0.1:8123"; `upstream_key` its bearer
     key. `adapter` is the adapter's name in the engine (None: the base model). `name` is the public name with its step,
-    such as "agent-001@3". The gateway calls `release` exactly once, when the answer has ended in whatever way; it must
-    not raise and must not block.
+    such as "agent-001@3". The gateway calls `release` exactly once, when the answer has ended in whatever way, and
+    before it `unreachable` when the server took no connection or broke it; neither may raise or block.
     """
 
     upstream_url: str
@@ -41,6 +41,7 @@ class Route:
     name: str
     step: int
     release: Callable[[], None] = field(repr=False)
+    unreachable: Callable[[], None] = field(repr=False, default=lambda: None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,190 @@
+"""The inference servers that a host can have: one that it starts and restarts, and one that the user runs.
+
+Both give a connection and say when it is lost. What is loaded into them is the replicas' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from art_core import InferenceEngine, InferenceLaunch, LaunchPlan, ProcessFailed
+from art_runtime import StartProgress, SupervisedProcess
+
+from .engine_connection import EngineConnection
+from .launching import start_server
+
+JSON = dict[str, Any]
+Report = Callable[[str], None]
+OnProgress = Callable[[StartProgress], None]
+# A server that dies this often within the window is broken, not unlucky.
+DEATHS_ALLOWED = 5
+DEATH_WINDOW_S = 600.0
+HEALTH_EVERY_S = 15.0
+HEALTH_TIMEOUT_S = 20.0
+SILENT_LIMIT = 4
+
+
+class InferenceServer(Protocol):
+    """One server, whoever runs it. For one event loop."""
+
+    @property
+    def title(self) -> str:
+        """What it is called in a sentence, such as "inference engine vllm"."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None while it has none that is ours."""
+
+    async def start(self, on_progress: OnProgress | None = None) -> EngineConnection:
+        """Have it there for the first time. Raises ArtError saying why it can't be."""
+
+    async def start_again(self) -> EngineConnection:
+        """Have it there again after it was lost. Raises ProcessFailed when it can't be, for now or for good."""
+
+    async def gone(self) -> str:
+        """Wait until it is lost; gives a sentence that says so and why."""
+
+    def give_up(self) -> None:
+        """Count it as lost, now: it does not do what it should."""
+
+    async def close(self) -> None:
+        """Let it go. A second call does nothing."""
+
+
+class BrokenServer(ProcessFailed):
+    """A server that is not started again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What a server is started with; see `InferenceLaunch`. `log_file` is appended to."""
+
+    base_model: Path
+    served_name: str
+    python: str
+    log_file: Path
+    max_adapters: int
+    max_lora_rank: int
+    max_model_len: int | None = None
+    dtype: str = "auto"
+    devices: tuple[int, ...] = ()
+    chat_template: Path | None = None
+    engine_args: JSON = field(default_factory=dict)
+
+
+class StartedServer:
+    """A server process of our own, on a port of its own, with a key of its own. See `InferenceServer`."""
+
+    def __init__(self, engine: InferenceEngine, config: ServerConfig, *, title: str, report: Report) -> None:
+        self.title = title
+        self._engine = engine
+        self._config = config
+        self._report = report
+        self._api_key = secrets.token_urlsafe(24)
+        self._process: SupervisedProcess | None = None
+        self._connection: EngineConnection | None = None
+        self._deaths: list[float] = []
+        self._health_path = "/health"
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None while none runs."""
+        return self._process.pid if self._process is not None and self._process.running else None
+
+    async def start(self, on_progress: OnProgress | None = None) -> EngineConnection:
+        """Start the process. Raises ProcessFailed with the end of its log."""
+        await self.close()
+        process = self._process = await start_server(
+            self._plan, name=self.title, log_file=self._config.log_file, on_progress=on_progress
+        )
+
+        def evidence() -> str:
+            return f" The end of its log:\n{process.log_tail()}"
+
+        self._connection = EngineConnection(self._engine, process.base_url, self._api_key, evidence=evidence)
+        return self._connection
+
+    async def start_again(self) -> EngineConnection:
+        """Start it anew, unless it died too often."""
+        now = time.monotonic()
+        self._deaths = [t for t in self._deaths if now - t < DEATH_WINDOW_S]
+        if len(self._deaths) > DEATHS_ALLOWED:
+            raise BrokenServer(
+                f"the {self.title} died {len(self._deaths)} times within {DEATH_WINDOW_S:g} s and is not restarted"
+                " again. Mend the cause and register the model again. The end of its log:\n"
+                f"{self._running().log_tail()}"
+            )
+        return await self.start()
+
+    async def gone(self) -> str:
+        """Wait until the process has ended. One that runs but doesn't answer its health check any more is ended."""
+        process, silent = self._running(), 0
+        while True:
+            try:
+                exit_ = await asyncio.wait_for(process.wait_exit(), HEALTH_EVERY_S)
+            except TimeoutError:
+                silent = 0 if await self._answers() else silent + 1
+            else:
+                self._deaths.append(time.monotonic())
+                return f"The {self.title} died and is being restarted. {exit_}"
+            if silent == SILENT_LIMIT:
+                self._report(
+                    f"The {self.title} runs but has not answered for"
+                    f" {SILENT_LIMIT * (HEALTH_EVERY_S + HEALTH_TIMEOUT_S):g} s, so it is ended."
+                )
+                process.kill()
+
+    def give_up(self) -> None:
+        """End the process at once; `gone` tells."""
+        self._running().kill()
+
+    async def close(self) -> None:
+        """Stop the process. A second call does nothing."""
+        connection, self._connection = self._connection, None
+        process, self._process = self._process, None
+        if connection is not None:
+            await connection.close()
+        if process is not None:
+            await process.stop()
+
+    def _plan(self, port: int) -> LaunchPlan:
+        c = self._config
+        plan = self._engine.launch(
+            InferenceLaunch(
+                base_model=c.base_model,
+                served_name=c.served_name,
+                host="127.0.0.1",
+                port=port,
+                api_key=self._api_key,
+                python=c.python,
+                max_lora_rank=c.max_lora_rank,
+                max_adapters=c.max_adapters,
+                max_model_len=c.max_model_len,
+                dtype=c.dtype,
+                devices=c.devices,
+                chat_template=c.chat_template,
+                engine_args=c.engine_args,
+            )
+        )
+        self._health_path = plan.health_path
+        return plan
+
+    async def _answers(self) -> bool:
+        if self._connection is None:
+            return False
+        try:
+            status, _ = await self._connection.request("GET", self._health_path, None, HEALTH_TIMEOUT_S)
+        except ProcessFailed:
+            return False
+        return status == 200
+
+    def _running(self) -> SupervisedProcess:
+        if self._process is None:
+            raise ProcessFailed(f"the {self.title} was not started.")
+        return self._process
