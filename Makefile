@@ -15,12 +15,13 @@ READY := $(VENV)/.ready
 OPENAI2_VENV := .venv-openai2
 OPENAI2_READY := $(OPENAI2_VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
+BENCHMARKS := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 # Engines in environments of their own; their tests fail without.
 TESTED_ENGINES := vllm sglang
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines demo test test-all test-fast test-openai2 lint format wheels benchmarks clean
+.PHONY: help setup engines demo test test-all test-fast test-openai2 lint format wheels benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,7 +76,10 @@ wheels: $(READY)  ## Build every distribution into dist/
 	@ls dist
 
 benchmarks: $(READY)  ## Run every benchmark; each prints the machine and the versions
-	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+
+gpu-check: $(READY)  ## On a CUDA machine: everything that needs a GPU, with what is installed there, as a table
+	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:  ## Remove environments and build products (not runs, not caches outside the checkout)
 	rm -rf $(VENV) $(OPENAI2_VENV) dist build

@@ -1,11 +1,17 @@
-"""What the gateway costs: its ceiling in requests a second, and the time it adds to one answer.
+"""What the gateway costs: in front of an upstream that costs nothing, or in front of a real engine.
 
-    python benchmarks/gateway_overhead.py
+    python benchmarks/gateway_overhead.py                  # its ceiling, and the time it adds to one answer
+    python benchmarks/gateway_overhead.py --engine torch   # what is lost of an engine's throughput
 
-Upstream, gateway and clients are three processes. The upstream answers at once with a fixed chat completion of
-`--tokens` tokens, with ids and logprobs, in the surface of the torch engine, whose dialect the gateway uses. "Ceiling"
-asks as fast as answers come; "added" lets the upstream take `--think` seconds, as a real engine does, and compares the
-answers' times with and without the gateway in between. Prints the machine and the versions.
+Upstream, gateway and clients are three processes. Without `--engine` the upstream answers with a fixed chat completion
+of `--tokens` tokens (default 64), with ids and logprobs, in the surface of the torch engine, whose dialect the gateway
+uses. "Ceiling" asks as fast as answers come; "added" lets the upstream take `--think` seconds, as a real engine does,
+and compares the answers' times with and without the gateway in between.
+
+With `--engine` a real engine is started with an adapter loaded, and asked for completions of exactly `--tokens` tokens
+(default 16): in the engine's own dialect, and through the gateway, by turns in one run (`--rounds`). "lost" is the
+share of requests a second that goes when the gateway is in between, over all rounds; the target is below 3 %. Prints
+the machine and the versions.
 """
 
 from __future__ import annotations
@@ -13,27 +19,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Collection, Sequence
-from importlib.metadata import version
-from typing import Any, cast
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-import psutil
-import uvicorn
+from measuring import gateway_process
+from measuring.gateway_process import ADAPTER, CHAT_PATH, KEY, cpu_seconds, start_role
+from measuring.http_load import Upstream, ask_for, ask_times, request_bytes
+from measuring.live_engines import DEFAULT_MODEL, EngineSettings, base_model_folder, running
+from measuring.machine import machine, versions
 from rich.console import Console
 from rich.table import Table
 
-from art_core import InferenceEngine, installed_plugins, instantiate
-from art_gateway import SERVER_OPTIONS, Route, ServedModel, create_app, raise_file_limit
-from art_runtime import Child, free_port, spawn_tethered
+from art_conformance.tiny_model import write_adapter
+from art_gateway import raise_file_limit
 
-KEY = "benchmark"
-CONCURRENCY = (1, 64, 512)
 LIBRARIES = ("art-gateway", "aiohttp", "uvicorn", "httptools", "starlette", "orjson")
+TARGET_LOST = 0.03
+LEAST_REQUESTS = 16
+WAYS = ("direct", "gateway")
 
 
 def chat_answer(tokens: int) -> bytes:
@@ -48,127 +54,14 @@ def chat_answer(tokens: int) -> bytes:
         "logprobs": {"content": content},
         "token_ids": list(range(1000, 1000 + tokens)),
     }
-    answer = {"id": "chatcmpl-0123456789", "object": "chat.completion", "created": 1, "model": "p/agent@3"}
+    answer = {"id": "chatcmpl-0123456789", "object": "chat.completion", "created": 1, "model": ADAPTER}
     return json.dumps({**answer, "choices": [choice], "prompt_token_ids": list(range(256))}).encode()
 
 
-class Upstream(asyncio.Protocol):
-    """The least HTTP server that can be: any whole request is answered with the same bytes, after a while."""
-
-    def __init__(self, answer: bytes, think_s: float) -> None:
-        self.answer, self.think_s = answer, think_s
-        self.buffer = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        # What the loop gives is always one; the base class says less.
-        self.transport = cast("asyncio.Transport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Answer once the request is whole."""
-        self.buffer += data
-        head, end, body = self.buffer.partition(b"\r\n\r\n")
-        if not end or len(body) < _length(head):
-            return
-        self.buffer = b""
-        if self.think_s:
-            asyncio.get_running_loop().call_later(self.think_s, self.transport.write, self.answer)
-        else:
-            self.transport.write(self.answer)
-
-
-class Asker(asyncio.Protocol):
-    """The least HTTP client that can be: asks again as soon as it is answered."""
-
-    def __init__(self, request: bytes, seconds: list[float], stop_at: float, done: asyncio.Future[None]) -> None:
-        self.request, self.seconds, self.stop_at, self.done = request, seconds, stop_at, done
-        self.pieces: list[bytes] = []
-        self.missing: int | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask the first time."""
-        # What the loop gives is always one; the base class says less.
-        self.transport = cast("asyncio.Transport", transport)
-        self._ask()
-
-    def data_received(self, data: bytes) -> None:
-        """Ask again once the answer is whole."""
-        if self.missing is None:
-            head, end, body = data.partition(b"\r\n\r\n")
-            if not end or not head.startswith(b"HTTP/1.1 200"):
-                self.done.set_exception(RuntimeError(f"not an answer: {data[:500]!r}"))
-                self.transport.abort()
-                return
-            self.missing = _length(head) - len(body)
-        else:
-            self.missing -= len(data)
-        if self.missing > 0:
-            return
-        now = time.perf_counter()
-        self.seconds.append(now - self.began)
-        if now < self.stop_at:
-            self._ask()
-        else:
-            self.transport.close()
-            self.done.set_result(None)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """An answer that never came is an error."""
-        if not self.done.done():
-            self.done.set_exception(error or ConnectionError("the connection was closed before the answer came"))
-
-    def _ask(self) -> None:
-        self.missing = None
-        self.began = time.perf_counter()
-        self.transport.write(self.request)
-
-
-def _length(head: bytes) -> int:
-    lowered = head.lower()
-    start = lowered.index(b"content-length:") + 15
-    return int(lowered[start:].split(b"\r\n", 1)[0])
-
-
-async def ask(port: int, path: str, concurrency: int, seconds: float) -> list[float]:
-    """Keep `concurrency` requests under way for some seconds; the seconds that each answer took."""
-    body = json.dumps(
-        {"model": "agent", "messages": [{"role": "user", "content": "x" * 1000}], "max_tokens": 64, "temperature": 1.0}
-    ).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {KEY}\r\n"
-    request = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    loop = asyncio.get_running_loop()
-    took: list[float] = []
-    stop_at = time.perf_counter() + seconds
-    ends: list[asyncio.Future[None]] = []
-    for _ in range(concurrency):
-        done: asyncio.Future[None] = loop.create_future()
-        ends.append(done)
-        await loop.create_connection(lambda done=done: Asker(request, took, stop_at, done), "127.0.0.1", port)  # type: ignore[misc]
-    async with asyncio.timeout(seconds + 60):
-        await asyncio.gather(*ends)
-    return took
-
-
-class OneRoute:
-    """Routes with one model; acquiring is a few attribute reads, as it is in a backend once a step is loaded."""
-
-    def __init__(self, upstream_url: str, engine: InferenceEngine) -> None:
-        self._route = Route(
-            upstream_url=upstream_url, upstream_key=KEY, engine=engine, adapter="p/agent@3", name="agent@3", step=3,
-            release=lambda: None,
-        )  # fmt: skip
-
-    async def acquire(self, project: str, requested_name: str) -> Route:
-        """The route."""
-        return self._route
-
-    def projects_of(self, name: str) -> Collection[str]:
-        """The project."""
-        return ("p",)
-
-    def served(self, project: str | None) -> Sequence[ServedModel]:
-        """The model."""
-        return (ServedModel(project="p", name="agent", step=3, steps=(3,)),)
+def question(tokens: int) -> dict[str, Any]:
+    """What is asked for: exactly `tokens` tokens."""
+    messages = [{"role": "user", "content": "Tell me a story about a shop. " * 8}]
+    return {"model": "agent", "messages": messages, "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
 
 
 async def serve_upstream(port: int, tokens: int, think_s: float) -> None:
@@ -181,112 +74,183 @@ async def serve_upstream(port: int, tokens: int, think_s: float) -> None:
     await server.serve_forever()
 
 
-def serve_gateway(port: int, upstream_port: int) -> None:
-    """Run the gateway until it is ended, as a host does."""
-    engine: InferenceEngine = instantiate(installed_plugins().inference_engine("torch"))
-    app = create_app(OneRoute(f"http://127.0.0.1:{upstream_port}", engine), api_key=KEY)
-    uvicorn.run(app, host="127.0.0.1", port=port, **SERVER_OPTIONS)
+def figures(took: list[float], seconds: float, gateway_cpu_s: float) -> dict[str, float]:
+    """Requests a second, p50 and p99 of what they took, and the gateway's CPU time for each."""
+    ordered = sorted(took)
+    return {
+        "requests_per_s": len(took) / seconds,
+        "p50_ms": statistics.median(ordered) * 1000,
+        "p99_ms": ordered[int(len(ordered) * 0.99)] * 1000,
+        "gateway_cpu_us": gateway_cpu_s / len(took) * 1e6,
+    }
 
 
-def start(role: str, *arguments: object) -> tuple[Child, int]:
-    """Start this file in another role, and wait until it listens."""
-    port = free_port()
-    child = spawn_tethered([sys.executable, __file__, "--role", role, str(port), *map(str, arguments)])
-    for _ in range(600):
-        if any(c.laddr.port == port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN):
-            return child, port
-        if child.poll() is not None:
-            break
-        time.sleep(0.05)
-    raise SystemExit(f"the {role} did not start; run it alone to see why: --role {role} {port} ...")
-
-
-def measure(tokens: int, think_s: float, seconds: float) -> list[dict[str, Any]]:
-    """Direct and through the gateway, at each number of requests at once."""
+def measure_alone(tokens: int, think_s: float, seconds: float, concurrencies: list[int]) -> list[dict[str, Any]]:
+    """A canned upstream, direct and through the gateway, at each number of requests at once."""
     rows = []
-    upstream, upstream_port = start("upstream", tokens, think_s)
-    gateway, gateway_port = start("gateway", upstream_port)
+    body = json.dumps(question(tokens)).encode()
+    upstream, upstream_port = start_role(__file__, "upstream", tokens, think_s)
     try:
-        for concurrency in CONCURRENCY:
-            row: dict[str, Any] = {"concurrency": concurrency, "think_s": think_s}
-            for way, port, path in (
-                ("direct", upstream_port, "/v1/chat/completions"),
-                ("gateway", gateway_port, "/p/v1/chat/completions"),
-            ):
-                asyncio.run(ask(port, path, concurrency, min(1.0, seconds)))
-                began, cpu_began = time.perf_counter(), cpu_seconds(gateway)
-                took = sorted(asyncio.run(ask(port, path, concurrency, seconds)))
-                row[way] = {
-                    "requests_per_s": len(took) / (time.perf_counter() - began),
-                    "p50_ms": statistics.median(took) * 1000,
-                    "p99_ms": took[int(len(took) * 0.99)] * 1000,
-                    "gateway_cpu_us": (cpu_seconds(gateway) - cpu_began) / len(took) * 1e6,
-                }
-            rows.append(row)
+        gateway, gateway_port = start_role(gateway_process.__file__, "gateway", upstream_port, "torch")
+        try:
+            for concurrency in concurrencies:
+                row: dict[str, Any] = {"concurrency": concurrency, "think_s": think_s}
+                for way, port, path in (
+                    ("direct", upstream_port, "/v1/chat/completions"),
+                    ("gateway", gateway_port, CHAT_PATH),
+                ):
+                    request = request_bytes(port, path, KEY, body)
+                    asyncio.run(ask_for(min(1.0, seconds), port, request, concurrency))
+                    began, cpu_began = time.perf_counter(), cpu_seconds(gateway)
+                    took = asyncio.run(ask_for(seconds, port, request, concurrency))
+                    row[way] = figures(took, time.perf_counter() - began, cpu_seconds(gateway) - cpu_began)
+                rows.append(row)
+        finally:
+            gateway.stop()
     finally:
-        gateway.stop()
         upstream.stop()
     return rows
 
 
-def cpu_seconds(child: Child) -> float:
-    """CPU time of the program under a tether: what a request costs, however busy the machine is with other things."""
-    times = [process.cpu_times() for process in psutil.Process(child.pid).children(recursive=True)]
-    return sum(time.user + time.system for time in times)
+async def measure_engine(arguments: argparse.Namespace, tokens: int, console: Console) -> list[dict[str, Any]]:
+    """A real engine, direct and through the gateway by turns, at each number of requests at once."""
+    base = await base_model_folder(arguments.base_model)
+    rows = []
+    with TemporaryDirectory() as folder:
+        adapter = write_adapter(Path(folder) / "adapter", base, seed=1, strength=0.05)
+        settings = EngineSettings(
+            base_model=base,
+            log_folder=Path(folder),
+            dtype=arguments.dtype,
+            auto_install=arguments.auto_install,
+            api_key=KEY,
+        )
+        async with running(arguments.engine, settings, console) as live:
+            await live.load(ADAPTER, adapter)
+            port = live.launch.port
+            gateway, gateway_port = await asyncio.to_thread(
+                start_role, gateway_process.__file__, "gateway", port, arguments.engine
+            )
+            direct = live.engine.prepare_request("chat/completions", question(tokens), ADAPTER)
+            asked = {
+                "direct": (port, request_bytes(port, "/v1/chat/completions", KEY, json.dumps(direct).encode())),
+                "gateway": (
+                    gateway_port,
+                    request_bytes(gateway_port, CHAT_PATH, KEY, json.dumps(question(tokens)).encode()),
+                ),
+            }
+            try:
+                with console.status("measuring") as status:
+                    for concurrency in arguments.at_once:
+                        status.update(f"{arguments.engine}, {concurrency} at once: warming up")
+                        for way in WAYS:
+                            await ask_times(concurrency, *asked[way], concurrency)
+                        rows.append(await by_turns(arguments, concurrency, asked, gateway, status))
+            finally:
+                await asyncio.to_thread(gateway.stop)
+    return rows
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
+async def by_turns(
+    arguments: argparse.Namespace, concurrency: int, asked: dict[str, tuple[int, bytes]], gateway: Any, status: Any
+) -> dict[str, Any]:
+    """One number of requests at once: both ways in every round, the first way first in every other one."""
+    count = max(LEAST_REQUESTS, arguments.waves * concurrency)
+    took: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    cpu = dict.fromkeys(WAYS, 0.0)
+    for turn in range(arguments.rounds):
+        for way in WAYS if turn % 2 == 0 else WAYS[::-1]:
+            status.update(f"{arguments.engine}, {concurrency} at once: {way}, {turn + 1} of {arguments.rounds}")
+            began, cpu_began = time.perf_counter(), cpu_seconds(gateway)
+            took[way] += await ask_times(count, *asked[way], concurrency)
+            seconds[way].append(time.perf_counter() - began)
+            cpu[way] += cpu_seconds(gateway) - cpu_began
+    return {
+        "concurrency": concurrency,
+        **{way: figures(took[way], sum(seconds[way]), cpu[way]) for way in WAYS},
+        "lost": 1 - sum(seconds["direct"]) / sum(seconds["gateway"]),
+        "lost_each_round": [1 - d / g for d, g in zip(seconds["direct"], seconds["gateway"], strict=True)],
+    }
+
+
+def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
     """Print one table."""
-    table = Table(
-        "at once", "direct /s", "gateway /s", "direct p50", "gateway p50", "p50 added", "p99 added", "CPU/request",
-        title=title, title_justify="left",
-    )  # fmt: skip
+    columns = ["at once", "direct /s", "gateway /s"]
+    if "lost" in rows[0]:
+        columns += ["lost", "in each round"]
+    columns += ["direct p50", "p50 added", "p99 added", "CPU/request"]
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         direct, gateway = row["direct"], row["gateway"]
-        table.add_row(
-            str(row["concurrency"]),
-            f"{direct['requests_per_s']:.0f}",
-            f"{gateway['requests_per_s']:.0f}",
+        cells = [str(row["concurrency"]), f"{direct['requests_per_s']:.1f}", f"{gateway['requests_per_s']:.1f}"]
+        if "lost" in row:
+            cells += [f"{row['lost']:.1%}", ", ".join(f"{lost:.1%}" for lost in row["lost_each_round"])]
+        cells += [
             f"{direct['p50_ms']:.2f} ms",
-            f"{gateway['p50_ms']:.2f} ms",
             f"{gateway['p50_ms'] - direct['p50_ms']:.2f} ms",
             f"{gateway['p99_ms'] - direct['p99_ms']:.2f} ms",
             f"{gateway['gateway_cpu_us']:.0f} µs",
-        )
-    Console(width=110).print(table)
+        ]
+        table.add_row(*cells)
+    console.print(table)
 
 
 def main() -> None:
     """Measure and print; `--json` prints everything as one object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--think", type=float, default=1.0)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--engine", help="an installed inference engine: torch, vllm, sglang; default: a canned one")
+    parser.add_argument("--tokens", type=int, help="tokens of an answer (default 64, with --engine 16)")
+    parser.add_argument("--at-once", type=_numbers, default=[1, 64, 512], help="default 1,64,512")
+    parser.add_argument(
+        "--think", type=float, default=1.0, help="without --engine: seconds an answer takes (default 1)"
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="without --engine: of each measurement (default 5)")
+    parser.add_argument("--rounds", type=int, default=4, help="with --engine: rounds of both ways (default 4)")
+    parser.add_argument(
+        "--waves", type=int, default=2, help="with --engine: requests in a round, in times of those at once (default 2)"
+    )
+    parser.add_argument("--base-model", default=DEFAULT_MODEL, help="with --engine: a name, a folder, or a hub name")
+    parser.add_argument("--dtype", help="with --engine: default float32 on a CPU and bfloat16 on a GPU")
+    parser.add_argument("--auto-install", action="store_true", help="make the engine's environment if it isn't there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     raise_file_limit()
     if arguments.role:
-        role, port, *rest = arguments.role
-        if role == "gateway":
-            serve_gateway(int(port), int(rest[0]))
-        else:
-            asyncio.run(serve_upstream(int(port), int(rest[0]), float(rest[1])))
+        _, port, tokens, think_s = arguments.role
+        asyncio.run(serve_upstream(int(port), int(tokens), float(think_s)))
         return
-    machine = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "load before": f"{os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("art-gateway", "aiohttp", "uvicorn", "httptools", "starlette", "orjson")},
-    }
-    ceiling = measure(arguments.tokens, 0.0, arguments.seconds)
-    added = measure(arguments.tokens, arguments.think, max(arguments.seconds, 4 * arguments.think))
+    tokens = arguments.tokens or (16 if arguments.engine else 64)
+    described = {"machine": machine(), "versions": versions(filter(None, [arguments.engine]), LIBRARIES)}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if arguments.engine:
+        console = Console(stderr=True)
+        tables[f"{arguments.engine}, {tokens} tokens an answer"] = asyncio.run(
+            measure_engine(arguments, tokens, console)
+        )
+    else:
+        tables[f"Ceiling: an upstream that answers at once, {tokens} tokens an answer"] = measure_alone(
+            tokens, 0.0, arguments.seconds, arguments.at_once
+        )
+        tables[f"Added: an upstream that takes {arguments.think:g} s"] = measure_alone(
+            tokens, arguments.think, max(arguments.seconds, 4 * arguments.think), arguments.at_once
+        )
     if arguments.json:
-        print(json.dumps({**machine, "tokens": arguments.tokens, "ceiling": ceiling, "added": added}, indent=1))
+        print(json.dumps({**described, "tokens": tokens, **tables}, indent=1))
         return
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    show(f"Ceiling: an upstream that answers at once, {arguments.tokens} tokens an answer", ceiling)
-    show(f"Added: an upstream that takes {arguments.think:g} s", added)
+    out = Console(width=120)
+    out.print(f"{described['machine']}\n{described['versions']}", highlight=False)
+    for title, rows in tables.items():
+        show(title, rows, out)
+    lost = [row["lost"] for rows in tables.values() for row in rows if "lost" in row]
+    if lost:
+        word = "met" if max(lost) < TARGET_LOST else "NOT met"
+        out.print(f"lost < {TARGET_LOST:.0%} at each: {word}", highlight=False)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Every engine is started from its launch plan, as a backend starts it, loads one 
 projections) and is asked for `--requests` chat completions at once, each of exactly `--tokens` sampled tokens
 (`ignore_eos`), with ids and logprobs, as rollouts are. The prompts differ after their first words. What counts is the
 time from the first request to the last answer, best of `--repeats`. "against" is the ratio to the first engine.
-An engine that isn't installed is named with the command that installs it.
+Without `--engines` those are measured whose environment is there, torch first.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.table import Table
 from art_conformance.serving import LiveEngine
 from art_conformance.tiny_model import write_adapter
 from art_core import installed_plugins
+from art_runtime.environments import EnvironmentMissing, locate
 
 ADAPTER = "benchmark/agent@1"
 WARM_UP_TOKENS = 4
@@ -105,12 +106,24 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def ready_engines(console: Console) -> list[str]:
+    """The installed engines that have an interpreter to run in, torch first; the others are named with what to do."""
+    names = []
+    for name in sorted(installed_plugins().provided("inference engine"), key=lambda name: (name != "torch", name)):
+        try:
+            locate(installed_plugins().inference_engine(name))
+        except EnvironmentMissing as error:
+            console.print(f"{name} is left out: {error}", highlight=False, markup=False)
+        else:
+            names.append(name)
+    return names
+
+
 async def run(arguments: argparse.Namespace) -> None:
     """Measure every engine in turn and print."""
     # The results go to stdout, what happens meanwhile beside it.
     console = Console(stderr=True)
-    known = installed_plugins().provided("inference engine")
-    names = arguments.engines.split(",") if arguments.engines else sorted(known, key=lambda name: name != "torch")
+    names = arguments.engines.split(",") if arguments.engines else ready_engines(console)
     for name in names:
         installed_plugins().inference_engine(name)
     results = []
@@ -138,7 +151,7 @@ async def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", help="names with commas between; default: torch, then every other installed one")
+    parser.add_argument("--engines", help="names with commas between; default: all that are there")
     parser.add_argument("--base-model", default=DEFAULT_MODEL, help="a name, a folder, or a hub name")
     parser.add_argument("--requests", type=int, default=64, help="completions asked for at once (default 64)")
     parser.add_argument("--tokens", type=int, default=64, help="sampled tokens of each completion (default 64)")

@@ -39,7 +39,7 @@ from typing import Any
 
 from measuring.live_engines import DEFAULT_MODEL, base_model_folder
 from measuring.machine import machine, versions
-from measuring.rollout_traffic import SeenSteps, Traffic
+from measuring.rollout_traffic import SeenSteps, Traffic, small_groups
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -57,31 +57,26 @@ GRADIENT_STEP = re.compile(r"^(\S+ \S+) .* step (\d+), gradient step (\d+) of \3
 
 
 @dataclass
-class Watch:
-    """A plugin that notes when a step is saved and published, and asks for its first token.
+class Watch(SeenSteps):
+    """Notes when a step is saved and published, and asks for its first token. Times are Unix seconds, by step."""
 
-    Times are Unix seconds, by step.
-    """
-
-    steps: SeenSteps
     traffic: Traffic | None = None
-    art_api: int = 1
-    saved: dict[int, float] = field(default_factory=dict)
-    published: dict[int, float] = field(default_factory=dict)
+    saved_at: dict[int, float] = field(default_factory=dict)
+    published_at: dict[int, float] = field(default_factory=dict)
     answered: dict[int, float] = field(default_factory=dict)
     receipts: dict[int, PublicationReceipt] = field(default_factory=dict)
 
     @hookimpl
     def art_checkpoint_saved(self, checkpoint: CheckpointRef) -> None:
         """Whole on disk."""
-        self.saved[checkpoint.step] = time.time()
-        self.steps.saved = checkpoint.step
+        self.saved_at[checkpoint.step] = time.time()
+        super().art_checkpoint_saved(checkpoint)
 
     @hookimpl
     async def art_checkpoint_published(self, checkpoint: CheckpointRef, receipt: PublicationReceipt) -> None:
         """Served; ask at once. Raises RuntimeError when another step answers."""
-        self.published[checkpoint.step] = time.time()
-        self.steps.published = checkpoint.step
+        self.published_at[checkpoint.step] = time.time()
+        await super().art_checkpoint_published(checkpoint, receipt)
         self.receipts[checkpoint.step] = receipt
         if self.traffic is not None:
             self.answered[checkpoint.step], version = await self.traffic.first_token()
@@ -109,7 +104,7 @@ def stages_of(watch: Watch, ends: Mapping[int, float], steps: Sequence[int]) -> 
             raise RuntimeError(f"step {step} has no {missing}")
         spent = watch.receipts[step].seconds
         known = {stage: spent[stage] for stage in ("checked", "loaded", "verified", "routed")}
-        begun, told = watch.saved[step], watch.published[step]
+        begun, told = watch.saved_at[step], watch.published_at[step]
         rows.append(
             {
                 "save": begun - ends[step],
@@ -138,25 +133,10 @@ def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
-async def groups_for(model: art.TrainableModel, tokens: int) -> list[art.TrajectoryGroup]:
-    """One small group, sampled from the model, rewarded so that there is something to learn from."""
-    messages: art.Messages = [{"role": "user", "content": "Tell me something about a small shop."}]
-    completion = await model.openai_client().chat.completions.create(
-        messages=messages, model=model.get_inference_name(), max_tokens=tokens, n=4
-    )
-    return [
-        art.TrajectoryGroup(
-            art.Trajectory(messages_and_choices=[*messages, choice], reward=float(index % 2))
-            for index, choice in enumerate(completion.choices)
-        )
-    ]
-
-
 async def measure(arguments: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
     """Train and publish, with traffic, and give what was found."""
     base = write_base_model(folder / "tiny") if arguments.tiny else await base_model_folder(arguments.base_model)
-    steps = SeenSteps()
-    watch = Watch(steps)
+    watch = Watch()
     installed_plugins().register(watch, name="publish-latency")
     settings: art.dev.InternalModelConfig = {"engine_args": {"dtype": arguments.dtype}} if arguments.dtype else {}
     backend = LocalBackend(
@@ -177,8 +157,8 @@ async def measure(arguments: argparse.Namespace, folder: Path, console: Console)
         with console.status(f"starting {arguments.engine} and the training worker"):
             registration = await backend.register(model)
             await model.register(backend)
-        groups = await groups_for(model, arguments.tokens)
-        async with Traffic(model.name, registration, steps, arguments.tokens) as traffic:
+        groups = await small_groups(model, arguments.tokens)
+        async with Traffic(model.name, registration, watch, arguments.tokens) as traffic:
             watch.traffic = traffic
             traffic.keep_in_flight(arguments.in_flight)
             made = []

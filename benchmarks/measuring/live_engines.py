@@ -35,7 +35,7 @@ class EngineSettings:
     log_folder: Path
     dtype: str | None = None
     max_adapters: int = 4
-    max_model_len: int | None = 2048
+    max_model_len: int | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     auto_install: bool = False
     api_key: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)

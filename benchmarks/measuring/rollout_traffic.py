@@ -1,7 +1,7 @@
 """A constant number of chat completions in flight through a gateway, and what was wrong with any of them.
 
-Half of them ask for the model's latest step, half for the latest step that was announced. Knows the gateway's answers;
-knows no backend.
+Half of them ask for the model's latest step, half for the latest step that was announced. Knows hooks and the gateway's
+answers; knows no backend.
 """
 
 from __future__ import annotations
@@ -13,18 +13,45 @@ from typing import Any
 
 import httpx
 
-from art_core import Registration, inference_name
+import art
+from art_core import CheckpointRef, PublicationReceipt, Registration, hookimpl, inference_name
 
 REQUEST_LIMIT_S = 600.0
 PAUSE_AFTER_FAILURE_S = 0.5
+QUESTION = "Tell me something about a small shop."
 
 
 @dataclass
 class SeenSteps:
-    """What the hooks have told so far: the latest step that is saved and the latest that is published."""
+    """A plugin, registered by hand: the latest step that is saved and the latest that is published, of one model."""
 
     saved: int = 0
     published: int = 0
+    art_api: int = 1
+
+    @hookimpl
+    def art_checkpoint_saved(self, checkpoint: CheckpointRef) -> None:
+        """It may be routed from now on."""
+        self.saved = checkpoint.step
+
+    @hookimpl
+    async def art_checkpoint_published(self, checkpoint: CheckpointRef, receipt: PublicationReceipt) -> None:
+        """No older step may answer a request that is sent from now on."""
+        self.published = checkpoint.step
+
+
+async def small_groups(model: art.TrainableModel, tokens: int) -> list[art.TrajectoryGroup]:
+    """One small group, sampled from the model, rewarded so that there is something to learn from."""
+    messages: art.Messages = [{"role": "user", "content": QUESTION}]
+    completion = await model.openai_client().chat.completions.create(
+        messages=messages, model=model.get_inference_name(), max_tokens=tokens, n=4
+    )
+    return [
+        art.TrajectoryGroup(
+            art.Trajectory(messages_and_choices=[*messages, choice], reward=float(index % 2))
+            for index, choice in enumerate(completion.choices)
+        )
+    ]
 
 
 @dataclass
@@ -69,7 +96,7 @@ class Traffic:
         before = self.steps.published
         body = {
             "model": asked,
-            "messages": [{"role": "user", "content": "Tell me something about a small shop."}],
+            "messages": [{"role": "user", "content": QUESTION}],
             "max_tokens": max_tokens,
             "temperature": 1.0,
         }
