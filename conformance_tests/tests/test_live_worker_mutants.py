@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from art_conformance import TrainingEngineConformance, training_suite
+from art_conformance import TrainingEngineConformance, training_job_checks
 from art_conformance.live_worker import LiveWorker, save_start, start_worker
 from art_conformance.oracle import oracle_for
 from art_conformance.requirements import checks_of
@@ -258,7 +258,7 @@ async def run_check(id: str, worker: LiveWorker, start: Path, tmp_path: Path) ->
     suite = TrainingEngineConformance()
     method = getattr(suite, name)
     oracle = oracle_for(worker.launch.base_model)
-    make_job: Any = TrainingEngineConformance.__dict__["job"]
+    make_job: Any = inspect.getattr_static(TrainingEngineConformance, "job")
     there = {
         "worker": worker,
         "oracle": oracle,
@@ -281,14 +281,14 @@ def spoil(worker: LiveWorker, changes: dict[str, Any]) -> Spoiled:
 @pytest.mark.parametrize("id", MUTANTS)
 async def test_the_check_notices(id: str, worker: LiveWorker, start: Path, tmp_path: Path, monkeypatch: Any) -> None:
     if id == "TRN-112":
-        real = training_suite.working
+        real = training_job_checks.working
 
         @asynccontextmanager
         async def forgetful(*arguments: Any) -> AsyncIterator[LiveWorker]:
             async with real(*arguments) as second:
                 yield spoil(second, MUTANTS[id])
 
-        monkeypatch.setattr(training_suite, "working", forgetful)
+        monkeypatch.setattr(training_job_checks, "working", forgetful)
     with pytest.raises((AssertionError, ArtError, pytest.fail.Exception)):
         await run_check(id, spoil(worker, MUTANTS[id]), start, tmp_path)
 
