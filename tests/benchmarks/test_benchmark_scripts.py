@@ -1,0 +1,52 @@
+"""The benchmarks that start an engine run to their end, on a tiny model; their figures are nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import inference
+import pytest
+
+
+def run(script: str, *arguments: str) -> dict[str, Any]:
+    """Run a benchmark and give the object that it prints."""
+    finished = subprocess.run(
+        [sys.executable, str(Path(inference.__file__).with_name(script)), *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert finished.returncode == 0, f"{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}"
+    result: dict[str, Any] = json.loads(finished.stdout)
+    return result
+
+
+@pytest.mark.slow
+def test_inference(tiny_base_model: Path) -> None:
+    small = ("--requests", "4", "--tokens", "4", "--repeats", "1")
+    result = run("inference.py", "--engines", "torch", "--base-model", str(tiny_base_model), *small)
+    assert [row["engine"] for row in result["results"]] == ["torch"]
+    assert result["results"][0]["tokens_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_publish_latency() -> None:
+    result = run("publish_latency.py", "--tiny", "--publishes", "2", "--in-flight", "4")
+    assert result["publishes"] == len(result["each"]) == 2
+    assert result["requests"] > 0
+    assert not result["failed"]
+    assert not result["mislabelled"]
+
+
+@pytest.mark.slow
+def test_gateway_overhead_in_front_of_an_engine(tiny_base_model: Path) -> None:
+    small = ("--at-once", "1,4", "--rounds", "2", "--waves", "1", "--tokens", "2")
+    result = run("gateway_overhead.py", "--engine", "torch", "--base-model", str(tiny_base_model), *small)
+    [rows] = [value for value in result.values() if isinstance(value, list)]
+    assert [row["concurrency"] for row in rows] == [1, 4]
+    assert all(len(row["lost_each_round"]) == 2 for row in rows)
