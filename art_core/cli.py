@@ -97,8 +97,19 @@ def show(name: Annotated[str, typer.Argument(help="The plugin's name, as `art pl
             typer.echo(f"  provides {provided}")
             for capability in info.capabilities.get(provided, ()):
                 typer.echo(f"    {capability}: {meanings.get(provided.rpartition(' ')[0], {}).get(capability, '')}")
+            own_server = _own_server(registry, info, provided)
+            if own_server:
+                typer.echo(f"    a server of your own: {own_server}")
         if info.hooks:
             typer.echo(f"  implements {', '.join(info.hooks)}")
+
+
+def _own_server(registry: PluginRegistry, info: PluginInfo, provided: str) -> str:
+    """How a user starts a server of this inference engine, empty for everything else."""
+    kind, _, name = provided.rpartition(" ")
+    if kind != "inference engine" or info.status is not PluginStatus.ACTIVE:
+        return ""
+    return registry.inference_engine(name).own_server
 
 
 def capability_meanings() -> dict[str, dict[str, str]]:

@@ -17,7 +17,8 @@ ACME = """
     def art_register_inference_engines():
         return [InferenceEngineSpec(
             name="acme", factory="acme:Engine", summary="Acme's engine.",
-            capabilities=frozenset({InferenceCapability.PAUSE, InferenceCapability.TOOL_CALLS}))]
+            capabilities=frozenset({InferenceCapability.PAUSE, InferenceCapability.TOOL_CALLS}),
+            own_server="Start it with `acme serve`.")]
 
     @hookimpl
     def art_log_metrics(model, metrics, step, split):
@@ -83,6 +84,7 @@ def test_good_plugins_are_listed_checked_and_shown(plugin_site: Any) -> None:
         "  provides inference engine acme",
         "    pause: Generation can be paused and resumed; requests wait meanwhile and lose nothing.",
         "    tool_calls: Tools reach the chat template, and tool calls are parsed back into the answer.",
+        "    a server of your own: Start it with `acme serve`.",
         "  implements art_log_metrics, art_register_commands, art_register_inference_engines",
     ]
     assert plugin_site.art("acme").stdout == "acme's own command\n"
