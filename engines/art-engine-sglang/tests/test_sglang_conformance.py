@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
 from art_conformance import InferenceEngineConformance
@@ -14,6 +16,8 @@ from art_runtime.environments import python_for
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 class TestSglang(InferenceEngineConformance):
+    known_failures: ClassVar = {"INF-110": "SGLang heeds a seed only in a mode that its CPU path doesn't have."}
+
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls) -> InferenceEngine:
