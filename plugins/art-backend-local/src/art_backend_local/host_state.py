@@ -149,7 +149,12 @@ class HostState:
             del self.models[key]
             if server.attached and error.stage in ("load", "verify"):
                 how_to_start = self.registry.inference_engine(request.inference_engine).own_server
-                raise ServerUnusable(f"{error} {how_to_start}") from error
+                where = ", ".join(request.inference_urls)
+                cause = str(error.__cause__ or error).rstrip(". ")
+                raise ServerUnusable(
+                    f"the {server.engine.name} server at {where} can't be used for {request.base_model}: it doesn't"
+                    f" {error.stage} an adapter, because {cause}. {how_to_start}"
+                ) from error
             raise
         except BaseException:
             del self.models[key]
