@@ -39,6 +39,7 @@ from art_gateway import raise_file_limit
 LIBRARIES = ("art-gateway", "aiohttp", "uvicorn", "httptools", "starlette", "orjson")
 TARGET_LOST = 0.03
 LEAST_REQUESTS = 16
+WARM_UP = 32
 WAYS = ("direct", "gateway")
 
 
@@ -60,7 +61,7 @@ def chat_answer(tokens: int) -> bytes:
 
 def question(tokens: int) -> dict[str, Any]:
     """What is asked for: exactly `tokens` tokens."""
-    messages = [{"role": "user", "content": "Tell me a story about a shop. " * 8}]
+    messages = [{"role": "user", "content": "Tell me a story about a shop."}]
     return {"model": "agent", "messages": messages, "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
 
 
@@ -144,8 +145,9 @@ async def measure_engine(arguments: argparse.Namespace, tokens: int, console: Co
                     for concurrency in arguments.at_once:
                         status.update(f"{arguments.engine}, {concurrency} at once: warming up")
                         for way in WAYS:
-                            await ask_times(concurrency, *asked[way], concurrency)
+                            await ask_times(min(WARM_UP, concurrency), *asked[way], min(WARM_UP, concurrency))
                         rows.append(await by_turns(arguments, concurrency, asked, gateway, status))
+                        console.print(f"{concurrency} at once: {rows[-1]['lost']:.1%} lost", highlight=False)
             finally:
                 await asyncio.to_thread(gateway.stop)
     return rows
@@ -208,7 +210,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="without --engine: of each measurement (default 5)")
     parser.add_argument("--rounds", type=int, default=4, help="with --engine: rounds of both ways (default 4)")
     parser.add_argument(
-        "--waves", type=int, default=2, help="with --engine: requests in a round, in times of those at once (default 2)"
+        "--waves", type=int, default=1, help="with --engine: requests in a round, in times of those at once (default 1)"
     )
     parser.add_argument("--base-model", default=DEFAULT_MODEL, help="with --engine: a name, a folder, or a hub name")
     parser.add_argument("--dtype", help="with --engine: default float32 on a CPU and bfloat16 on a GPU")
