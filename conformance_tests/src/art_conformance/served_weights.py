@@ -126,7 +126,7 @@ class ServedWeights:
         await live.load(old, adapters[ONE])
         long = {"messages": ASK, "max_tokens": 160, "n": 2, "temperature": 1.0, "ignore_eos": True}
         asking = asyncio.create_task(live.chat(old, **long))
-        await asyncio.sleep(0.3)
+        await live.under_way(old, messages=ASK)
         await live.load(new, adapters[TWO])
         assert not asking.done(), "the answer was there before the other adapter was: nothing was in flight"
         unloading = asyncio.create_task(live.unload(old))

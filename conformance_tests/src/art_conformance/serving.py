@@ -72,6 +72,11 @@ class LiveEngine:
         assert answer.status_code == 200, f"HTTP {answer.status_code}: {answer.text[:1000]}"
         return samples(self.engine.read_response("chat/completions", answer.json()))
 
+    async def under_way(self, adapter: str | None, **body: Any) -> None:
+        """Wait until requests sent before are under way: until a short one, sent after them, is answered."""
+        await asyncio.sleep(0)  # those that were made tasks have their turn to be sent
+        await self.chat(adapter, **{**body, "max_tokens": 1, "n": 1})
+
     async def complete(self, adapter: str | None, **body: Any) -> list[Sample]:
         """Ask for a completion through the dialect, and give its choices."""
         prepared = self.engine.prepare_request("completions", {"model": self.launch.served_name, **body}, adapter)

@@ -92,7 +92,7 @@ class ServingChecks(LiveEngineSuite):
         await live.load(old, adapters[ONE])
         asking = [asyncio.create_task(live.chat(old, messages=ASK, max_tokens=160, n=2)) for _ in range(4)]
         try:
-            await asyncio.sleep(0.2)  # long enough to be under way, and no assertion depends on it
+            await live.under_way(old, messages=ASK)
             await live.load(new, adapters[TWO])
             unloading = asyncio.create_task(live.unload(old))
             newer = await live.chat(new, messages=ASK, max_tokens=16, n=2)
