@@ -60,12 +60,15 @@ def test_the_optimizer_ended_at_its_last_gradient_step(tmp_path: Path) -> None:
 def test_stages_add_up_to_the_time_from_the_optimizer_to_the_first_token() -> None:
     spent = {"checked": 0.010, "loaded": 0.040, "verified": 0.030, "routed": 0.0}
     receipt = PublicationReceipt(model=ModelKey("p", "m"), step=1, inference_name="m@1", seconds=spent)
-    watch = Watch(saved_at={1: 10.1}, published_at={1: 10.2}, answered={1: 10.25}, receipts={1: receipt})
+    watch = Watch(
+        written_at={1: 10.05}, saved_at={1: 10.1}, published_at={1: 10.2}, answered={1: 10.25}, receipts={1: receipt}
+    )
     [row] = stages_of(watch, {1: 10.0}, [1])
     assert tuple(row) == STAGES
     assert sum(row.values()) == pytest.approx(0.25)
-    found = summary([row])
+    found = summary([row], [0.02])
     assert found["total"]["p50"] == pytest.approx(250)
+    assert found["usual first token"]["p50"] == pytest.approx(20)
     assert found["beyond load"]["p99"] == pytest.approx(210)
     with pytest.raises(RuntimeError, match="step 2 has no end of its optimizer"):
         stages_of(watch, {1: 10.0}, [2])
