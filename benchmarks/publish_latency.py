@@ -196,8 +196,8 @@ async def measure(arguments: argparse.Namespace, folder: Path, console: Console)
 def show(result: Mapping[str, Any], console: Console) -> None:
     """Print the table and the verdict."""
     console.print(
-        f"{result['engine']}, {result['base_model']}: {result['publishes']} publishes, {result['in_flight']} requests in"
-        " flight",
+        f"{result['engine']}, {result['base_model']}: {result['publishes']} publishes, {result['in_flight']} requests"
+        " in flight",
         highlight=False,
     )
     table = Table("stage", "p50", "p99")
