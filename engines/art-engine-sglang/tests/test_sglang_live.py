@@ -56,7 +56,6 @@ class TestSglangServes(ServedWeights):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_the_options_are_those_of_the_real_parser() -> None:
     env = ENVIRONMENT.flavours["cpu"].probe_env

@@ -39,7 +39,6 @@ class TestVllmServes(ServedWeights):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_the_options_are_those_of_the_real_parser() -> None:
     assert options_of(vllm_python(), OPTIONS) == ARGUMENTS, "art_core.server_options writes options.py anew"
