@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -212,6 +213,49 @@ async def test_a_disk_that_takes_no_more_fails_the_step_and_loses_nothing(torch_
     worker.rlimit(psutil.RLIMIT_FSIZE, unlimited)
     assert sorted(folder.name for folder in checkpoints(torch_backend).iterdir()) == ["0000", "0001"]
     assert (await torch_backend.train(policy, groups, learning_rate=1e-2)).step == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"only root may mount a small file system: {mounted.stderr}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(file, *, leave):
+    """Fill the disk that `file` is on, but for `leave` bytes."""
+    with file.open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    os.truncate(file, file.stat().st_size - leave)
+
+
+async def test_a_full_disk_fails_the_step_and_the_next_one_works_once_there_is_room(small_disk, make_policy, client):
+    from art_backend_local import LocalBackend
+
+    policy, path = make_policy(), small_disk / "art"
+    options = {"inference_engine": "torch", "training_engine": "torch", "show_progress": False, "in_process": True}
+    async with LocalBackend(path=path, **options) as backend:
+        asked = client(await backend.register(policy))
+        groups = await gather(asked)
+        await backend.train(policy, groups, learning_rate=1e-2)
+        checkpoints = path / policy.project / "models/m/checkpoints"
+        for leave in (0, 100_000):
+            fill(small_disk / "filler", leave=leave)
+            with pytest.raises(OSError, match="disk is full|No space left"):
+                await backend.train(policy, groups, learning_rate=1e-2)
+            assert sorted(folder.name for folder in checkpoints.iterdir()) == ["0000", "0001"]
+            assert (await attempt(asked)).choices()[0].policy_version == 1
+            (small_disk / "filler").unlink()
+        assert (await backend.train(policy, groups, learning_rate=1e-2)).step == 2
+        assert (await attempt(asked)).choices()[0].policy_version == 2
 
 
 async def test_a_kl_reference_is_a_step_an_adapter_folder_or_the_base(torch_backend, policy, client, checkpoints):
