@@ -249,7 +249,7 @@ async def test_a_full_disk_fails_the_step_and_the_next_one_works_once_there_is_r
         checkpoints = path / policy.project / "models/m/checkpoints"
         for leave in (0, 100_000):
             fill(small_disk / "filler", leave=leave)
-            with pytest.raises(OSError, match="disk is full|No space left"):
+            with pytest.raises(OSError, match=r"disk is full|No space left"):
                 await backend.train(policy, groups, learning_rate=1e-2)
             assert sorted(folder.name for folder in checkpoints.iterdir()) == ["0000", "0001"]
             assert (await attempt(asked)).choices()[0].policy_version == 1

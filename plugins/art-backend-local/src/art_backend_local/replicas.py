@@ -7,6 +7,7 @@ this is what a restart is. Knows adapters by name; what they mean, and which of 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .verification import verify_adapter
 
 RESTART_ATTEMPTS = 3
 RESTART_PAUSE_S = 1.0
+LONGEST_PAUSE = 10
 # For how long a server that broke a connection is asked only if there is no other; by then its death was noticed.
 SUSPECT_S = 2.0
 
@@ -253,8 +255,9 @@ class Replicas:
 
     async def _bring_back(self, member: Replica) -> ProcessFailed | None:
         cause: Exception | None = None
-        for attempt in range(RESTART_ATTEMPTS):
-            await asyncio.sleep(RESTART_PAUSE_S * attempt)
+        # Who runs a server of their own may take any time over it.
+        for attempt in itertools.count() if self.attached else range(RESTART_ATTEMPTS):
+            await asyncio.sleep(RESTART_PAUSE_S * min(attempt, LONGEST_PAUSE))
             try:
                 connection = await member.server.start_again()
                 async with self.adapters_lock:
