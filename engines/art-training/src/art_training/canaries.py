@@ -18,9 +18,10 @@ from .packing import PackedRow, pack_rows
 from .policy import Policy
 from .rows import Ints, TokenRow
 
-_PROMPTS = 4
-_CANDIDATES = 6
-_PROMPT_TOKENS = 24
+# Few and short: the trainer computes them and the engine answers them while everybody waits for the new step.
+_PROMPTS = 3
+_CANDIDATES = 4
+_PROMPT_TOKENS = 12
 _TOP = 10
 
 
