@@ -26,29 +26,21 @@ failed or was mislabelled.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import math
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from measuring.live_engines import DEFAULT_MODEL, base_model_folder
-from measuring.machine import machine, versions
 from measuring.rollout_traffic import SeenSteps, Traffic, small_groups
+from measuring.traffic_benchmark import answers_of, run_benchmark, serving_one_model, traffic_parser
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import art
-from art.local import LocalBackend
-from art_conformance.tiny_model import write_base_model
 from art_core import CheckpointRef, PublicationReceipt, hookimpl, installed_plugins
 from art_core.checkpoint import ADAPTER_CONFIG
 
@@ -144,28 +136,9 @@ def summary(rows: Sequence[Mapping[str, float]], usual: Sequence[float]) -> dict
 
 async def measure(arguments: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
     """Train and publish, with traffic, and give what was found."""
-    base = write_base_model(folder / "tiny") if arguments.tiny else await base_model_folder(arguments.base_model)
     watch = Watch()
     installed_plugins().register(watch, name="publish-latency")
-    settings: art.dev.InternalModelConfig = {"engine_args": {"dtype": arguments.dtype}} if arguments.dtype else {}
-    backend = LocalBackend(
-        in_process=True,
-        path=folder / "runs",
-        inference_engine=arguments.engine,
-        auto_install=arguments.auto_install,
-        show_progress=False,
-    )
-    async with backend:
-        model = art.TrainableModel(
-            name="agent",
-            project="publish-latency",
-            base_model=str(base),
-            base_path=str(folder / "runs"),
-            _internal_config=settings,
-        )
-        with console.status(f"starting {arguments.engine} and the training worker"):
-            registration = await backend.register(model)
-            await model.register(backend)
+    async with serving_one_model(arguments, folder, console) as (backend, model, registration):
         groups = await small_groups(model, arguments.tokens)
         async with Traffic(model.name, registration, watch, arguments.tokens) as traffic:
             watch.traffic = traffic
@@ -181,15 +154,13 @@ async def measure(arguments: argparse.Namespace, folder: Path, console: Console)
         rows = stages_of(watch, optimizer_ends(backend.path / "logs"), made[WARM_UP:])
     return {
         "engine": arguments.engine,
-        "base_model": base.name,
+        "base_model": Path(model.base_model).name,
         "publishes": len(rows),
         "in_flight": arguments.in_flight,
         "milliseconds": summary(rows, usual[WARM_UP:]),
         "each": rows,
-        "requests": traffic.answered,
         "tokens_per_s": traffic.tokens / seconds,
-        "failed": traffic.failed,
-        "mislabelled": traffic.mislabelled,
+        **answers_of(traffic),
     }
 
 
@@ -211,40 +182,15 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for quantile_name, limit in TARGETS_MS.items():
         word = "met" if beyond[quantile_name] < limit else "NOT met"
         console.print(f"beyond load, {quantile_name} < {limit:.0f} ms: {word}", highlight=False)
-    console.print(
-        f"{result['requests']} requests answered ({result['tokens_per_s']:.0f} tokens/s),"
-        f" {len(result['failed'])} failed, {len(result['mislabelled'])} mislabelled",
-        highlight=False,
-    )
-    for problem in [*result["failed"], *result["mislabelled"]][:10]:
-        console.print(f"  {problem}", highlight=False, markup=False)
+    console.print(f"{result['tokens_per_s']:.0f} tokens/s were generated meanwhile", highlight=False)
 
 
 def main() -> None:
     """Measure and print; exit with 1 when a request failed or was mislabelled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="torch", help="an installed inference engine (default torch)")
+    parser = traffic_parser(__doc__)
     parser.add_argument("--publishes", type=int, default=30, help="steps that are measured (default 30)")
-    parser.add_argument("--in-flight", type=int, default=8, help="chat completions under way all the time (default 8)")
-    parser.add_argument("--tokens", type=int, default=32, help="max_tokens of each (default 32)")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--base-model", default=DEFAULT_MODEL, help="a name, a folder, or a hub name")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model instead: the path without the weights")
-    parser.add_argument("--dtype", help="the inference engine's; default: its own choice")
-    parser.add_argument("--auto-install", action="store_true", help="make the engine's environment if it isn't there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every single publish")
-    arguments = parser.parse_args()
-    console = Console(stderr=True)
-    described = {"machine": machine(), "versions": versions([arguments.engine], ("art-backend-local", "art-training"))}
-    with TemporaryDirectory() as folder:
-        result = asyncio.run(measure(arguments, Path(folder), console))
-    if arguments.json:
-        print(json.dumps({**described, **result}, indent=1))
-    else:
-        out = Console(width=110)
-        out.print(f"{described['machine']}\n{described['versions']}", highlight=False)
-        show(result, out)
-    sys.exit(1 if result["failed"] or result["mislabelled"] else 0)
+    run_benchmark(parser.parse_args(), measure, show, packages=("art-backend-local", "art-training"))
 
 
 if __name__ == "__main__":

@@ -25,19 +25,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from measuring.live_engines import DEFAULT_MODEL, base_model_folder
-from measuring.machine import machine, versions
 from measuring.rollout_traffic import SeenSteps, Traffic, small_groups
+from measuring.traffic_benchmark import answers_of, run_benchmark, serving_one_model, traffic_parser
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import art
-from art.local import LocalBackend
-from art_conformance.tiny_model import write_base_model
 from art_core import installed_plugins
 
 BACK_LIMIT_S = 900.0
@@ -98,24 +93,10 @@ async def _longest_silence(traffic: Traffic) -> float:
 
 async def measure(arguments: argparse.Namespace, folder: Path, console: Console) -> JSON:
     """Serve, train one step, kill with traffic, and give what was found."""
-    base = write_base_model(folder / "tiny") if arguments.tiny else await base_model_folder(arguments.base_model)
     steps = SeenSteps()
     installed_plugins().register(steps, name="recovery")
-    backend = LocalBackend(
-        in_process=True,
-        path=folder / "runs",
-        inference_engine=arguments.engine,
-        inference_replicas=arguments.replicas,
-        auto_install=arguments.auto_install,
-        show_progress=False,
-    )
-    async with backend:
-        model = art.TrainableModel(
-            name="agent", project="recovery", base_model=str(base), base_path=str(folder / "runs")
-        )
-        with console.status(f"starting {arguments.engine} and the training worker"):
-            registration = await backend.register(model)
-            await model.register(backend)
+    serving = serving_one_model(arguments, folder, console, inference_replicas=arguments.replicas)
+    async with serving as (backend, model, registration):
         await backend.train(model, await small_groups(model, arguments.tokens), learning_rate=1e-5)
         async with Traffic(model.name, registration, steps, arguments.tokens) as traffic:
             traffic.keep_in_flight(arguments.in_flight)
@@ -126,13 +107,11 @@ async def measure(arguments: argparse.Namespace, folder: Path, console: Console)
             await asyncio.sleep(arguments.pause)
     return {
         "engine": arguments.engine,
-        "base_model": base.name,
+        "base_model": Path(model.base_model).name,
         "replicas": arguments.replicas,
         "in_flight": arguments.in_flight,
         "kills": kills,
-        "requests": traffic.answered,
-        "failed": traffic.failed,
-        "mislabelled": traffic.mislabelled,
+        **answers_of(traffic),
     }
 
 
@@ -146,41 +125,17 @@ def show(result: JSON, console: Console) -> None:
             str(len(kill["failed"])), str(len(kill["mislabelled"])),
         )  # fmt: skip
     console.print(table)
-    console.print(
-        f"{result['requests']} requests answered, {len(result['failed'])} failed,"
-        f" {len(result['mislabelled'])} mislabelled",
-        highlight=False,
-    )
-    for problem in [*result["failed"], *result["mislabelled"]][:10]:
-        console.print(f"  {problem}", highlight=False, markup=False)
 
 
 def main() -> None:
     """Measure and print; exit with 1 when a request failed or was mislabelled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="torch", help="an installed inference engine (default torch)")
+    parser = traffic_parser(__doc__)
     parser.add_argument("--kills", type=int, default=3, help="how often a server is killed (default 3)")
     parser.add_argument("--replicas", type=int, default=1, help="how many servers serve the model (default 1)")
-    parser.add_argument("--in-flight", type=int, default=8, help="chat completions under way all the time (default 8)")
-    parser.add_argument("--tokens", type=int, default=32, help="max_tokens of each (default 32)")
     parser.add_argument("--pause", type=float, default=3.0, help="seconds of quiet traffic between kills (default 3)")
-    parser.add_argument("--base-model", default=DEFAULT_MODEL, help="a name, a folder, or a hub name")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model instead: the path without the weights")
-    parser.add_argument("--auto-install", action="store_true", help="make the engine's environment if it isn't there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    console = Console(stderr=True)
-    described = {"machine": machine(), "versions": versions([arguments.engine], ("art-backend-local", "art-gateway"))}
     warnings.filterwarnings("ignore", message=".*(is being restarted|is back, with the adapters).*")
-    with TemporaryDirectory() as folder:
-        result = asyncio.run(measure(arguments, Path(folder), console))
-    if arguments.json:
-        print(json.dumps({**described, **result}, indent=1))
-    else:
-        out = Console(width=110)
-        out.print(f"{described['machine']}\n{described['versions']}", highlight=False)
-        show(result, out)
-    sys.exit(1 if result["failed"] or result["mislabelled"] else 0)
+    run_benchmark(arguments, measure, show, packages=("art-backend-local", "art-gateway"))
 
 
 if __name__ == "__main__":

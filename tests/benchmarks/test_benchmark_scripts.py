@@ -44,6 +44,16 @@ def test_publish_latency() -> None:
 
 
 @pytest.mark.slow
+def test_recovery() -> None:
+    result = run("recovery.py", "--tiny", "--kills", "1", "--in-flight", "4", "--pause", "1")
+    [kill] = result["kills"]
+    assert kill["back_s"] > 0
+    assert result["requests"] > 0
+    assert not result["failed"], "whole answers are asked for again when their server dies"
+    assert not result["mislabelled"]
+
+
+@pytest.mark.slow
 def test_gateway_overhead_in_front_of_an_engine(tiny_base_model: Path) -> None:
     small = ("--at-once", "1,4", "--rounds", "2", "--waves", "1", "--tokens", "2")
     result = run("gateway_overhead.py", "--engine", "torch", "--base-model", str(tiny_base_model), *small)
