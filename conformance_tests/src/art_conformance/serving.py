@@ -74,7 +74,7 @@ class LiveEngine:
 
     async def under_way(self, adapter: str | None, **body: Any) -> None:
         """Wait until requests sent before are under way: until a short one, sent after them, is answered."""
-        await asyncio.sleep(0)  # those that were made tasks have their turn to be sent
+        await asyncio.sleep(0.2)  # or it would overtake, on an open connection, those that still open theirs
         await self.chat(adapter, **{**body, "max_tokens": 1, "n": 1})
 
     async def complete(self, adapter: str | None, **body: Any) -> list[Sample]:
