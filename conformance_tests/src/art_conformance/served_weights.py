@@ -125,8 +125,7 @@ class ServedWeights:
         old, new = "served/agent@3", "served/agent@4"
         await live.load(old, adapters[ONE])
         long = {"messages": ASK, "max_tokens": 160, "n": 2, "temperature": 1.0, "ignore_eos": True}
-        asking = asyncio.create_task(live.chat(old, **long))
-        await live.under_way(old, messages=ASK)
+        asking = await live.begun(old, **long)
         await live.load(new, adapters[TWO])
         assert not asking.done(), "the answer was there before the other adapter was: nothing was in flight"
         unloading = asyncio.create_task(live.unload(old))
@@ -141,22 +140,13 @@ class ServedWeights:
     async def test_a_stream_says_the_same_as_its_ids(
         self, live: LiveEngine, oracle: Oracle, adapters: dict[str, Path]
     ) -> None:
-        ids: dict[int, list[int]] = {0: [], 1: []}
-        text, prompts = {0: "", 1: ""}, {}
-        logprobs: dict[int, list[float]] = {0: [], 1: []}
-        async for chunk in live.stream(ONE, messages=ASK, max_tokens=24, n=2, temperature=1.0):
-            for choice in chunk["choices"]:
-                index = choice["index"]
-                ids[index] += choice["token_ids"]
-                text[index] += (choice.get("delta") or {}).get("content") or ""
-                logprobs[index] += [e["logprob"] for e in (choice.get("logprobs") or {}).get("content") or ()]
-                if choice.get("prompt_token_ids"):
-                    prompts[index] = choice["prompt_token_ids"]
-        for index in (0, 1):
-            assert prompts[index] == oracle.chat_ids(ASK)
-            assert oracle.text(ids[index]).strip().startswith(text[index].strip())
-            true = oracle.logprobs(prompts[index], ids[index], adapters[ONE])
-            assert agreement(logprobs[index], true).mean < self.mean_limit
+        streamed = await live.streamed(ONE, messages=ASK, max_tokens=24, n=2, temperature=1.0)
+        assert len(streamed) == 2
+        for sample in streamed:
+            assert sample.prompt_ids == oracle.chat_ids(ASK)
+            assert oracle.text(sample.ids).strip().startswith(sample.text.strip())
+            true = oracle.logprobs(sample.prompt_ids, sample.ids, adapters[ONE])
+            assert agreement(sample.logprobs, true).mean < self.mean_limit
 
     async def test_an_adapter_of_another_rank_is_refused_with_its_reason(
         self, live: LiveEngine, weights: Path, tmp_path: Path

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from art_core import EngineCall, InferenceEngine, InferenceLaunch
+from art_core import EngineCall, InferenceCapability, InferenceEngine, InferenceLaunch
 from art_runtime import SupervisedProcess, free_port
 
 JSON = dict[str, Any]
@@ -72,10 +72,33 @@ class LiveEngine:
         assert answer.status_code == 200, f"HTTP {answer.status_code}: {answer.text[:1000]}"
         return samples(self.engine.read_response("chat/completions", answer.json()))
 
-    async def under_way(self, adapter: str | None, **body: Any) -> None:
-        """Wait until requests sent before are under way: until a short one, sent after them, is answered."""
-        await asyncio.sleep(0.2)  # or it would overtake, on an open connection, those that still open theirs
-        await self.chat(adapter, **{**body, "max_tokens": 1, "n": 1})
+    async def begun(self, adapter: str | None, **body: Any) -> asyncio.Task[list[Sample]]:
+        """Ask for a chat completion that is under way when this returns; gives the task that ends with its choices.
+
+        The first tokens of a stream show that it is. An engine that declares no stream with token ids is only given a
+        moment.
+        """
+        if InferenceCapability.STREAMING_TOKEN_IDS not in self.engine.capabilities:
+            whole = asyncio.create_task(self.chat(adapter, **body))
+            await asyncio.sleep(0.5)
+            return whole
+        first = asyncio.Event()
+        task = asyncio.create_task(self.streamed(adapter, first, **body))
+        seen = asyncio.create_task(first.wait())
+        await asyncio.wait({task, seen}, timeout=REQUEST_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+        seen.cancel()
+        if task.done():
+            task.result()
+        return task
+
+    async def streamed(self, adapter: str | None, first: asyncio.Event | None = None, **body: Any) -> list[Sample]:
+        """Ask for a streamed chat completion, and give its choices put together; sets `first` at the first tokens."""
+        chunks = []
+        async for chunk in self.stream(adapter, **body):
+            chunks.append(chunk)
+            if first is not None and any(sample.text or sample.ids for sample in merged([chunk])):
+                first.set()
+        return merged(chunks)
 
     async def complete(self, adapter: str | None, **body: Any) -> list[Sample]:
         """Ask for a completion through the dialect, and give its choices."""
@@ -107,6 +130,30 @@ class LiveEngine:
         """Stop the server and close the connections."""
         await self.client.aclose()
         await self.process.stop()
+
+
+def merged(chunks: Iterable[JSON]) -> list[Sample]:
+    """The choices of a streamed chat completion, put together from chunks in the one form."""
+    found: dict[int, Sample] = {}
+    for chunk in chunks:
+        for choice in chunk.get("choices", ()):
+            index = int(choice.get("index", 0))
+            found[index] = _with_chunk(found.get(index), choice)
+    return [found[index] for index in sorted(found)]
+
+
+def _with_chunk(before: Sample | None, choice: JSON) -> Sample:
+    """A choice of which one more chunk has come. Its `choice` is the latest chunk."""
+    had = before or Sample([], [], [], "", None, {})
+    return Sample(
+        prompt_ids=choice.get("prompt_token_ids") or had.prompt_ids,
+        ids=had.ids + [int(token) for token in choice.get("token_ids") or ()],
+        logprobs=had.logprobs
+        + [float(entry["logprob"]) for entry in (choice.get("logprobs") or {}).get("content") or ()],
+        text=had.text + ((choice.get("delta") or {}).get("content") or ""),
+        finish_reason=choice.get("finish_reason") or had.finish_reason,
+        choice=choice,
+    )
 
 
 def samples(body: JSON) -> list[Sample]:

@@ -90,9 +90,8 @@ class ServingChecks(LiveEngineSuite):
     async def test_in_flight(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
         old, new = "conformance/flight@1", "conformance/flight@2"
         await live.load(old, adapters[ONE])
-        asking = [asyncio.create_task(live.chat(old, messages=ASK, max_tokens=160, n=2)) for _ in range(4)]
+        asking = [await live.begun(old, messages=ASK, max_tokens=160, n=2) for _ in range(4)]
         try:
-            await live.under_way(old, messages=ASK)
             await live.load(new, adapters[TWO])
             unloading = asyncio.create_task(live.unload(old))
             newer = await live.chat(new, messages=ASK, max_tokens=16, n=2)
