@@ -85,6 +85,12 @@ def said(process, key):
     raise AssertionError(f"the client ended without saying {key}: {process.stderr.read()[-3000:]}")
 
 
+def kill(process):
+    """SIGKILL, and it is dead: until then its path is rightly in use."""
+    process.kill()
+    process.wait(20)
+
+
 async def until(condition, limit_s=60):
     async with asyncio.timeout(limit_s):
         while not condition():
@@ -115,7 +121,7 @@ async def test_everything_ends_with_a_client_that_is_killed(run_client, tmp_path
     said(process, "registered")
     below = tree(process.pid)
     assert len(below) >= 3
-    process.kill()
+    kill(process)
     await until(lambda: not any(process_lives(pid, started) for pid, started in below))
     assert not (tmp_path / "art/host.json").exists()
 
@@ -127,8 +133,7 @@ async def test_a_path_in_use_by_an_in_process_backend_is_refused_naming_it(run_c
         with pytest.raises(PathInUse, match=f"process {process.pid}"):
             await new_backend(tmp_path / "art", in_process=in_process).register(policy)
     # The path is free as soon as that client has ended, even while its host is still leaving.
-    process.kill()
-    process.wait(30)
+    kill(process)
     async with new_backend(tmp_path / "art") as backend:
         await backend.register(policy)
 
@@ -310,7 +315,7 @@ async def test_a_client_killed_in_the_middle_of_training_keeps_nothing_and_lets_
         await until(lambda: "training" in str(_statuses(backend)))
         await until(lambda: _statuses(backend)["models"][0]["training"])
         await asyncio.sleep(1.0)  # the host says so before the job has reached the worker
-        other.kill()
+        kill(other)
         await until(lambda: not _statuses(backend)["models"][0]["training"])
         fake_engines()
         assert (await backend.train(policy, groups)).step == 1
@@ -328,7 +333,7 @@ async def test_a_client_killed_in_the_middle_of_publishing_leaves_a_step_that_is
     fake_engines(slow_load=60)
     said(first, "begun")
     await until(lambda: (path / policy.project / "models/m/checkpoints/0001/checkpoint.json").exists())
-    first.kill()
+    kill(first)
     fake_engines()
     async with new_backend(path) as backend:
         assert await served_by(client(await backend.register(policy))) == ("m@1", -1.5)
@@ -350,7 +355,7 @@ async def test_a_client_that_dies_frees_its_leases(run_client, tmp_path, new_bac
 
         with pytest.raises(CheckpointInUse):
             await backend.delete_checkpoints(policy, [0])
-        other.kill()
+        kill(other)
         async with asyncio.timeout(30):
             while True:
                 try:
