@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from art_core import PluginNotInstalled, installed_plugins
-from art_core.plugins import load_factory
+from art_core import installed_plugins
+from art_core.errors import PluginNotInstalled
+from art_core.registry import load_factory
 
 
 def backend_class(name: str) -> Any:

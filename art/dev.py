@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from art_core import UnknownArgument
+from art_core.errors import UnknownArgument
 
 __all__ = ["InternalModelConfig"]
 

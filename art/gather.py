@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from art_core import ArtError, PendingTrajectoryGroup, RolloutError, Trajectory, TrajectoryGroup
-from art_core.trajectories import close_unstarted
+from art_core.pending_group import close_unstarted
+from art_core.trajectories import pending_group
 
 from .collector import fewer_collections
 from .progress import RolloutProgress
@@ -116,7 +117,7 @@ async def gather_trajectories(
 
     The other arguments are those of `gather_trajectory_groups`.
     """
-    pending = PendingTrajectoryGroup(list(trajectories), {})
+    pending = pending_group(trajectories)
     tolerance = _Tolerance(max_exceptions)
     progress = RolloutProgress(
         pbar_desc, total=len(pending), max_metrics=max_metrics, completion_tokens=pbar_total_completion_tokens

@@ -18,18 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from art_core import (
     Backend,
-    CheckpointInUse,
     ModelKey,
-    NotRegistered,
     Trajectory,
     TrajectoryGroup,
-    UnknownArgument,
     announce,
     check_name,
     inference_name,
     installed_plugins,
 )
-from art_core.checkpoint import write_json_atomically
+from art_core.atomic_files import write_json_atomically
+from art_core.errors import CheckpointInUse, NotRegistered, UnknownArgument
 from art_core.history import HISTORY, best_step
 
 from .dev import InternalModelConfig, check_internal_config

@@ -1,13 +1,13 @@
-"""The kernel of ART: what a plugin author reads.
+"""The kernel of ART: the words on which two kinds of plugin must agree.
 
-Protocols for backends and engines, trajectories, results, checkpoints, the publication state machine, hooks and their
-loader. Importing it has no side effects: no environment is read, nothing is patched, torch isn't imported.
+Protocols for backends and engines, trajectories, results, hooks, the order of a training step, and the plugin loader.
+Errors are in `art_core.errors`, the parts of a publication in `art_core.publication`. Importing it has no side effects:
+no environment is read, nothing is patched, torch isn't imported.
 """
 
 from .announcements import announce, ask_permission, resolve_base_model, resolve_checkpoint
 from .backend import Backend, BackendSpec, PolicyModel, Registration
 from .capabilities import BackendCapability, Capability, InferenceCapability, TrainingCapability, require
-from .checkpoint import Canary, CanaryPrompt, CheckpointManifest, CheckpointRef
 from .engines import (
     EngineCall,
     InferenceEngine,
@@ -18,43 +18,13 @@ from .engines import (
     TrainingEngineSpec,
     TrainingLaunch,
 )
-from .errors import (
-    AdapterMismatch,
-    ArtError,
-    BackendUnreachable,
-    BaseModelNotFound,
-    CheckpointError,
-    CheckpointInUse,
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    EngineRefused,
-    InvalidName,
-    InvalidTrajectory,
-    MisspeltHook,
-    ModelBusy,
-    NotRegistered,
-    PluginError,
-    PluginNotInstalled,
-    ProcessFailed,
-    PublicationFailed,
-    ServerUnusable,
-    TrainingFailed,
-    UnknownArgument,
-    UnsupportedCapability,
-)
+from .errors import ArtError
 from .hookspecs import hookimpl
-from .names import ModelKey, adapter_name, check_name, inference_name, parse_inference_name
+from .names import CheckpointRef, ModelKey, check_name, inference_name
+from .pending_group import PendingTrajectoryGroup
 from .plugin_gates import API_VERSION
-from .plugins import PluginInfo, PluginRegistry, PluginStatus, installed_plugins, instantiate, load_factory
-from .publication import (
-    Publication,
-    PublicationLimits,
-    PublicationReceipt,
-    PublicationStage,
-    Publisher,
-    ServedSteps,
-    publish,
-)
+from .publication import PublicationReceipt
+from .registry import PluginRegistry, installed_plugins
 from .results import LocalTrainResult, ServerlessTrainResult, TrainResult
 from .trajectories import (
     History,
@@ -62,7 +32,6 @@ from .trajectories import (
     MessageOrChoice,
     Messages,
     MessagesAndChoices,
-    PendingTrajectoryGroup,
     RolloutError,
     Tool,
     Tools,
@@ -73,59 +42,31 @@ from .trajectories import (
 
 __all__ = [
     "API_VERSION",
-    "AdapterMismatch",
     "ArtError",
     "Backend",
     "BackendCapability",
     "BackendSpec",
-    "BackendUnreachable",
-    "BaseModelNotFound",
-    "Canary",
-    "CanaryPrompt",
     "Capability",
-    "CheckpointError",
-    "CheckpointInUse",
-    "CheckpointManifest",
-    "CheckpointNotFound",
     "CheckpointRef",
-    "CorruptCheckpoint",
     "EngineCall",
-    "EngineRefused",
     "History",
     "InferenceCapability",
     "InferenceEngine",
     "InferenceEngineSpec",
     "InferenceLaunch",
-    "InvalidName",
-    "InvalidTrajectory",
     "LaunchPlan",
     "LocalTrainResult",
     "Message",
     "MessageOrChoice",
     "Messages",
     "MessagesAndChoices",
-    "MisspeltHook",
-    "ModelBusy",
     "ModelKey",
-    "NotRegistered",
     "PendingTrajectoryGroup",
-    "PluginError",
-    "PluginInfo",
-    "PluginNotInstalled",
     "PluginRegistry",
-    "PluginStatus",
     "PolicyModel",
-    "ProcessFailed",
-    "Publication",
-    "PublicationFailed",
-    "PublicationLimits",
     "PublicationReceipt",
-    "PublicationStage",
-    "Publisher",
     "Registration",
     "RolloutError",
-    "ServedSteps",
-    "ServerUnusable",
     "ServerlessTrainResult",
     "Tool",
     "Tools",
@@ -133,13 +74,9 @@ __all__ = [
     "TrainingCapability",
     "TrainingEngine",
     "TrainingEngineSpec",
-    "TrainingFailed",
     "TrainingLaunch",
     "Trajectory",
     "TrajectoryGroup",
-    "UnknownArgument",
-    "UnsupportedCapability",
-    "adapter_name",
     "announce",
     "ask_permission",
     "check_groups",
@@ -147,10 +84,6 @@ __all__ = [
     "hookimpl",
     "inference_name",
     "installed_plugins",
-    "instantiate",
-    "load_factory",
-    "parse_inference_name",
-    "publish",
     "require",
     "resolve_base_model",
     "resolve_checkpoint",

@@ -14,7 +14,7 @@ from typing import Any
 
 from .backend import PolicyModel
 from .errors import BaseModelNotFound, PluginError
-from .plugins import PluginRegistry
+from .registry import PluginRegistry
 
 ANNOUNCEMENT_LIMIT_S = 300.0
 

@@ -7,13 +7,12 @@ hundred lines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from .capabilities import InferenceCapability, TrainingCapability
-from .errors import EngineRefused
 
 JSON = dict[str, Any]
 Endpoint = Literal["chat/completions", "completions"]
@@ -157,7 +156,7 @@ class TrainingLaunch:
 
 @runtime_checkable
 class TrainingEngine(Protocol):
-    """A library that trains LoRA adapters, run as a worker that speaks the wire of `art_core.training_jobs`."""
+    """A library that trains LoRA adapters, run as a worker that speaks the wire of `art_engine_kit.training_wire`."""
 
     @property
     def name(self) -> str:
@@ -183,41 +182,6 @@ class PluginSpec:
     summary: str
 
 
-Flavour = Literal["cpu", "cuda"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlavourSpec:
-    """What an engine's environment holds on one kind of machine, as versions that were seen to work.
-
-    Installed in this order: `requirements`; `without_dependencies`, whose own needs are left out; `local_projects`,
-    folders of small distributions shipped with the engine. Then `uninstall` is taken out again. `probe` is run by the
-    environment's interpreter (arguments and added variables) and ends with 0 when the engine can be used. `hint` says
-    what to try when installing fails.
-    """
-
-    requirements: tuple[str, ...]
-    without_dependencies: tuple[str, ...] = ()
-    local_projects: tuple[Path, ...] = ()
-    uninstall: tuple[str, ...] = ()
-    probe: tuple[str, ...]
-    probe_env: Mapping[str, str] = field(default_factory=dict)
-    hint: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnvironmentSpec:
-    """The virtual environment that an engine needs for itself.
-
-    `provided_by` are requirements; an environment where one of them is met holds the engine already. `shown` are the
-    distributions whose versions tell the most about it.
-    """
-
-    provided_by: tuple[str, ...]
-    shown: tuple[str, ...]
-    flavours: Mapping[Flavour, FlavourSpec]
-
-
 @dataclass(frozen=True, kw_only=True)
 class InferenceEngineSpec(PluginSpec):
     """The card of an inference engine.
@@ -239,14 +203,3 @@ class TrainingEngineSpec(PluginSpec):
 
     capabilities: frozenset[TrainingCapability] = frozenset()
     environment: str | None = None
-
-
-def refuse_unless_ok(engine: str, call: EngineCall, status: int, body: bytes) -> None:
-    """The reading of an answer that most engines share: 2xx is done, everything else is a refusal with its text."""
-    if not 200 <= status < 300:
-        raise EngineRefused(engine, call.action, f"HTTP {status}: {body[:2000].decode(errors='replace')}")
-
-
-def cuda_env(devices: Sequence[int]) -> dict[str, str]:
-    """The variable that shows a process these GPUs and no others; none at all for a CPU."""
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import typer
 
     from .backend import Backend, BackendSpec, PolicyModel
-    from .checkpoint import CheckpointRef
     from .engines import InferenceEngineSpec, TrainingEngineSpec
+    from .names import CheckpointRef
     from .publication import PublicationReceipt
     from .results import TrainResult
     from .trajectories import TrajectoryGroup
@@ -141,9 +141,3 @@ def art_log_metrics(model: PolicyModel, metrics: dict[str, float], step: int, sp
 @hookspec
 def art_log_trajectories(model: PolicyModel, groups: Sequence[TrajectoryGroup], step: int, split: str) -> Announced:
     """`model.log` has trajectories for a step; nothing of them may be dropped."""
-
-
-def signature_of(hook: str) -> list[str]:
-    """The argument names of a hook, for documents and their tests."""
-    function: Any = globals()[hook]
-    return list(function.__code__.co_varnames[: function.__code__.co_argcount])

@@ -1,4 +1,4 @@
-"""What a project and a model may be called, and how a model and a step are written as one name.
+"""What a project and a model may be called, and how a model, a step and its checkpoint are named.
 
 The same name becomes a folder, an adapter name and part of an address, so what it may hold is narrow on purpose.
 """
@@ -67,3 +67,22 @@ def parse_inference_name(text: str) -> tuple[str, int | None]:
 def adapter_name(key: ModelKey, step: int) -> str:
     """The name under which an engine holds one version of one adapter. It is never used for other weights."""
     return f"{key.project}/{key.name}@{step}"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """One step of one model, and the folder that holds it."""
+
+    model: ModelKey
+    step: int
+    path: Path
+
+    @property
+    def inference_name(self) -> str:
+        """The name a user asks for at the gateway: `name@step`."""
+        return inference_name(self.model.name, self.step)
+
+    @property
+    def adapter_name(self) -> str:
+        """The name under which an engine holds it: `project/name@step`."""
+        return adapter_name(self.model, self.step)

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from .checkpoint import CheckpointRef
 from .errors import ArtError, CheckpointInUse, CheckpointNotFound, PublicationFailed
-from .names import ModelKey
+from .names import CheckpointRef, ModelKey
 
 
 class PublicationStage(Enum):

@@ -6,12 +6,10 @@ tokens being trained, of backends or of engines. The openai package is imported 
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import math
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
@@ -27,6 +25,7 @@ from pydantic import (
 )
 
 from .errors import InvalidTrajectory
+from .pending_group import PendingTrajectoryGroup
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
@@ -246,7 +245,7 @@ class TrajectoryGroup(BaseModel):
         def __new__(cls, trajectories: Any = (), **fields: Any) -> Any:
             items = list(trajectories)
             if any(isinstance(item, Awaitable) for item in items):
-                return PendingTrajectoryGroup(items, fields)
+                return pending_group(items, **fields)
             group = super().__new__(cls)
             # The iterable may be a generator, which __init__ would find empty.
             object.__setattr__(group, "_given", items)
@@ -282,70 +281,14 @@ class TrajectoryGroup(BaseModel):
         return self.model_dump(mode="json")
 
 
-class PendingTrajectoryGroup:
-    """A group whose trajectories are still being made. Awaiting it runs them all at once.
-
-    Nothing runs before it is awaited. When the awaiting task is cancelled, so are the attempts.
-    """
-
-    def __init__(self, items: Sequence[Any], fields: dict[str, Any]) -> None:
-        self._items = list(items)
-        self._fields = fields
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __await__(self) -> Generator[Any, None, TrajectoryGroup]:
-        return self._collect().__await__()
-
-    async def _collect(self) -> TrajectoryGroup:
-        results: list[Trajectory | BaseException] = [item async for item in self.completed(return_in_order=True)]
-        return self.group_of(results)
-
-    def rollouts(self) -> list[Coroutine[Any, Any, Trajectory | BaseException]]:
-        """Each attempt as a coroutine that gives its trajectory, or the exception that it raised."""
-        return [_guarded(item) for item in self._items]
-
-    def close(self) -> None:
-        """Give up the attempts that have not begun, so that none is reported as never awaited."""
-        for item in self._items:
-            close_unstarted(item)
-
-    def group_of(self, results: Iterable[Trajectory | BaseException]) -> TrajectoryGroup:
-        """The finished group, with this pending group's metadata, metrics and logs."""
-        return TrajectoryGroup(results, **self._fields)
-
-    async def completed(self, *, return_in_order: bool = False) -> AsyncIterator[Trajectory | BaseException]:
-        """Yield each attempt's trajectory or exception as it ends, or in the order given."""
-        tasks = [asyncio.ensure_future(rollout) for rollout in self.rollouts()]
-        try:
-            for next_result in tasks if return_in_order else asyncio.as_completed(tasks):
-                yield await next_result
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self.close()
+def pending_group(attempts: Iterable[Any], **fields: Any) -> PendingTrajectoryGroup:
+    """Attempts that have not been run; `fields` are the finished group's metadata, metrics and logs."""
+    return PendingTrajectoryGroup(
+        list(attempts), read=_read_attempt, group_of=lambda results: TrajectoryGroup(results, **fields)
+    )
 
 
-def close_unstarted(item: object) -> None:
-    """Close a coroutine that was made and has not begun; anything else is left alone."""
-    if inspect.iscoroutine(item) and inspect.getcoroutinestate(item) == inspect.CORO_CREATED:
-        item.close()
-
-
-async def _guarded(item: Any) -> Trajectory | BaseException:
-    if not isinstance(item, Awaitable):
-        return cast("Trajectory | BaseException", item)
-    try:
-        result = await item
-    except Exception as error:
-        return error
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        return error  # something within the attempt was cancelled, not the attempt
+def _read_attempt(result: Any) -> Trajectory | TypeError:
     if not isinstance(result, Trajectory):
         return TypeError(f"a rollout must return a Trajectory, not {type(result).__name__}")
     return result.stamp_policy_versions()

@@ -42,7 +42,7 @@ from rich.progress import track
 from rich.table import Table
 
 from art_core import CheckpointRef, PublicationReceipt, hookimpl, installed_plugins
-from art_core.checkpoint import ADAPTER_CONFIG
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG
 
 STAGES = ("canary", "save", "hooks", "checked", "loaded", "verified", "routed", "first token")
 ENGINE_OWN = "loaded"
@@ -190,7 +190,7 @@ def main() -> None:
     parser = traffic_parser(__doc__)
     parser.add_argument("--publishes", type=int, default=30, help="steps that are measured (default 30)")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    run_benchmark(parser.parse_args(), measure, show, packages=("art-backend-local", "art-training"))
+    run_benchmark(parser.parse_args(), measure, show, packages=("art-backend-local", "art-training-kit"))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from openai.types.chat.chat_completion import Choice
 
-from art_core.training_jobs import write_groups
 from art_core.trajectories import Trajectory, TrajectoryGroup
-from art_training.groups_file import read_groups_fast
-from art_training.packing import pack_rows
-from art_training.row_assignment import sort_rows
-from art_training.tokenize import tokenize_groups
+from art_engine_kit.groups_file import write_groups
+from art_training_kit.groups_file import read_groups_fast
+from art_training_kit.packing import pack_rows
+from art_training_kit.row_assignment import sort_rows
+from art_training_kit.tokenize import tokenize_groups
 
 VOCABULARY = 49152
 
@@ -107,7 +107,7 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
         "python": platform.python_version(),
         "numpy": version("numpy"),
-        "art-training": version("art-training"),
+        "art-training-kit": version("art-training-kit"),
     }
     if arguments.json:
         print(json.dumps(result))

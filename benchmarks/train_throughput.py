@@ -1,10 +1,10 @@
 """Forward and backward of LoRA training, in effective tokens a second: `python benchmarks/train_throughput.py`.
 
-G completions of R tokens after one prompt of P tokens, LoRA r=8 on all seven projections. "stock" is plain
-transformers and PEFT in micro-batches; "dense" is art-training with prompts that share nothing; "shared" is
-art-training with one shared prompt. Effective tokens are G(P+R) in all three. Each mode runs in a process of its own,
-so that its peak memory is its own. The cap is what matrix products alone would allow: measured GEMM speed over 4 FLOP
-a parameter and token.
+G completions of R tokens after one prompt of P tokens, LoRA r=8 on all seven projections. "stock" is plain transformers
+and PEFT in micro-batches; "dense" is art-training-kit with prompts that share nothing; "shared" is art-training-kit
+with one shared prompt. Effective tokens are G(P+R) in all three. Each mode runs in a process of its own, so that its
+peak memory is its own. The cap is what matrix products alone would allow: measured GEMM speed over 4 FLOP a parameter
+and token.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def measure(
     from transformers import AutoModelForCausalLM
 
     from art_engine_torch.training_policy import compute_dtype, load_policy
-    from art_training.allocator import keep_freed_memory
-    from art_training.losses import LossOptions
-    from art_training.packing import pack_rows
-    from art_training.policy import PolicyRequest
-    from art_training.row_tensors import RowTensors
-    from art_training.rows import TokenRow
+    from art_training_kit.allocator import keep_freed_memory
+    from art_training_kit.losses import LossOptions
+    from art_training_kit.packing import pack_rows
+    from art_training_kit.policy import PolicyRequest
+    from art_training_kit.row_tensors import RowTensors
+    from art_training_kit.rows import TokenRow
 
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -170,7 +170,7 @@ def main() -> None:
         "sharing_bound": round(g * (p + r) / (p + g * r), 2),
         "threads": arguments.threads,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "art-training")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "art-training-kit")},
     }
     if arguments.json:
         print(json.dumps(report))

@@ -16,9 +16,10 @@ import json, os, socket, subprocess
 import pytest
 from pathlib import Path
 from art_conformance import InferenceEngineConformance
-from art_core import (EngineCall, EngineRefused, InferenceCapability as C, LaunchPlan, UnknownArgument,
-                      UnsupportedCapability, adapter_name)
-from art_core.engines import cuda_env
+from art_core import EngineCall, InferenceCapability as C, LaunchPlan
+from art_core.errors import EngineRefused, UnknownArgument, UnsupportedCapability
+from art_core.names import adapter_name
+from art_engine_kit import cuda_env
 
 class Sound:
     name = "toy"

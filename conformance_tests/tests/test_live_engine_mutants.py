@@ -25,7 +25,8 @@ from art_conformance.oracle import oracle_for
 from art_conformance.requirements import checks_of
 from art_conformance.serving import LiveEngine, port_for_a_server, start_engine
 from art_conformance.tiny_model import write_adapter
-from art_core import ArtError, EngineCall, InferenceLaunch, installed_plugins, instantiate
+from art_core import ArtError, EngineCall, InferenceLaunch, installed_plugins
+from art_core.registry import instantiate
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.asyncio(loop_scope="module")]
 KEY = "sk-mutants-0123456789"

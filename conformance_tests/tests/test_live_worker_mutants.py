@@ -26,19 +26,12 @@ from art_conformance.serving import port_for_a_server
 from art_conformance.spoiled import not_a_number, reseal
 from art_conformance.tiny_model import change_adapter, write_adapter
 from art_conformance.training_data import make_groups
-from art_core import ArtError, TrainingLaunch, installed_plugins, instantiate
-from art_core.checkpoint import CANARY, MANIFEST, read_manifest
-from art_core.training_jobs import (
-    GradientStep,
-    JobEnded,
-    JobFailed,
-    JobSaved,
-    JobStarted,
-    TrainEvent,
-    TrainJob,
-    read_groups,
-    write_groups,
-)
+from art_core import ArtError, TrainingLaunch, installed_plugins
+from art_core.registry import instantiate
+from art_engine_kit.canary import CANARY
+from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest
+from art_engine_kit.groups_file import read_groups, write_groups
+from art_engine_kit.training_wire import GradientStep, JobEnded, JobFailed, JobSaved, JobStarted, TrainEvent, TrainJob
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.asyncio(loop_scope="module")]
 TOKEN = "token-mutants-0123456789"

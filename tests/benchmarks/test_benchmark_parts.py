@@ -49,9 +49,9 @@ def test_an_answer_under_another_name_is_found(asked: str, content: dict[str, An
 
 def test_the_optimizer_ended_at_its_last_gradient_step(tmp_path: Path) -> None:
     lines = [
-        "2026-03-01 12:00:00,500 art_training.trainer INFO step 7, gradient step 1 of 2: {'loss/train': 0.1}",
-        "2026-03-01 12:00:01,250 art_training.trainer INFO step 7, gradient step 2 of 2: {'loss/train': 0.1}",
-        "2026-03-01 12:00:02,000 art_training.trainer INFO loaded something",
+        "2026-03-01 12:00:00,500 art_training_kit.trainer INFO step 7, gradient step 1 of 2: {'loss/train': 0.1}",
+        "2026-03-01 12:00:01,250 art_training_kit.trainer INFO step 7, gradient step 2 of 2: {'loss/train': 0.1}",
+        "2026-03-01 12:00:02,000 art_training_kit.trainer INFO loaded something",
     ]
     (tmp_path / "training-torch-base.log").write_text("\n".join(lines))
     assert optimizer_ends(tmp_path) == {7: datetime(2026, 3, 1, 12, 0, 1, 250_000).timestamp()}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from art_core import BackendCapability, CheckpointInUse, LocalTrainResult, Registration, check_groups, inference_name
+from art_core import BackendCapability, LocalTrainResult, Registration, check_groups, inference_name
+from art_core.errors import CheckpointInUse
 
 
 class MemoryBackend:

@@ -7,7 +7,8 @@ import textwrap
 import pytest
 
 import art
-from art_core import PluginNotInstalled, PluginRegistry
+from art_core import PluginRegistry
+from art_core.errors import PluginNotInstalled
 
 
 def run(code):

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 import art
 from art.dev import InternalModelConfig
 from art.train_config import TrainConfig
-from art_core import InvalidName, NotRegistered, PluginRegistry, UnknownArgument, hookimpl, installed_plugins
+from art_core import PluginRegistry, hookimpl, installed_plugins
+from art_core.errors import InvalidName, NotRegistered, UnknownArgument
 from art_core.history import append_history
 
 

@@ -17,7 +17,7 @@ from aiohttp import web
 from openai.types.chat import ChatCompletion
 
 import art
-from art_core import NotRegistered
+from art_core.errors import NotRegistered
 
 MESSAGES = [{"role": "user", "content": "Hello? ünï"}]
 

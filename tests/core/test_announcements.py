@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 from art_core import (
-    BaseModelNotFound,
-    PluginError,
     PluginRegistry,
     announce,
     announcements,
@@ -22,6 +20,7 @@ from art_core import (
     resolve_base_model,
     resolve_checkpoint,
 )
+from art_core.errors import BaseModelNotFound, PluginError
 
 MODEL: Any = SimpleNamespace(name="agent", project="project")
 

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from art_core import InvalidName, ModelKey, adapter_name, check_name, inference_name, parse_inference_name
+from art_core import ModelKey, check_name, inference_name
+from art_core.errors import InvalidName
+from art_core.names import adapter_name, parse_inference_name
 
 GOOD = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True)
 

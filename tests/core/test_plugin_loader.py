@@ -8,18 +8,10 @@ from typing import Any
 
 import pytest
 
-from art_core import (
-    InferenceCapability,
-    InferenceEngineSpec,
-    PluginError,
-    PluginInfo,
-    PluginNotInstalled,
-    PluginRegistry,
-    PluginStatus,
-    TrainingEngineSpec,
-    hookimpl,
-    instantiate,
-)
+from art_core import InferenceCapability, InferenceEngineSpec, PluginRegistry, TrainingEngineSpec, hookimpl
+from art_core.errors import PluginError, PluginNotInstalled
+from art_core.loading import PluginInfo, PluginStatus
+from art_core.registry import instantiate
 
 ENGINE = """
     from art_core import InferenceCapability, InferenceEngineSpec, hookimpl

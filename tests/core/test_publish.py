@@ -8,18 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from art_core import (
-    AdapterMismatch,
-    CheckpointRef,
-    EngineRefused,
-    ModelKey,
-    Publication,
-    PublicationFailed,
-    PublicationLimits,
-    PublicationStage,
-    ServedSteps,
-    publish,
-)
+from art_core import CheckpointRef, ModelKey
+from art_core.errors import AdapterMismatch, EngineRefused, PublicationFailed
+from art_core.publication import Publication, PublicationLimits, PublicationStage, ServedSteps, publish
 
 KEY = ModelKey("project", "agent")
 STAGES = ("check", "load", "verify", "route")

@@ -7,7 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from art_core import CheckpointInUse, CheckpointNotFound, ModelKey, ServedSteps
+from art_core import ModelKey
+from art_core.errors import CheckpointInUse, CheckpointNotFound
+from art_core.publication import ServedSteps
 
 STEPS = st.integers(min_value=0, max_value=6)
 

@@ -14,7 +14,8 @@ import pytest
 from openai.types.chat.chat_completion import ChatCompletion, Choice
 from pydantic import ValidationError
 
-from art_core import InvalidTrajectory, PendingTrajectoryGroup, Trajectory, TrajectoryGroup, check_groups
+from art_core import PendingTrajectoryGroup, Trajectory, TrajectoryGroup, check_groups
+from art_core.errors import InvalidTrajectory
 
 
 async def rollout(reward: float, after: Awaitable[Any] | None = None) -> Trajectory:

@@ -16,7 +16,7 @@ from openai.types.chat.chat_completion import Choice
 from pydantic import ValidationError
 
 from art_core import History, RolloutError, Trajectory, TrajectoryGroup
-from art_core.training_jobs import read_groups, write_groups
+from art_engine_kit.groups_file import read_groups, write_groups
 
 FLOATS = st.floats(width=64)
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | FLOATS | st.text()

@@ -26,9 +26,10 @@ from typing import Any
 import pytest
 from pydantic_core import PydanticUndefined
 
-from art_core import InferenceLaunch, PluginRegistry, hookspecs, instantiate
+from art_core import InferenceLaunch, PluginRegistry, hookspecs
 from art_core.publication import PublicationStage
-from art_core.training_jobs import TrainOptions
+from art_core.registry import instantiate
+from art_engine_kit.train_options import TrainOptions
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -167,7 +168,9 @@ def kind_of(hook: str) -> str:
 
 def test_the_page_of_hooks_is_the_hooks() -> None:
     real = {name for name in vars(hookspecs) if name.startswith("art_")}
-    assert hooks_in_page() == {name: (hookspecs.signature_of(name), kind_of(name)) for name in real}
+    assert hooks_in_page() == {
+        name: (list(inspect.signature(getattr(hookspecs, name)).parameters), kind_of(name)) for name in real
+    }
 
 
 def test_the_page_of_options_is_the_options() -> None:
@@ -281,6 +284,7 @@ def test_the_projects_of_the_page_install_and_conform(projects: Path, tmp_path: 
 
 
 ONE_ROW = """
-from art_core import cli, installed_plugins
-cli._print_table([info for info in installed_plugins().infos if info.name == "bell"])
+from art.command_line import print_plugins
+from art_core import installed_plugins
+print_plugins([info for info in installed_plugins().infos if info.name == "bell"])
 """

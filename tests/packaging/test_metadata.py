@@ -20,7 +20,7 @@ PROJECTS = [
 ALL = pytest.mark.parametrize("project", [pytest.param(p, id="root" if p == ROOT else p.name) for p in PROJECTS])
 # A dependency without which the first paragraph of design would be untrue, and what it is for.
 NEEDS = {
-    "art-engine-torch": {"art-training", "torch", "transformers", "peft", "safetensors"},
+    "art-engine-torch": {"art-training-kit", "torch", "transformers", "peft", "safetensors"},
     "art-backend-local": {"art-runtime", "art-gateway", "art-tracker-files"},
 }
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 import art
-from art_core import PluginNotInstalled, hookimpl, installed_plugins
+from art_core import hookimpl, installed_plugins
+from art_core.errors import PluginNotInstalled
 
 DECLARE_LOCAL = """
 from art.local import LocalBackend

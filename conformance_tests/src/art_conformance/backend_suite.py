@@ -14,22 +14,17 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from art_core import (
-    ArtError,
-    Backend,
-    BackendCapability,
+from art_core import ArtError, Backend, BackendCapability, TrainResult, TrajectoryGroup, inference_name
+from art_core.errors import (
     BaseModelNotFound,
     CheckpointInUse,
     InvalidName,
     InvalidTrajectory,
     ModelBusy,
-    TrainResult,
-    TrajectoryGroup,
     UnknownArgument,
     UnsupportedCapability,
-    inference_name,
 )
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 from .agents import Agent, version_of
 from .backend_fixtures import BackendSuite, NewAgent, OpenBackend

@@ -18,16 +18,8 @@ from typing import Any
 
 import pytest
 
-from art_core import (
-    Capability,
-    EngineCall,
-    EngineRefused,
-    InferenceCapability,
-    InferenceEngine,
-    InferenceLaunch,
-    UnknownArgument,
-    UnsupportedCapability,
-)
+from art_core import Capability, EngineCall, InferenceCapability, InferenceEngine, InferenceLaunch
+from art_core.errors import EngineRefused, UnknownArgument, UnsupportedCapability
 
 from .plans import check_devices, check_interpreter, check_plan_is_pure, check_secret, words_of
 from .requirements import MUST, check

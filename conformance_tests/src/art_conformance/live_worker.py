@@ -1,6 +1,6 @@
 """A live training worker for the checks: a training engine's launch plan run on this machine, and sent jobs.
 
-Knows the wire of `art_core.training_jobs` and processes, as a backend would; knows no engine.
+Knows the wire of `art_engine_kit.training_wire` and processes, as a backend would; knows no engine.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 
 from art_core import TrainingEngine, TrainingLaunch
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving
-from art_core.training_jobs import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving
+from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
 from art_runtime import SupervisedProcess
 
 JOB_LIMIT_S = 200.0

@@ -22,28 +22,24 @@ import numpy as np
 
 from art_core import (
     BackendCapability,
-    CheckpointInUse,
-    CheckpointNotFound,
     CheckpointRef,
-    InvalidName,
     LocalTrainResult,
     ModelKey,
-    NotRegistered,
     PolicyModel,
     Registration,
-    ServedSteps,
     TrajectoryGroup,
     announce,
     ask_permission,
     check_groups,
     inference_name,
     installed_plugins,
-    parse_inference_name,
-    publish,
     resolve_base_model,
 )
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
-from art_core.training_jobs import TrainOptions
+from art_core.errors import CheckpointInUse, CheckpointNotFound, InvalidName, NotRegistered
+from art_core.names import parse_inference_name
+from art_core.publication import ServedSteps, publish
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
+from art_engine_kit.train_options import TrainOptions
 
 from .oracle import oracle_for
 from .reference_publisher import ReferencePublisher

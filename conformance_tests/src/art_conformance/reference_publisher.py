@@ -14,8 +14,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from art_core import AdapterMismatch, CheckpointRef, EngineRefused, ServedSteps
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_canary, read_manifest
+from art_core import CheckpointRef
+from art_core.errors import AdapterMismatch, EngineRefused
+from art_core.publication import ServedSteps
+from art_engine_kit.canary import read_canary
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest
 
 from .oracle import oracle_for
 from .tiny_model import shapes_of

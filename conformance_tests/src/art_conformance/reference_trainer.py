@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from art_core import Canary, CanaryPrompt
-from art_core.checkpoint import CANARY
+from art_engine_kit.canary import CANARY, Canary, CanaryPrompt
 
 from .oracle import Oracle
 

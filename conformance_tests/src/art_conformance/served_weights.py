@@ -15,7 +15,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from art_core import EngineRefused, InferenceEngine, InferenceLaunch, installed_plugins, resolve_base_model
+from art_core import InferenceEngine, InferenceLaunch, installed_plugins, resolve_base_model
+from art_core.errors import EngineRefused
 
 from .oracle import Agreement, Oracle, agreement, oracle_for
 from .serving import LiveEngine, Sample, port_for_a_server, start_engine

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from art_core import EngineRefused, InferenceCapability
+from art_core import InferenceCapability
+from art_core.errors import EngineRefused
 
 from .dialect_checks import KEY
 from .live_engine_suite import ASK, ONE, TWO, LiveEngineSuite

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from art_core import CheckpointManifest
-from art_core.checkpoint import ADAPTER_WEIGHTS, MANIFEST, FileRecord, read_manifest
+from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS, MANIFEST, CheckpointManifest, FileRecord, read_manifest
 
 from .tiny_model import change_adapter, write_adapter
 

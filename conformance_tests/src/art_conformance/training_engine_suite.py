@@ -17,14 +17,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from art_core import Capability, TrainingEngine, TrainingLaunch, TrajectoryGroup
-from art_core.checkpoint import ADAPTER_WEIGHTS
-from art_core.training_jobs import (
-    JobEnded,
-    TrainEvent,
-    TrainJob,
-    TrainOptions,
-    write_groups,
-)
+from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS
+from art_engine_kit.groups_file import write_groups
+from art_engine_kit.train_options import TrainOptions
+from art_engine_kit.training_wire import JobEnded, TrainEvent, TrainJob
 
 from .live_worker import LiveWorker, save_start, start_worker
 from .oracle import Oracle, oracle_for

@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 
 from art_core import TrajectoryGroup
-from art_core.checkpoint import ADAPTER_WEIGHTS, read_manifest
-from art_core.training_jobs import (
-    AdapterOptions,
-    GradientStep,
-    JobEnded,
-    JobFailed,
-    JobSaved,
-)
+from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS, read_manifest
+from art_engine_kit.training_wire import AdapterOptions, GradientStep, JobEnded, JobFailed, JobSaved
 
 from .live_worker import JobRefused, LiveWorker
 from .oracle import Oracle

@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 
 from art_core import TrainingCapability, TrajectoryGroup
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_canary, read_manifest
-from art_core.training_jobs import (
-    GradientStep,
-    JobEnded,
-    JobProgress,
-    JobSaved,
-    JobStarted,
-)
+from art_engine_kit.canary import read_canary
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest
+from art_engine_kit.training_wire import GradientStep, JobEnded, JobProgress, JobSaved, JobStarted
 
 from .live_worker import JobRefused, LiveWorker, working
 from .oracle import Oracle

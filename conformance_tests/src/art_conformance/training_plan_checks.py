@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from art_core import TrainingCapability, TrainingEngine, TrainingLaunch, UnknownArgument
+from art_core import TrainingCapability, TrainingEngine, TrainingLaunch
+from art_core.errors import UnknownArgument
 
 from .plans import check_devices, check_interpreter, check_plan_is_pure, check_secret, words_of
 from .requirements import MUST, check

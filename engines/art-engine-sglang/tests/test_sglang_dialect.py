@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from art_core import EngineRefused, InferenceEngine, InferenceLaunch, UnknownArgument, UnsupportedCapability
+from art_core import InferenceEngine, InferenceLaunch
+from art_core.errors import EngineRefused, UnknownArgument, UnsupportedCapability
 from art_engine_sglang.declared import OWN_SERVER
 from art_engine_sglang.environment import CPU_SHIMS, ENVIRONMENT, SERVE
 from art_engine_sglang.inference_engine import KEY_VARIABLE, SglangInferenceEngine

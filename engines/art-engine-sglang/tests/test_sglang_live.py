@@ -10,7 +10,7 @@ from art_conformance.oracle import Oracle, agreement
 from art_conformance.served_weights import ASK, ONE, TWO, ServedWeights
 from art_conformance.serving import LiveEngine
 from art_core import InferenceEngine
-from art_core.server_options import options_of
+from art_engine_kit.server_options import options_of
 from art_engine_sglang.environment import ENVIRONMENT, OPTIONS
 from art_engine_sglang.inference_engine import SglangInferenceEngine
 from art_engine_sglang.options import ARGUMENTS
@@ -59,4 +59,4 @@ class TestSglangServes(ServedWeights):
 @pytest.mark.timeout(600)
 def test_the_options_are_those_of_the_real_parser() -> None:
     env = ENVIRONMENT.flavours["cpu"].probe_env
-    assert options_of(sglang_python(), OPTIONS, env) == ARGUMENTS, "art_core.server_options writes options.py anew"
+    assert options_of(sglang_python(), OPTIONS, env) == ARGUMENTS, "server_options writes options.py anew"

@@ -10,13 +10,8 @@ from typing import Any
 
 import pytest
 
-from art_core import (
-    InferenceEngine,
-    InferenceLaunch,
-    TrainingEngine,
-    TrainingLaunch,
-    UnknownArgument,
-)
+from art_core import InferenceEngine, InferenceLaunch, TrainingEngine, TrainingLaunch
+from art_core.errors import UnknownArgument
 from art_engine_torch import plugin
 from art_engine_torch.declared import OWN_SERVER
 from art_engine_torch.inference_engine import ENGINE_ARGS, TorchInferenceEngine

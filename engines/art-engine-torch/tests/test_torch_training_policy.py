@@ -28,10 +28,10 @@ from transformers import (
 from art_core.errors import AdapterMismatch, UnknownArgument
 from art_engine_torch.training_policy import compute_dtype, load_policy
 from art_engine_torch.training_policy_kernels import GatedSilu, LoraProjection, RmsNorm
-from art_training.logprobs import next_token_logprobs
-from art_training.packing import PackedRow, pack_rows
-from art_training.policy import PolicyRequest
-from art_training.rows import TokenRow
+from art_training_kit.logprobs import next_token_logprobs
+from art_training_kit.packing import PackedRow, pack_rows
+from art_training_kit.policy import PolicyRequest
+from art_training_kit.rows import TokenRow
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPE = {

@@ -19,17 +19,19 @@ from openai.types.chat.chat_completion import Choice
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from art_core.checkpoint import read_manifest, saving
-from art_core.training_jobs import WORKER_TOKEN, JobEnded, TrainJob, TrainOptions, read_event, write_groups
 from art_core.trajectories import Trajectory, TrajectoryGroup
+from art_engine_kit.checkpoint_folder import read_manifest, saving
+from art_engine_kit.groups_file import write_groups
+from art_engine_kit.train_options import TrainOptions
+from art_engine_kit.training_wire import WORKER_TOKEN, JobEnded, TrainJob, read_event
 from art_engine_torch.base_model import resolve_base_model
 from art_engine_torch.training_policy import load_policy
-from art_training.advantages import balance_step
-from art_training.losses import Entries, LossOptions, policy_loss
-from art_training.packing import pack_rows
-from art_training.policy import PolicyRequest
-from art_training.row_tensors import RowTensors
-from art_training.tokenize import tokenize_groups
+from art_training_kit.advantages import balance_step
+from art_training_kit.losses import Entries, LossOptions, policy_loss
+from art_training_kit.packing import pack_rows
+from art_training_kit.policy import PolicyRequest
+from art_training_kit.row_tensors import RowTensors
+from art_training_kit.tokenize import tokenize_groups
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -146,7 +148,13 @@ def worker(base: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "art_training.worker", "--policy", "art_engine_torch.training_policy:load_policy"]
+    command = [
+        sys.executable,
+        "-m",
+        "art_training_kit.worker",
+        "--policy",
+        "art_engine_torch.training_policy:load_policy",
+    ]
     command += ["--base-model", str(base), "--port", str(port), "--dtype", "float32"]
     log = (tmp_path / "worker.log").open("wb")
     process = subprocess.Popen(command, env=os.environ | {WORKER_TOKEN: "secret"}, stdout=log, stderr=log)

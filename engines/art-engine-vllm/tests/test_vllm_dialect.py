@@ -11,13 +11,8 @@ from typing import Any
 
 import pytest
 
-from art_core import (
-    InferenceCapability,
-    InferenceEngine,
-    InferenceLaunch,
-    UnknownArgument,
-    UnsupportedCapability,
-)
+from art_core import InferenceCapability, InferenceEngine, InferenceLaunch
+from art_core.errors import UnknownArgument, UnsupportedCapability
 from art_engine_vllm.declared import OWN_SERVER
 from art_engine_vllm.environment import ENVIRONMENT, FOLDER
 from art_engine_vllm.inference_engine import VllmInferenceEngine

@@ -7,7 +7,7 @@ import pytest
 from art_conformance.served_weights import ServedWeights
 from art_conformance.serving import LiveEngine
 from art_core import InferenceEngine
-from art_core.server_options import options_of
+from art_engine_kit.server_options import options_of
 from art_engine_vllm.environment import OPTIONS
 from art_engine_vllm.inference_engine import VllmInferenceEngine
 from art_engine_vllm.options import ARGUMENTS
@@ -41,4 +41,4 @@ class TestVllmServes(ServedWeights):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_options_are_those_of_the_real_parser() -> None:
-    assert options_of(vllm_python(), OPTIONS) == ARGUMENTS, "art_core.server_options writes options.py anew"
+    assert options_of(vllm_python(), OPTIONS) == ARGUMENTS, "server_options writes options.py anew"

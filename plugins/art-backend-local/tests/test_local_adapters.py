@@ -10,7 +10,7 @@ from art_backend_local.adapter_check import check_adapter
 from art_backend_local.base_weights import linear_shapes, select_modules
 from art_backend_local.identity_adapter import write_identity_adapter
 from art_backend_local.lora_shape import LoraShape
-from art_core import AdapterMismatch, BaseModelNotFound, UnknownArgument
+from art_core.errors import AdapterMismatch, BaseModelNotFound, UnknownArgument
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -14,10 +14,9 @@ from safetensors.numpy import load_file, save_file
 from art_backend_local import LocalBackend
 from art_backend_local.identity_adapter import write_identity_adapter
 from art_backend_local.lora_shape import LoraShape
-from art_core import (
+from art_core import Backend, BackendCapability, Trajectory, TrajectoryGroup, hookimpl, installed_plugins
+from art_core.errors import (
     AdapterMismatch,
-    Backend,
-    BackendCapability,
     BaseModelNotFound,
     CheckpointError,
     CheckpointInUse,
@@ -27,15 +26,11 @@ from art_core import (
     NotRegistered,
     PluginNotInstalled,
     PublicationFailed,
-    Trajectory,
-    TrajectoryGroup,
     UnknownArgument,
     UnsupportedCapability,
-    hookimpl,
-    installed_plugins,
 )
-from art_core.checkpoint import read_manifest
-from art_core.training_jobs import TrainOptions
+from art_engine_kit.checkpoint_folder import read_manifest
+from art_engine_kit.train_options import TrainOptions
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

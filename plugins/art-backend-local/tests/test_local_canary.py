@@ -3,7 +3,7 @@
 import pytest
 
 from art_backend_local.canary import TOLERANCE, canary_request, first_token, read_canary_answers
-from art_core import Canary, CanaryPrompt
+from art_engine_kit.canary import Canary, CanaryPrompt
 
 
 def canary(new, old):

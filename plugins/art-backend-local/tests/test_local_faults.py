@@ -18,8 +18,8 @@ from openai import APIStatusError
 
 from art_backend_local import PathInUse
 from art_backend_local.host_files import known_hosts, process_lives, read_host
-from art_core import BackendUnreachable, ProcessFailed, TrainingFailed
-from art_core.checkpoint import whole_steps
+from art_core.errors import BackendUnreachable, ProcessFailed, TrainingFailed
+from art_engine_kit.checkpoint_folder import whole_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -351,7 +351,7 @@ async def test_a_client_that_dies_frees_its_leases(run_client, tmp_path, new_bac
         other = run_client(path, code, in_process=False)
         said(other, "leased")
         await backend.train(policy, groups)
-        from art_core import CheckpointInUse
+        from art_core.errors import CheckpointInUse
 
         with pytest.raises(CheckpointInUse):
             await backend.delete_checkpoints(policy, [0])

@@ -8,7 +8,8 @@ import pytest
 from huggingface_hub import constants
 
 from art_backend_local.hub_models import resolve_hub_name
-from art_core import BaseModelNotFound, PluginRegistry, resolve_base_model
+from art_core import PluginRegistry, resolve_base_model
+from art_core.errors import BaseModelNotFound
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 from art_backend_local import LocalBackend
 from art_conformance.oracle import Oracle, agreement
 from art_conformance.tiny_model import write_base_model
-from art_core import InferenceLaunch, LaunchPlan, ServerUnusable, Trajectory, TrajectoryGroup, installed_plugins
-from art_core.checkpoint import step_folder
+from art_core import InferenceLaunch, LaunchPlan, Trajectory, TrajectoryGroup, installed_plugins
+from art_core.errors import ServerUnusable
+from art_engine_kit.checkpoint_folder import step_folder
 from art_runtime import SupervisedProcess, free_port
 from art_runtime.environments import engine_for, python_for
 

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from art_backend_local.host_files import read_host
-from art_core import CheckpointNotFound, Trajectory, TrajectoryGroup
+from art_core import Trajectory, TrajectoryGroup
+from art_core.errors import CheckpointNotFound
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("art_engine_torch")
@@ -170,7 +171,7 @@ async def test_killed_engine_and_worker_come_back_with_the_same_policy(
     await asyncio.sleep(0.05)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        for word in ("art_engine_torch.server", "art_training.worker"):
+        for word in ("art_engine_torch.server", "art_training_kit.worker"):
             for child in host.children(recursive=True):
                 # Some end on their own between being listed and being looked at.
                 with contextlib.suppress(psutil.Error):
@@ -203,7 +204,7 @@ async def test_a_disk_that_takes_no_more_fails_the_step_and_loses_nothing(torch_
     (worker,) = [
         child
         for child in psutil.Process(read_host(torch_backend.path).pid).children(recursive=True)
-        if "art_training.worker" in child.cmdline() and "tether" not in " ".join(child.cmdline()[:5])
+        if "art_training_kit.worker" in child.cmdline() and "tether" not in " ".join(child.cmdline()[:5])
     ]
     # No file of the worker's may grow beyond this, which fails its writing as a full disk does.
     unlimited = worker.rlimit(psutil.RLIMIT_FSIZE)

@@ -13,7 +13,6 @@ import socket
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -24,19 +23,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route as Address
 
-from art_core import (
-    CheckpointNotFound,
-    EngineCall,
-    EngineRefused,
-    InferenceLaunch,
-    LaunchPlan,
-    ModelKey,
-    ServedSteps,
-    adapter_name,
-    inference_name,
-    parse_inference_name,
-)
-from art_core.engines import Endpoint, refuse_unless_ok
+from art_core import InferenceCapability, InferenceLaunch, LaunchPlan, ModelKey, inference_name
+from art_core.errors import CheckpointNotFound
+from art_core.names import adapter_name, parse_inference_name
+from art_core.publication import ServedSteps
+from art_engine_kit.openai_server import OpenAIServerEngine
 from art_gateway import SERVER_OPTIONS, GatewayLimits, Route, RouteUnavailable, ServedModel, create_app
 
 API_KEY = "the-users-key"
@@ -45,53 +36,14 @@ PROMPT_IDS = [11, 12, 13]
 Behaviour = Callable[[dict[str, Any]], Any]
 
 
-class VllmDialect:
+class VllmDialect(OpenAIServerEngine):
     """vLLM's dialect, as the gateway's neighbour would ship it: prompt ids are at the top of a chat answer."""
 
     name = "surface"
-    capabilities: frozenset[Any] = frozenset()
+    capabilities = frozenset({InferenceCapability.STREAMING_TOKEN_IDS, InferenceCapability.TOOL_CALLS})
 
     def launch(self, config: InferenceLaunch) -> LaunchPlan:
         return LaunchPlan(argv=(config.python,))
-
-    def load_adapter(self, adapter: str, folder: Path) -> EngineCall:
-        return EngineCall(method="POST", path="/v1/load_lora_adapter", json={"lora_name": adapter})
-
-    def unload_adapter(self, adapter: str) -> EngineCall:
-        return EngineCall(method="POST", path="/v1/unload_lora_adapter", json={"lora_name": adapter})
-
-    def list_adapters(self) -> EngineCall:
-        return EngineCall(method="GET", path="/v1/models")
-
-    def read_adapters(self, body: bytes) -> frozenset[str]:
-        return frozenset(card["id"] for card in json.loads(body)["data"])
-
-    def pause(self) -> EngineCall:
-        return EngineCall(method="POST", path="/pause")
-
-    resume = sleep = wake = pause
-
-    def check_answer(self, call: EngineCall, status: int, body: bytes) -> None:
-        refuse_unless_ok(self.name, call, status, body)
-
-    def prepare_request(self, endpoint: Endpoint, body: dict[str, Any], adapter: str | None) -> dict[str, Any]:
-        logprobs = True if endpoint == "chat/completions" else 0
-        return {**body, "model": adapter, "return_token_ids": True, "logprobs": logprobs}
-
-    def read_response(self, endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
-        prompt = body.pop("prompt_token_ids", None)
-        for choice in body["choices"]:
-            choice.setdefault("prompt_token_ids", prompt)
-            if choice.get("token_ids") is None:
-                raise EngineRefused(self.name, "answer", "a choice has no token ids")
-        return body
-
-    def read_chunk(self, endpoint: Endpoint, chunk: dict[str, Any]) -> dict[str, Any]:
-        prompt = chunk.pop("prompt_token_ids", None)
-        for choice in chunk["choices"]:
-            if prompt is not None:
-                choice["prompt_token_ids"] = prompt
-        return chunk
 
 
 class Upstream:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from art_core import InferenceEngineSpec, PluginError, TrainingEngineSpec
-from art_core.engines import EnvironmentSpec, FlavourSpec
+from art_core import InferenceEngineSpec, TrainingEngineSpec
+from art_core.errors import PluginError
+from art_engine_kit.environment import EnvironmentSpec, FlavourSpec
 from art_runtime import environments
 from art_runtime.environments import (
     EnvironmentMissing,

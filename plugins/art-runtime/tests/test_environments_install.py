@@ -15,9 +15,10 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from art_core import InferenceEngineSpec, PluginRegistry, ProcessFailed, hookimpl
-from art_core.cli import cli
-from art_core.engines import EnvironmentSpec, FlavourSpec
+from art.command_line import cli
+from art_core import InferenceEngineSpec, PluginRegistry, hookimpl
+from art_core.errors import ProcessFailed
+from art_engine_kit.environment import EnvironmentSpec, FlavourSpec
 from art_runtime import engine_cli, environments_install
 from art_runtime.environments import EngineEnvironment, environment_for, locate, machine_flavour, python_for
 from art_runtime.environments_doctor import examine

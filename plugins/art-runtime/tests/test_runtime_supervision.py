@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from art_core import LaunchPlan, ProcessFailed
+from art_core import LaunchPlan
+from art_core.errors import ProcessFailed
 from art_runtime import (
     ProcessExit,
     StartProgress,

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import art_runtime
-from art_core import ProcessFailed
+from art_core.errors import ProcessFailed
 from art_runtime import Child, spawn_detached, spawn_tethered
 
 _FAMILY = Path(__file__).with_name("process_family.py")

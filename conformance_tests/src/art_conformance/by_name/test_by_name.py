@@ -28,7 +28,8 @@ from art_conformance.targets import (
     targets,
     training_engine,
 )
-from art_core import Backend, InferenceEngine, TrainingEngine, installed_plugins, instantiate
+from art_core import Backend, InferenceEngine, TrainingEngine, installed_plugins
+from art_core.registry import instantiate
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from art_core import InferenceCapability
-from art_core.engines import Flavour
+from art_engine_kit.environment import Flavour
 
 EVERYWHERE: Final = frozenset(
     {

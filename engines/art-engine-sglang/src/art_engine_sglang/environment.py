@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from art_core.engines import EnvironmentSpec, FlavourSpec
+from art_engine_kit.environment import EnvironmentSpec, FlavourSpec
 
 SERVE: Final = Path(__file__).with_name("in_environment") / "art_sglang_serve.py"
 OPTIONS: Final = SERVE.with_name("art_sglang_options.py")

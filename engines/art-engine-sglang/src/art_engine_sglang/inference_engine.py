@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from art_core import EngineCall, InferenceCapability, InferenceLaunch, LaunchPlan
-from art_core.engines import JSON, Endpoint, cuda_env
-from art_core.openai_server import OpenAIServerEngine
-from art_core.server_arguments import users_arguments
+from art_core.engines import JSON, Endpoint
+from art_engine_kit.environment import cuda_env
+from art_engine_kit.openai_server import OpenAIServerEngine
+from art_engine_kit.server_arguments import users_arguments
 
 from .declared import BY_FLAVOUR, EVERYWHERE
 from .environment import CPU_SHIMS, SERVE

@@ -1,11 +1,11 @@
-"""The server's options, as its own parser lists them. Written by art_core.server_options; don't edit."""
+"""The server's options, as its own parser lists them. Written by art_engine_kit.server_options."""
 
 # ruff: noqa: SIM905
 from __future__ import annotations
 
 from typing import Final
 
-from art_core.server_arguments import ServerArguments
+from art_engine_kit.server_arguments import ServerArguments
 
 ARGUMENTS: Final = ServerArguments(
     values=frozenset(

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from art_core import InferenceLaunch, LaunchPlan, UnknownArgument
-from art_core.engines import cuda_env
-from art_core.openai_server import OpenAIServerEngine
+from art_core import InferenceLaunch, LaunchPlan
+from art_core.errors import UnknownArgument
+from art_engine_kit.environment import cuda_env
+from art_engine_kit.openai_server import OpenAIServerEngine
 
 from .declared import INFERENCE
 from .names import API_KEY_VARIABLE, ENVIRONMENT

@@ -16,7 +16,7 @@ from typing import Final
 
 import uvicorn
 
-from art_training.allocator import keep_freed_memory
+from art_training_kit.allocator import keep_freed_memory
 
 from .app import InferenceApp
 from .chat_prompt import PromptBuilder

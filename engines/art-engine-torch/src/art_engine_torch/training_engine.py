@@ -1,14 +1,15 @@
-"""Describes the torch training worker: art-training's worker with this distribution's policy in it.
+"""Describes the torch training worker: art-training-kit's worker with this distribution's policy in it.
 
-Builds a command line and does no I/O. What a job is, `art_core.training_jobs` says.
+Builds a command line and does no I/O. What a job is, `art_engine_kit.training_wire` says.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from art_core import LaunchPlan, TrainingCapability, TrainingLaunch, UnknownArgument
-from art_training.launch import worker_plan
+from art_core import LaunchPlan, TrainingCapability, TrainingLaunch
+from art_core.errors import UnknownArgument
+from art_training_kit.launch import worker_plan
 
 from .declared import TRAINING
 from .names import ENVIRONMENT, POLICY_FACTORY

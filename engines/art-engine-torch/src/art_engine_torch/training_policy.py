@@ -1,7 +1,7 @@
 """The embedded training policy: a transformers model with one PEFT LoRA adapter, on a CPU or one CUDA device.
 
-Offers art-training's Policy. Knows how to load the base, run a packed row through it with tree attention, and read and
-write adapters; knows no loss, no optimizer and no job.
+Offers art-training-kit's Policy. Knows how to load the base, run a packed row through it with tree attention, and read
+and write adapters; knows no loss, no optimizer and no job.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from art_core.errors import AdapterMismatch, UnknownArgument
-from art_training.policy import PolicyRequest
-from art_training.tree_attention import plan_attention, tree_attention
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from art_training_kit.policy import PolicyRequest
+from art_training_kit.tree_attention import plan_attention, tree_attention
 
 from .training_policy_kernels import use_single_steps
 
 if TYPE_CHECKING:
-    from art_training.packing import PackedRow
+    from art_training_kit.packing import PackedRow
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def load_policy(request: PolicyRequest) -> TorchPolicy:
 
 
 class TorchPolicy:
-    """See `art_training.policy.Policy`."""
+    """See `art_training_kit.policy.Policy`."""
 
     engine = "torch"
 

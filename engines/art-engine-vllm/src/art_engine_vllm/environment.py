@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from art_core.engines import EnvironmentSpec, FlavourSpec
+from art_engine_kit.environment import EnvironmentSpec, FlavourSpec
 
 FOLDER: Final = Path(__file__).with_name("in_environment")
 SERVE: Final = FOLDER / "art_vllm_serve.py"

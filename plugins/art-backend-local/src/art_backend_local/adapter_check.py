@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from art_core import AdapterMismatch
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from art_core.errors import AdapterMismatch
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 from .adapter_config import read_adapter_config
 from .base_weights import LinearShapes

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from art_core import AdapterMismatch
-from art_core.checkpoint import ADAPTER_CONFIG
+from art_core.errors import AdapterMismatch
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 
-from art_core import ArtError, EngineRefused, InferenceEngine, ProcessFailed, ServerUnusable
+from art_core import ArtError, InferenceEngine
+from art_core.errors import EngineRefused, ProcessFailed, ServerUnusable
 
 from .engine_connection import EngineConnection
 from .inference_server import OnProgress

@@ -18,13 +18,9 @@ from typing import Any, Literal, Self
 
 from art_core import (
     BackendCapability,
-    BackendUnreachable,
-    CheckpointNotFound,
     CheckpointRef,
     LocalTrainResult,
     ModelKey,
-    NotRegistered,
-    PluginError,
     PolicyModel,
     Registration,
     TrajectoryGroup,
@@ -34,8 +30,9 @@ from art_core import (
     installed_plugins,
     resolve_checkpoint,
 )
-from art_core.checkpoint import step_folder
-from art_core.training_jobs import TrainOptions
+from art_core.errors import BackendUnreachable, CheckpointNotFound, NotRegistered, PluginError
+from art_engine_kit.checkpoint_folder import step_folder
+from art_engine_kit.train_options import TrainOptions
 from art_runtime import accelerators
 from art_runtime.environments import engine_for
 
@@ -224,7 +221,7 @@ class LocalBackend:
         """Train one step on the groups and publish it: new requests for the model's name go to it when this returns.
 
         Logs nothing; `model.log` does. A step with nothing to train on carries the checkpoint on to the next step.
-        `art_core.training_jobs.TrainOptions` documents the arguments. Raises UnknownArgument for any other,
+        `art_engine_kit.train_options.TrainOptions` documents the arguments. Raises UnknownArgument for any other,
         InvalidTrajectory, ModelBusy while the model is being trained, TrainingFailed, PublicationFailed; after each the
         step before is still served. Cancelling it stops the step and keeps nothing of it.
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from art_core import BaseModelNotFound
+from art_core.errors import BaseModelNotFound
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # No LoRA engine puts an adapter on the table of embeddings by "all-linear", nor on the output matrix.

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from art_core import Canary, CanaryPrompt
+from art_engine_kit.canary import Canary, CanaryPrompt
 
 # bf16 engines differ from an fp32 trainer by 0.03 to 0.05 in the mean over tokens; a wrong adapter by far more.
 TOLERANCE = 0.2

@@ -20,7 +20,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from art_core import ArtError, ModelKey, PublicationFailed
+from art_core import ArtError, ModelKey
+from art_core.errors import PublicationFailed
 
 from .event_stream import Emit, EventStream
 from .forking import fork_checkpoint

@@ -18,7 +18,7 @@ import aiohttp
 import orjson
 from pydantic import BaseModel
 
-from art_core import BackendUnreachable
+from art_core.errors import BackendUnreachable
 from art_runtime import Child
 
 from .host_files import HostRecord

@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 
-from art_core import ArtError, EngineCall, InferenceCapability, ProcessFailed
+from art_core import ArtError, EngineCall, InferenceCapability
+from art_core.errors import ProcessFailed
 
 from .replicas import Replicas
 from .settings import ModelSettings

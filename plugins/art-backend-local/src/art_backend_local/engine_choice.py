@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from art_core import InferenceEngineSpec, PluginNotInstalled, PluginRegistry, TrainingEngineSpec
+from art_core import InferenceEngineSpec, PluginRegistry, TrainingEngineSpec
+from art_core.errors import PluginNotInstalled
 from art_runtime.environments import EnvironmentMissing, locate
 
 Spec = InferenceEngineSpec | TrainingEngineSpec

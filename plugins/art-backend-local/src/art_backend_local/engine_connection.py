@@ -13,8 +13,9 @@ from typing import Any
 import aiohttp
 import orjson
 
-from art_core import EngineCall, EngineRefused, InferenceEngine, ProcessFailed
+from art_core import EngineCall, InferenceEngine
 from art_core.engines import Endpoint
+from art_core.errors import EngineRefused, ProcessFailed
 
 JSON = dict[str, Any]
 COMPLETION_TIMEOUT_S = 60.0

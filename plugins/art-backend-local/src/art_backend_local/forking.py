@@ -10,8 +10,16 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from art_core import CheckpointError, CheckpointNotFound, ModelKey
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest, saving, step_folder, whole_steps
+from art_core import ModelKey
+from art_core.errors import CheckpointError, CheckpointNotFound
+from art_engine_kit.checkpoint_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    read_manifest,
+    saving,
+    step_folder,
+    whole_steps,
+)
 
 
 def fork_checkpoint(path: Path, source: ModelKey, target: ModelKey, *, not_after_step: int | None) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from art_core import TrajectoryGroup
-from art_core.checkpoint import write_atomically
-from art_core.training_jobs import write_groups
+from art_core.atomic_files import write_atomically
+from art_engine_kit.groups_file import write_groups
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ import platformdirs
 import psutil
 from filelock import FileLock, Timeout
 
-from art_core.checkpoint import write_json_atomically
+from art_core.atomic_files import write_json_atomically
 
 HOST_FILE = "host.json"
 LOCK_FILE = "host.lock"

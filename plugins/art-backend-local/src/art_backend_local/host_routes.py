@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from art_core import ArtError, CheckpointError, CheckpointNotFound, ModelKey, ProcessFailed, parse_inference_name
+from art_core import ArtError, ModelKey
+from art_core.errors import CheckpointError, CheckpointNotFound, ProcessFailed
+from art_core.names import parse_inference_name
 from art_gateway import Route, RouteUnavailable, ServedModel
 
 from .hosted_model import HostedModel

@@ -12,7 +12,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from art_core import ArtError, ProcessFailed
+from art_core import ArtError
+from art_core.errors import ProcessFailed
 from art_runtime import Child, spawn_detached, spawn_tethered
 from art_runtime.spawning import last_lines
 

@@ -14,17 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from art_core import (
-    ArtError,
-    CheckpointNotFound,
-    InferenceEngine,
-    ModelKey,
-    PluginRegistry,
-    PublicationFailed,
-    ServerUnusable,
-    TrainingEngine,
-)
-from art_core.checkpoint import remove_unfinished, write_atomically, write_json_atomically
+from art_core import ArtError, InferenceEngine, ModelKey, PluginRegistry, TrainingEngine
+from art_core.atomic_files import write_atomically, write_json_atomically
+from art_core.errors import CheckpointNotFound, PublicationFailed, ServerUnusable
+from art_engine_kit.checkpoint_folder import remove_unfinished
 from art_runtime import StartProgress, accelerators
 from art_runtime.environments import engine_for
 

@@ -13,19 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from art_core import (
-    ArtError,
-    CheckpointInUse,
-    CheckpointNotFound,
-    CheckpointRef,
-    ModelKey,
-    ProcessFailed,
-    PublicationFailed,
-    PublicationReceipt,
-    ServedSteps,
-    publish,
-)
-from art_core.checkpoint import MANIFEST, read_manifest, step_folder, whole_steps
+from art_core import ArtError, CheckpointRef, ModelKey, PublicationReceipt
+from art_core.errors import CheckpointInUse, CheckpointNotFound, ProcessFailed, PublicationFailed
+from art_core.publication import ServedSteps, publish
+from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest, step_folder, whole_steps
 
 from .adapter_check import check_adapter
 from .base_weights import LinearShapes

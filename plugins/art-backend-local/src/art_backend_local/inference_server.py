@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from art_core import InferenceEngine, InferenceLaunch, LaunchPlan, ProcessFailed
+from art_core import InferenceEngine, InferenceLaunch, LaunchPlan
+from art_core.errors import ProcessFailed
 from art_runtime import StartProgress, SupervisedProcess
 
 from .engine_connection import EngineConnection

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from art_core import PluginRegistry, PolicyModel, resolve_checkpoint
-from art_core.checkpoint import ADAPTER_CONFIG
-from art_core.training_jobs import TrainOptions
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG
+from art_engine_kit.train_options import TrainOptions
 
 
 async def find_reference(

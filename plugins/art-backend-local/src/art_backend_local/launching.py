@@ -9,7 +9,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from art_core import LaunchPlan, ProcessFailed
+from art_core import LaunchPlan
+from art_core.errors import ProcessFailed
 from art_runtime import StartProgress, SupervisedProcess, free_port
 
 _PORTS_TRIED = 3

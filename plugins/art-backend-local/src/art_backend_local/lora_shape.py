@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from art_core import UnknownArgument
+from art_core.errors import UnknownArgument
 
 
 @dataclass(frozen=True, kw_only=True)

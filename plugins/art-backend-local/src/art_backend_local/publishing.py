@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from art_core import ArtError, CheckpointRef, ModelKey, PluginRegistry, PolicyModel, announce, ask_permission
-from art_core.checkpoint import step_folder
+from art_engine_kit.checkpoint_folder import step_folder
 
 from .control_client import ControlClient
 from .train_hooks import TrainHooks

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from art_core import AdapterMismatch, BaseModelNotFound, ModelKey, PluginRegistry, PolicyModel, resolve_base_model
+from art_core import ModelKey, PluginRegistry, PolicyModel, resolve_base_model
+from art_core.errors import AdapterMismatch, BaseModelNotFound
 from art_runtime.environments import python_for
 
 from .adapter_config import base_model_of_adapter, read_adapter_config

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from art_core import ArtError, EngineCall, EngineRefused, InferenceEngine, ProcessFailed
+from art_core import ArtError, EngineCall, InferenceEngine
+from art_core.errors import EngineRefused, ProcessFailed
 
 from .engine_connection import EngineConnection
 from .inference_server import BrokenServer, InferenceServer, OnProgress

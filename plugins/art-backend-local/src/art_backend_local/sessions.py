@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from uuid import uuid4
 
-from art_core import BackendUnreachable
+from art_core.errors import BackendUnreachable
 
 
 class Session:

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from art_core import UnknownArgument, UnsupportedCapability
-from art_core.training_jobs import AdapterOptions
+from art_core.errors import UnknownArgument, UnsupportedCapability
+from art_engine_kit.training_wire import AdapterOptions
 
 from .lora_shape import LoraShape
 

@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from art_core.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
 
 from .adapter_check import check_adapter
 from .base_weights import LinearShapes

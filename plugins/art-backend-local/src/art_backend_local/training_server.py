@@ -1,7 +1,7 @@
 """One training worker's process: started when it is needed, given jobs, and its events passed on.
 
-A worker that died is started again at the next job. Knows the wire of `art_core.training_jobs`; knows no checkpoints,
-routes or clients.
+A worker that died is started again at the next job. Knows the wire of `art_engine_kit.training_wire`; knows no
+checkpoints, routes or clients.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 import aiohttp
 
-from art_core import LaunchPlan, ProcessFailed, TrainingEngine, TrainingFailed, TrainingLaunch
-from art_core.training_jobs import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
+from art_core import LaunchPlan, TrainingEngine, TrainingLaunch
+from art_core.errors import ProcessFailed, TrainingFailed
+from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
 from art_runtime import StartProgress, SupervisedProcess
 
 from .launching import start_server

@@ -12,9 +12,10 @@ from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
-from art_core import CheckpointNotFound, CheckpointRef, ModelBusy, TrainingCapability, require
-from art_core.checkpoint import MANIFEST, saving
-from art_core.training_jobs import JobEnded, JobSaved, TrainJob
+from art_core import CheckpointRef, TrainingCapability, require
+from art_core.errors import CheckpointNotFound, ModelBusy
+from art_engine_kit.checkpoint_folder import MANIFEST, saving
+from art_engine_kit.training_wire import JobEnded, JobSaved, TrainJob
 from art_runtime import StartProgress
 
 from .adapter_check import check_adapter

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from art_core import Canary, CanaryPrompt, EngineRefused
-from art_core.checkpoint import read_canary
+from art_core.errors import EngineRefused
+from art_engine_kit.canary import Canary, CanaryPrompt, read_canary
 
 from .canary import canary_request, first_token, read_canary_answers
 from .engine_connection import EngineConnection

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from art_core import ModelKey
-from art_core.training_jobs import TrainOptions
+from art_engine_kit.train_options import TrainOptions
 
 from .settings import ModelSettings
 

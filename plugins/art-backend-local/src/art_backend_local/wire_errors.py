@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from art_core import ArtError, BackendUnreachable, errors
+from art_core import ArtError, errors
+from art_core.errors import BackendUnreachable
 
 JSON = dict[str, Any]
 _BUILT_IN: dict[str, type[Exception]] = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from art_core import EngineRefused
 from art_core.engines import Endpoint
+from art_core.errors import EngineRefused
 
 from .errors import ApiError, engine_error
 from .routes import Route

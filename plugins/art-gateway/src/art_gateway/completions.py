@@ -15,8 +15,10 @@ import orjson
 from aiohttp.payload import BytesIOPayload, BytesPayload
 from starlette.types import Message, Receive, Scope, Send
 
-from art_core import ArtError, CheckpointNotFound, InvalidName, parse_inference_name
+from art_core import ArtError
 from art_core.engines import Endpoint
+from art_core.errors import CheckpointNotFound, InvalidName
+from art_core.names import parse_inference_name
 
 from .answers import StreamNormaliser, died, normalise_answer
 from .catalogue import not_served, several_projects

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from art_core import ArtError, installed_plugins
-from art_core.engines import Flavour
 from art_core.errors import did_you_mean
+from art_engine_kit.environment import Flavour
 
 from .environments import (
     EngineSpec,

@@ -21,9 +21,10 @@ from typing import Any
 import platformdirs
 from packaging.requirements import Requirement
 
-from art_core import ArtError, InferenceEngineSpec, PluginError, TrainingEngineSpec, instantiate
-from art_core.engines import EnvironmentSpec, Flavour, FlavourSpec
-from art_core.errors import did_you_mean
+from art_core import ArtError, InferenceEngineSpec, TrainingEngineSpec
+from art_core.errors import PluginError, did_you_mean
+from art_core.registry import instantiate
+from art_engine_kit.environment import EnvironmentSpec, Flavour, FlavourSpec
 
 from .devices import accelerators
 

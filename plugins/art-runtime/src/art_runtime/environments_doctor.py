@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
-from art_core.engines import Flavour
+from art_engine_kit.environment import Flavour
 
 from .environments import EnginePython, EngineSpec, environment_spec, locate, machine_flavour
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from art_core import ProcessFailed
-from art_core.checkpoint import write_json_atomically
+from art_core.atomic_files import write_json_atomically
+from art_core.errors import ProcessFailed
 
 from .environments import EngineEnvironment, engine_folder
 from .environments_indexes import uv_settings

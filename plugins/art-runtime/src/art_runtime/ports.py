@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from art_core import ProcessFailed
+from art_core.errors import ProcessFailed
 
 _LOWEST = 15_000
 _given: set[int] = set()

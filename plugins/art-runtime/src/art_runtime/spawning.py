@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from art_core import ProcessFailed
+from art_core.errors import ProcessFailed
 
 _TETHER = Path(__file__).with_name("tether.py")
 _KILL_MARGIN_S = 10.0

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from art_core import LaunchPlan, ProcessFailed
+from art_core import LaunchPlan
+from art_core.errors import ProcessFailed
 
 from .ports import check_port_is_ours
 from .spawning import Child, last_lines, spawn_tethered

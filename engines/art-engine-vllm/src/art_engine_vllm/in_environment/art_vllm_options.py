@@ -1,4 +1,4 @@
-"""The parser of the installed vLLM's server, for art_core.server_options."""
+"""The parser of the installed vLLM's server, for art_engine_kit.server_options."""
 
 
 def parser():

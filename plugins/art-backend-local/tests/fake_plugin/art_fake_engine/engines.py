@@ -4,9 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from art_core import EngineCall, EngineRefused, InferenceCapability, LaunchPlan, TrainingCapability, UnknownArgument
-from art_core.engines import refuse_unless_ok
-from art_core.training_jobs import WORKER_TOKEN
+from art_core import EngineCall, InferenceCapability, LaunchPlan, TrainingCapability
+from art_core.errors import EngineRefused, UnknownArgument
+from art_engine_kit.training_wire import WORKER_TOKEN
 
 SOURCE = str(Path(__file__).parents[1])
 
@@ -50,7 +50,8 @@ class FakeInference:
         return EngineCall(method="POST", path="/resume", action="resume")
 
     def check_answer(self, call, status, body):
-        refuse_unless_ok(self.name, call, status, body)
+        if not 200 <= status < 300:
+            raise EngineRefused(self.name, call.action, f"HTTP {status}: {body[:2000].decode(errors='replace')}")
 
     def prepare_request(self, endpoint, body, adapter):
         return {**body, "model": adapter or "base"}

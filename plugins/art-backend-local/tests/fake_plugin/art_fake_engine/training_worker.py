@@ -12,8 +12,9 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from art_core.checkpoint import saving
-from art_core.training_jobs import WORKER_TOKEN, TrainJob, read_groups
+from art_engine_kit.checkpoint_folder import saving
+from art_engine_kit.groups_file import read_groups
+from art_engine_kit.training_wire import WORKER_TOKEN, TrainJob
 
 from .orders import logprob_of, order
 

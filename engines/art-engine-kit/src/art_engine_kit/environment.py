@@ -1,0 +1,47 @@
+"""What an engine's own virtual environment holds, and which GPUs its processes see. A description: installs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Flavour = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlavourSpec:
+    """What an engine's environment holds on one kind of machine, as versions that were seen to work.
+
+    Installed in this order: `requirements`; `without_dependencies`, whose own needs are left out; `local_projects`,
+    folders of small distributions shipped with the engine. Then `uninstall` is taken out again. `probe` is run by the
+    environment's interpreter (arguments and added variables) and ends with 0 when the engine can be used. `hint` says
+    what to try when installing fails.
+    """
+
+    requirements: tuple[str, ...]
+    without_dependencies: tuple[str, ...] = ()
+    local_projects: tuple[Path, ...] = ()
+    uninstall: tuple[str, ...] = ()
+    probe: tuple[str, ...]
+    probe_env: Mapping[str, str] = field(default_factory=dict)
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentSpec:
+    """The virtual environment that an engine needs for itself.
+
+    `provided_by` are requirements; an environment where one of them is met holds the engine already. `shown` are the
+    distributions whose versions tell the most about it.
+    """
+
+    provided_by: tuple[str, ...]
+    shown: tuple[str, ...]
+    flavours: Mapping[Flavour, FlavourSpec]
+
+
+def cuda_env(devices: Sequence[int]) -> dict[str, str]:
+    """The variable that shows a process these GPUs and no others; none at all for a CPU."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}

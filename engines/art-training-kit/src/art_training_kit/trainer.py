@@ -1,0 +1,316 @@
+"""One job from trajectories to a checkpoint, told as events: the order of things, and nothing that could be elsewhere.
+
+Owns a policy and its optimizer between jobs, so that the next step of the same model loads nothing. Knows no HTTP and
+no process; it runs in one thread and looks at `cancelled` between packed rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from art_engine_kit.canary import CANARY, Canary, read_canary
+from art_engine_kit.checkpoint_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    OPTIMIZER_STATE,
+    read_manifest,
+    saving,
+)
+from art_engine_kit.train_options import TrainOptions
+from art_engine_kit.training_wire import GradientStep, JobEnded, JobProgress, JobSaved, JobStarted, TrainEvent, TrainJob
+
+from .adapter_settings import check_peft_args
+from .advantages import balance_step
+from .canaries import CanaryMaker
+from .chat_template import ChatTemplate
+from .groups_file import read_groups_fast
+from .losses import LossOptions
+from .optimizer import OPTIMIZER_SETTINGS, AdapterOptimizer, OptimizerOptions
+from .packing import PackedRow, pack_rows
+from .policy import Policy
+from .row_tensors import RowTensors
+from .rows import TokenizedStep
+from .tokenize import tokenize_groups
+
+_log = logging.getLogger(__name__)
+
+_ROW_MULTIPLE = 2048
+
+
+class JobCancelled(Exception):
+    """The job's client went away. Nothing was saved."""
+
+
+class Trainer:
+    """Runs jobs one after the other on one policy."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._optimizer: AdapterOptimizer | None = None
+        self._holds: tuple[Path, bytes, OptimizerOptions] | None = None
+
+    def run(self, job: TrainJob, cancelled: Callable[[], bool] = lambda: False) -> Iterator[TrainEvent]:
+        """Train one step and save it. Ends with `JobEnded` or raises; after a raise the next job loads its start
+        afresh.
+        """
+        try:
+            yield from self._run(job, cancelled)
+        except BaseException:
+            self._holds = None
+            raise
+
+    def _run(self, job: TrainJob, cancelled: Callable[[], bool]) -> Iterator[TrainEvent]:
+        started = time.monotonic()
+        options = job.options
+        optimizer_options = OptimizerOptions.of(job.adapter.trainer_args)
+        check_peft_args(job.adapter.peft_args, job.start)
+        reference = _reference_of(job)
+        step = self._tokenize(job)
+        advantages, weights = balance_step(step.advantages, step.trained_tokens, options.advantage_balance)
+        if not advantages.any():
+            yield JobStarted(num_sequences=0, num_rows=0, packed_tokens=0, trained_tokens=0)
+            metrics = step.metrics | _totals(0, 0, 0, 0) | {"time/step_trainer_s": time.monotonic() - started}
+            yield from self._carry(job, metrics)
+            return
+        rows = step.rows
+        packed = pack_rows(rows, self._row_length(job, max(map(len, rows))))
+        tokens, trained = sum(map(len, rows)), sum(len(row.trained) for row in rows)
+        yield JobStarted(
+            num_sequences=len(rows), num_rows=len(packed), packed_tokens=sum(map(len, packed)), trained_tokens=trained
+        )
+        if options.plot_tensors:
+            from .plot import plot_rows
+
+            plot_rows(packed, advantages, weights, job.destination.parent.parent / "plots" / f"step-{job.step:04d}.png")
+        self._load(job.start, optimizer_options)
+        canary = CanaryMaker(self._policy, rows)
+        tensors = self._prepare(packed, advantages, weights, options, reference, cancelled)
+        window = options.grad_accumulation_sequences or 1
+        total = -(-len(tensors) // window)
+        samples: list[dict[str, float]] = []
+        for index in range(total):
+            part = tensors[index * window : (index + 1) * window]
+            for done in self._gradient_step(part, options, cancelled):
+                if isinstance(done, dict):
+                    samples.append(done)
+                    yield GradientStep(index=index, total=total, metrics=done)
+                else:
+                    yield JobProgress(done=index * window + done, total=len(tensors))
+            if options.verbose:
+                _log.info("step %d, gradient step %d of %d: %s", job.step, index + 1, total, samples[-1])
+        seconds = time.monotonic() - started
+        metrics = step.metrics | _totals(tokens, trained, sum(map(len, packed)), total) | _mean(samples)
+        metrics |= {"time/step_trainer_s": seconds, "throughput/step_trainer_tok_per_s": tokens / seconds}
+        made = canary.make()
+        _stop_if(cancelled)
+        self._save(job, metrics, made)
+        self._remember(job.destination, optimizer_options)
+        yield JobSaved(path=job.destination)
+        yield JobEnded(metrics=metrics)
+
+    def _tokenize(self, job: TrainJob) -> TokenizedStep:
+        options, limit = job.options, job.adapter.max_seq_length
+        if options.packed_sequence_length is not None and options.packed_sequence_length > limit:
+            raise ValueError(
+                f"packed_sequence_length is {options.packed_sequence_length} and max_seq_length {limit}: a packed"
+                " row cannot be longer"
+                " than the longest sequence. Lower the one or raise the other."
+            )
+        template = ChatTemplate(self._policy.tokenizer, job.adapter.chat_template, job.adapter.chat_template_kwargs)
+        step = tokenize_groups(
+            read_groups_fast(job.groups_file),
+            vocabulary_size=self._policy.vocabulary_size,
+            max_length=min(options.packed_sequence_length or limit, limit, self._policy.max_length),
+            scale_rewards=options.scale_rewards and options.normalize_advantages,
+            without_logprobs=template if options.allow_training_without_logprobs else None,
+        )
+        if step.metrics["data/step_num_trajectories_too_long"]:
+            _log.warning(
+                "%d trajectories are longer than a row (packed_sequence_length, max_seq_length or the model's %d"
+                " tokens) and were left out",
+                step.metrics["data/step_num_trajectories_too_long"],
+                self._policy.max_length,
+            )
+        return step
+
+    def _row_length(self, job: TrainJob, longest: int) -> int:
+        """As asked for; else the longest row, rounded up so that several fit beside each other."""
+        if job.options.packed_sequence_length is not None:
+            return job.options.packed_sequence_length
+        rounded = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        return max(longest, min(rounded, job.adapter.max_seq_length))
+
+    def _load(self, start: Path, options: OptimizerOptions) -> None:
+        """Weights and optimizer state of the start checkpoint, unless they are what is held already."""
+        wanted = (start.resolve(), (start / MANIFEST).read_bytes(), options)
+        if self._holds == wanted:
+            return
+        read_manifest(start, hashes=True)
+        self._holds = None
+        self._policy.load_adapter(start)
+        self._optimizer = AdapterOptimizer(self._policy.adapter_parameters(), options)
+        resumed = self._optimizer.load(start)
+        _log.info("loaded %s, %s", start, "with its optimizer state" if resumed else "which has no optimizer state")
+        self._holds = wanted
+
+    def _remember(self, folder: Path, options: OptimizerOptions) -> None:
+        self._holds = (folder.resolve(), (folder / MANIFEST).read_bytes(), options)
+
+    def _prepare(
+        self,
+        packed: Sequence[PackedRow],
+        advantages: npt.NDArray[np.float64],
+        weights: npt.NDArray[np.float64],
+        options: TrainOptions,
+        reference: tuple[Path | None] | None,
+        cancelled: Callable[[], bool],
+    ) -> list[RowTensors]:
+        tensors = [RowTensors.of(row, advantages, weights, self._policy.device) for row in packed]
+        if options.precalculate_logprobs:
+            fresh = self._logprobs(tensors, cancelled)
+            tensors = [row.with_recalculated(values) for row, values in zip(tensors, fresh, strict=True)]
+        if reference is not None:
+            with self._policy.reference(reference[0]):
+                known = self._logprobs(tensors, cancelled)
+            tensors = [row.with_reference(values) for row, values in zip(tensors, known, strict=True)]
+        return tensors
+
+    def _logprobs(self, tensors: Sequence[RowTensors], cancelled: Callable[[], bool]) -> list[Tensor]:
+        result = []
+        for row in tensors:
+            _stop_if(cancelled)
+            with torch.no_grad():
+                result.append(row.logprobs(self._policy)[0])
+        return result
+
+    def _gradient_step(
+        self, part: Sequence[RowTensors], options: TrainOptions, cancelled: Callable[[], bool]
+    ) -> Iterator[int | dict[str, float]]:
+        """Yields how many rows are done, then the step's metrics. The loss is a mean over the trained tokens of all
+        `part`.
+        """
+        assert self._optimizer is not None
+        loss_options = _loss_options(options)
+        count = sum(len(row.entry_target) for row in part)
+        sums = {"loss/train": 0.0, "loss/entropy": 0.0, "loss/kl_div": 0.0, "loss/kl_policy_ref": 0.0}
+        self._optimizer.clear_gradients()
+        for done, row in enumerate(part, start=1):
+            _stop_if(cancelled)
+            loss, entropy = row.loss(self._policy, loss_options)
+            (loss.loss / count).backward()  # type: ignore[no-untyped-call]
+            sums["loss/train"] += float(loss.loss.detach())
+            sums["loss/entropy"] += float(entropy)
+            sums["loss/kl_div"] += float(loss.kl_div)
+            if loss.kl_policy_ref is not None:
+                sums["loss/kl_policy_ref"] += float(loss.kl_policy_ref)
+            yield done
+        if part[0].entries.reference_logprobs is None:
+            del sums["loss/kl_policy_ref"]
+        trajectories = len(np.unique(np.concatenate([row.row.entry_trajectory for row in part])))
+        learning_rate = options.learning_rate * trajectories**options.num_trajectories_learning_rate_multiplier_power
+        norm = self._optimizer.step(learning_rate)
+        yield {key: value / count for key, value in sums.items()} | {
+            "loss/grad_norm": norm,
+            "loss/learning_rate": learning_rate,
+        }
+
+    def _save(self, job: TrainJob, metrics: dict[str, float], canary: Canary) -> None:
+        assert self._optimizer is not None
+        with _explained(job), self._saving(job, metrics) as folder:
+            self._policy.save_adapter(folder)
+            self._optimizer.save(folder)
+            (folder / CANARY).write_text(canary.model_dump_json())
+
+    def _carry(self, job: TrainJob, metrics: dict[str, float]) -> Iterator[TrainEvent]:
+        """Nothing to train on: the start checkpoint becomes the new step, weights, optimizer state and canary
+        unchanged.
+        """
+        read_manifest(job.start, hashes=True)
+        with _explained(job), self._saving(job, metrics) as folder:
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_STATE, OPTIMIZER_SETTINGS):
+                if (job.start / name).exists():
+                    shutil.copyfile(job.start / name, folder / name)
+            canary = read_canary(job.start)
+            if canary is not None:
+                # The weights it comes from are its own, so before and after are the same.
+                same = [prompt.model_copy(update={"previous": prompt.expected}) for prompt in canary.prompts]
+                (folder / CANARY).write_text(Canary(prompts=same).model_dump_json())
+        held = self._holds
+        if held is not None and held[0] == job.start.resolve():
+            self._remember(job.destination, held[2])
+        yield JobSaved(path=job.destination)
+        yield JobEnded(metrics=metrics)
+
+    def _saving(self, job: TrainJob, metrics: dict[str, float]) -> AbstractContextManager[Path]:
+        return saving(
+            job.destination,
+            step=job.step,
+            base_model=self._policy.base_model,
+            engine=self._policy.engine,
+            metrics=metrics,
+        )
+
+
+@contextmanager
+def _explained(job: TrainJob) -> Iterator[None]:
+    """Says of an error in writing what it means for the run."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "the disk is full" if full else str(error)
+        todo = "Free some space there and train the step again" if full else "Mend that and train the step again"
+        raise OSError(
+            f"step {job.step} of {job.model} could not be saved to {job.destination}: {what}. Nothing of it was"
+            " kept, and the"
+            f" step before is unchanged. {todo}."
+        ) from error
+
+
+def _stop_if(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise JobCancelled("the client went away, so the job was stopped between two rows; nothing was saved")
+
+
+def _reference_of(job: TrainJob) -> tuple[Path | None] | None:
+    """The KL reference: (None,) is the base alone, None no reference at all."""
+    folder = job.reference or job.options.kl_ref_adapter_path
+    if folder is None and job.options.kl_penalty_reference_step is not None:
+        raise ValueError(
+            f"kl_penalty_reference_step={job.options.kl_penalty_reference_step} came without that step's folder:"
+            " the backend has to"
+            " resolve it into the job's `reference`."
+        )
+    return (folder,) if folder is not None or job.options.kl_penalty_coef > 0 else None
+
+
+def _loss_options(options: TrainOptions) -> LossOptions:
+    return LossOptions(**{name: getattr(options, name) for name in LossOptions.__dataclass_fields__})
+
+
+def _totals(tokens: int, trained: int, packed: int, gradient_steps: int) -> dict[str, float]:
+    return {
+        "data/step_trainer_tokens": float(tokens),
+        "data/step_trained_tokens": float(trained),
+        "data/step_packed_tokens": float(packed),
+        "data/step_num_gradient_steps": float(gradient_steps),
+    }
+
+
+def _mean(samples: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(sample[key] for sample in samples) / len(samples) for key in samples[0]}

@@ -1,0 +1,327 @@
+"""Whole jobs on a small real policy: packed against one sequence at a time, exact resume, options, faults."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from art_core.errors import AdapterMismatch, CorruptCheckpoint, InvalidTrajectory, UnknownArgument
+from art_engine_kit.canary import read_canary
+from art_engine_kit.checkpoint_folder import read_manifest
+from art_engine_kit.groups_file import write_groups
+from art_engine_kit.train_options import TrainOptions
+from art_engine_kit.training_wire import AdapterOptions, JobEnded, JobStarted, TrainJob
+from art_training_kit.advantages import balance_step
+from art_training_kit.losses import Entries, LossOptions, policy_loss
+from art_training_kit.packing import pack_rows
+from art_training_kit.row_tensors import RowTensors
+from art_training_kit.tokenize import tokenize_groups
+from art_training_kit.trainer import JobCancelled, Trainer
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def job(checkpoints: Path, make_groups: Make) -> Make:
+    """Make the job of a step; keyword arguments are train options."""
+
+    def make(
+        step: int = 1, groups: Any = None, adapter: Any = None, reference: Path | None = None, **options: Any
+    ) -> TrainJob:
+        file = checkpoints.parent / f"groups-{step}.json"
+        file.write_bytes(write_groups(make_groups(step) if groups is None else groups))
+        return TrainJob(
+            model="project/agent", step=step,
+            start=checkpoints / f"{step - 1:04d}", destination=checkpoints / f"{step:04d}",
+            groups_file=file, reference=reference, adapter=AdapterOptions(**(adapter or {})),
+            options=TrainOptions(**({"learning_rate": 1e-2} | options)),
+        )  # fmt: skip
+
+    return make
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix == ".safetensors"}
+
+
+def run(trainer: Trainer, job: TrainJob) -> dict[str, float]:
+    events = list(trainer.run(job))
+    assert isinstance(events[-1], JobEnded)
+    return events[-1].metrics
+
+
+@pytest.mark.parametrize("capacity", [10_000, 60])
+def test_packed_loss_and_gradients_equal_one_sequence_at_a_time(
+    small_policy: Make, make_groups: Make, checkpoints: Path, job: Make, capacity: int
+) -> None:
+    policy = small_policy()
+    run(Trainer(policy), job(1))  # so that B is not zero
+    step = tokenize_groups(make_groups(5, turns=3), vocabulary_size=97, max_length=200)
+    advantages, weights = balance_step(step.advantages, step.trained_tokens, 0.3)
+    packed = pack_rows(step.rows, max(capacity, max(map(len, step.rows))))
+    assert sum(map(len, packed)) < 0.8 * step.num_tokens
+    parameters = list(policy.adapter_parameters().values())
+    for options in (
+        LossOptions(),
+        LossOptions(
+            loss_fn="ppo", importance_sampling_level="geometric_average", kimi_k2_tau=0.1, mask_prob_ratio=True
+        ),
+        LossOptions(importance_sampling_level="sequence", truncated_importance_sampling=1.1),
+    ):
+        losses = [RowTensors.of(row, advantages, weights, policy.device).loss(policy, options)[0] for row in packed]
+        together = sum(loss.loss for loss in losses)
+        ours = torch.autograd.grad(together, parameters)
+        plain = torch.zeros(())
+        for row in step.rows:
+            (single,) = pack_rows([row], len(row))
+            hidden = policy.hidden_states(single)
+            logprobs = torch.log_softmax(hidden @ policy.output_weight.T, -1)[
+                torch.from_numpy(row.trained).long() - 1, torch.from_numpy(row.token_ids[row.trained]).long()
+            ]
+            n, t = len(row.trained), row.trajectory
+            entries = Entries(
+                torch.from_numpy(row.old_logprobs), torch.full((n,), advantages[t], dtype=torch.float32),
+                torch.full((n,), weights[t], dtype=torch.float32), torch.zeros(n, dtype=torch.long),
+            )  # fmt: skip
+            plain = plain + policy_loss(logprobs, entries, options).loss
+        expected = torch.autograd.grad(plain, parameters)
+        assert float(together.detach()) == pytest.approx(float(plain.detach()), rel=1e-4, abs=1e-4)
+        for got, want in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-4 * float(want.abs().max()) + 1e-6)
+
+
+def test_resumed_from_disk_equals_undisturbed_bit_for_bit(small_policy: Make, job: Make, checkpoints: Path) -> None:
+    policy = small_policy()
+    trainer = Trainer(policy)
+    undisturbed = [run(trainer, job(step)) for step in (1, 2, 3)]
+    assert policy.loads == 1
+    kept = files(checkpoints / "0003")
+    shutil.rmtree(checkpoints / "0003")
+    resumed = run(Trainer(small_policy()), job(3))
+    assert files(checkpoints / "0003") == kept
+    assert resumed["loss/train"] == undisturbed[2]["loss/train"]
+    assert resumed["loss/grad_norm"] == undisturbed[2]["loss/grad_norm"]
+
+
+def test_a_lost_optimizer_state_would_be_noticed(small_policy: Make, job: Make, checkpoints: Path) -> None:
+    trainer = Trainer(small_policy())
+    for step in (1, 2, 3):
+        run(trainer, job(step))
+    kept = files(checkpoints / "0003")
+    shutil.rmtree(checkpoints / "0003")
+    (checkpoints / "0002" / "optimizer.state").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"optimizer\.state"):
+        run(Trainer(small_policy()), job(3))
+    assert kept
+
+
+def test_the_checkpoint_is_whole_and_its_canary_tells_old_from_new(
+    small_policy: Make, job: Make, checkpoints: Path
+) -> None:
+    policy = small_policy()
+    metrics = run(Trainer(policy), job(1))
+    manifest = read_manifest(checkpoints / "0001", hashes=True)
+    assert manifest.engine == "small"
+    assert manifest.metrics == metrics
+    canary = read_canary(checkpoints / "0001")
+    assert canary is not None
+    assert 1 <= len(canary.prompts) <= 4
+    for prompt in canary.prompts:
+        row = pack_rows([_probe(prompt.token_ids)], 500)[0]
+        for folder, said in (("0001", prompt.expected), ("0000", prompt.previous)):
+            policy.load_adapter(checkpoints / folder)
+            with torch.no_grad():
+                logprobs = torch.log_softmax(policy.hidden_states(row)[-1] @ policy.output_weight.T, -1)
+            assert said is not None
+            for token, logprob in said.items():
+                assert float(logprobs[token]) == pytest.approx(logprob, abs=1e-5)
+        assert max(abs(prompt.expected[t] - (prompt.previous or {})[t]) for t in prompt.expected) > 1e-3
+
+
+def _probe(ids: list[int]) -> Any:
+    from art_training_kit.rows import TokenRow
+
+    return TokenRow(np.array([*ids, 0], np.int32), np.array([len(ids)], np.int32), np.zeros(1, np.float32), 0)
+
+
+def test_events_and_metrics_of_a_step(small_policy: Make, job: Make) -> None:
+    events = list(Trainer(small_policy()).run(job(1, packed_sequence_length=60, grad_accumulation_sequences=2)))
+    started = events[0]
+    assert isinstance(started, JobStarted)
+    assert started.num_rows > 2
+    kinds = [event.event for event in events]
+    steps = -(-started.num_rows // 2)
+    assert kinds.count("progress") == started.num_rows
+    assert kinds.count("gradient_step") == steps
+    assert kinds[-2:] == ["saved", "ended"]
+    metrics = events[-1].metrics
+    assert metrics["data/step_num_gradient_steps"] == steps
+    assert metrics["data/step_trained_tokens"] == started.trained_tokens
+    assert metrics["data/step_packed_tokens"] == started.packed_tokens < metrics["data/step_trainer_tokens"]
+    for name in ("loss/train", "loss/entropy", "loss/kl_div", "loss/grad_norm", "loss/learning_rate"):
+        assert np.isfinite(metrics[name])
+
+
+def test_accumulating_all_rows_equals_one_row(small_policy: Make, job: Make, checkpoints: Path) -> None:
+    adapters = []
+    for options in ({"packed_sequence_length": 60, "grad_accumulation_sequences": 99}, {}):
+        metrics = run(Trainer(small_policy()), job(1, **options))
+        adapters.append((checkpoints / "0001", metrics["loss/train"], metrics["loss/grad_norm"]))
+        shutil.rmtree(checkpoints / "0001")
+    assert adapters[0][1:] == pytest.approx(adapters[1][1:], rel=1e-4)
+
+
+def test_nothing_to_train_carries_the_checkpoint(
+    small_policy: Make, job: Make, make_groups: Make, checkpoints: Path
+) -> None:
+    policy = small_policy()
+    trainer = Trainer(policy)
+    run(trainer, job(1))
+    equal = make_groups(2)
+    for group in equal:
+        for trajectory in group:
+            trajectory.reward = 0.25
+    for step, groups in ((2, equal), (3, [])):
+        metrics = run(trainer, job(step, groups=groups))
+        assert metrics["data/step_num_gradient_steps"] == 0
+        assert files(checkpoints / f"{step:04d}") == files(checkpoints / "0001")
+        assert read_manifest(checkpoints / f"{step:04d}", hashes=True).step == step
+    run(trainer, job(4))
+    assert policy.loads == 1
+    kept = files(checkpoints / "0004")
+    shutil.rmtree(checkpoints / "0004")
+    run(Trainer(small_policy()), job(4))
+    assert files(checkpoints / "0004") == kept
+
+
+def test_identical_policies_have_divergence_zero(small_policy: Make, job: Make, checkpoints: Path) -> None:
+    run(Trainer(small_policy()), job(1))
+    same = {"reference": checkpoints / "0001", "kl_penalty_coef": 0.1, "precalculate_logprobs": True}
+    metrics = run(Trainer(small_policy()), job(2, **same))
+    assert abs(metrics["loss/kl_policy_ref"]) < 1e-6
+    assert abs(metrics["loss/kl_div"]) < 1e-6
+    shutil.rmtree(checkpoints / "0002")
+    against_base = run(Trainer(small_policy()), job(2, kl_penalty_coef=0.1))
+    assert abs(against_base["loss/kl_policy_ref"]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss_fn": "ppo"},
+        {"normalize_advantages": False},
+        {"scale_rewards": False},
+        {"kl_penalty_coef": 5.0},
+        {"epsilon": 0.01, "epsilon_high": 0.01},
+        {"advantage_balance": 0.7},
+        {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "average"},
+        {"importance_sampling_level": "geometric_average"},
+        {"max_negative_advantage_importance_sampling_weight": 0.2},
+        {"mask_prob_ratio": True, "epsilon": 0.1, "epsilon_high": 0.1},
+        {"kimi_k2_tau": 0.5},
+        {"precalculate_logprobs": True},
+        {"truncated_importance_sampling": 0.5},
+        {"packed_sequence_length": 60},
+        {"grad_accumulation_sequences": 2, "packed_sequence_length": 60},
+        {"num_trajectories_learning_rate_multiplier_power": 0.5},
+        {"learning_rate": 2e-2},
+    ],
+    ids=lambda change: "+".join(change),
+)
+def test_every_option_changes_what_is_learnt(
+    small_policy: Make, job: Make, make_groups: Make, checkpoints: Path, change: Any
+) -> None:
+    # Uneven spreads, so that scaling by the standard deviation matters.
+    groups = make_groups(1)
+    for g, group in enumerate(groups):
+        for trajectory in group:
+            trajectory.reward *= 1 + 3 * g
+    loose = {"max_grad_norm": 1e9}
+    # AdamW's first step hardly depends on a gradient's size; its second does, so a step is taken before.
+    run(Trainer(small_policy()), job(1, adapter={"trainer_args": loose}))
+    outcomes = []
+    for options in ({}, change):
+        run(Trainer(small_policy()), job(2, groups=groups, adapter={"trainer_args": loose}, **options))
+        outcomes.append(files(checkpoints / "0002"))
+        shutil.rmtree(checkpoints / "0002")
+    assert outcomes[0] != outcomes[1]
+
+
+def test_learning_rate_multiplier_counts_trajectories(small_policy: Make, job: Make) -> None:
+    metrics = run(Trainer(small_policy()), job(1, num_trajectories_learning_rate_multiplier_power=1.0))
+    assert metrics["loss/learning_rate"] == pytest.approx(1e-2 * metrics["data/step_num_trajectories_trained"])
+
+
+def test_plot_is_written_beside_the_checkpoints(small_policy: Make, job: Make, checkpoints: Path) -> None:
+    run(Trainer(small_policy()), job(1, plot_tensors=True))
+    assert (checkpoints.parent / "plots" / "step-0001.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_are_read_or_refused_by_name(small_policy: Make, job: Make, checkpoints: Path) -> None:
+    trainer = Trainer(small_policy())
+    with pytest.raises(UnknownArgument, match=r"weight_decai.*weight_decay"):
+        run(trainer, job(1, adapter={"trainer_args": {"weight_decai": 1}}))
+    with pytest.raises(UnknownArgument, match="rank"):
+        run(trainer, job(1, adapter={"peft_args": {"rank": 3}}))
+    with pytest.raises(AdapterMismatch, match="r=16"):
+        run(trainer, job(1, adapter={"peft_args": {"r": 16}}))
+    with pytest.raises(ValueError, match="packed_sequence_length is 100"):
+        run(trainer, job(1, packed_sequence_length=100, adapter={"max_seq_length": 50}))
+    with pytest.raises(ValueError, match="kl_penalty_reference_step=3"):
+        run(trainer, job(1, kl_penalty_reference_step=3))
+    run(trainer, job(1, adapter={"peft_args": {"r": 3, "random_state": 1}, "trainer_args": {"weight_decay": 0.0}}))
+
+
+def test_too_long_trajectories_are_left_out_whole_and_counted(small_policy: Make, job: Make, make_groups: Make) -> None:
+    groups = make_groups(1)
+    longest = max(len(c.prompt_token_ids) + len(c.token_ids) for g in groups for t in g for c in t.choices())
+    metrics = run(Trainer(small_policy()), job(1, groups=groups, packed_sequence_length=longest - 1))
+    assert metrics["data/step_num_trajectories_too_long"] >= 1
+
+
+def test_after_a_fault_nothing_is_left_and_the_next_job_is_as_if_it_had_not_been(
+    small_policy: Make, job: Make, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(Trainer(small_policy()), job(1))
+    expected = run(Trainer(small_policy()), job(2))
+    kept = files(checkpoints / "0002")
+    shutil.rmtree(checkpoints / "0002")
+    trainer = Trainer(small_policy())
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("art_training_kit.optimizer.save_file", full)
+        with pytest.raises(OSError, match=r"the disk is full.*Free some space"):
+            run(trainer, job(2))
+    calls = iter([False, False, False, True])
+    with pytest.raises(JobCancelled):
+        list(trainer.run(job(2, packed_sequence_length=60), lambda: next(calls)))
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["0000", "0001"]
+    assert run(trainer, job(2))["loss/train"] == expected["loss/train"]
+    assert files(checkpoints / "0002") == kept
+
+
+def test_gradients_that_are_not_finite_stop_the_job(small_policy: Make, job: Make, checkpoints: Path) -> None:
+    policy = small_policy()
+    policy.output_weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        run(Trainer(policy), job(1))
+    assert not (checkpoints / "0001").exists()
+
+
+def test_bad_input_is_an_error_before_anything_is_loaded(small_policy: Make, job: Make, make_groups: Make) -> None:
+    policy = small_policy()
+    groups = make_groups(1)
+    groups[1].trajectories[2].choices()[0].token_ids[0] = 5000
+    with pytest.raises(InvalidTrajectory, match=r"trajectory_groups\[1\]\.trajectories\[2\]"):
+        run(Trainer(policy), job(1, groups=groups))
+    assert policy.loads == 0
