@@ -36,7 +36,7 @@ def measure(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from art_engine_torch.training_policy import compute_dtype, load_policy
+    from art_engine_torch.training.policy import compute_dtype, load_policy
     from art_training_kit.allocator import keep_freed_memory
     from art_training_kit.losses import LossOptions
     from art_training_kit.packing import pack_rows
@@ -115,7 +115,7 @@ def gemm_speed(dtype: str, threads: int) -> float:
     """FLOP a second of a large matrix product, the best of several."""
     import torch
 
-    from art_engine_torch.training_policy import compute_dtype
+    from art_engine_torch.training.policy import compute_dtype
 
     torch.set_num_threads(threads)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

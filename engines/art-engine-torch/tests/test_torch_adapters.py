@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from art_engine_torch.lora_files import AdapterMissing, AdapterRefused, read_adapter
+from art_engine_torch.server.lora_files import AdapterMissing, AdapterRefused, read_adapter
 
 WIDTHS = {
     "q_proj": (64, 64),

@@ -16,9 +16,9 @@ from art_engine_torch import plugin
 from art_engine_torch.declared import OWN_SERVER
 from art_engine_torch.inference_engine import ENGINE_ARGS, TorchInferenceEngine
 from art_engine_torch.names import API_KEY_VARIABLE
-from art_engine_torch.server import arguments
+from art_engine_torch.server.__main__ import arguments
+from art_engine_torch.training.policy import _INIT_ARGS
 from art_engine_torch.training_engine import INIT_ARGS, TorchTrainingEngine
-from art_engine_torch.training_policy import _INIT_ARGS
 
 SECRET = "not-for-argv"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from art_engine_torch.sampling import SamplingSettings, sample
+from art_engine_torch.server.sampling import SamplingSettings, sample
 
 DRAWS = 20_000
 VOCAB = 96

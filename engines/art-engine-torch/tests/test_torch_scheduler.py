@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from art_engine_torch.decoder import Decoder, UnsupportedModel
-from art_engine_torch.generation import GenerationRequest, SequenceUpdate
-from art_engine_torch.lora_batch import LoraAdapter
-from art_engine_torch.lora_files import read_adapter
-from art_engine_torch.sampling import SamplingSettings
-from art_engine_torch.scheduler import Limits, Scheduler
+from art_engine_torch.server.decoder import Decoder, UnsupportedModel
+from art_engine_torch.server.generation import GenerationRequest, SequenceUpdate
+from art_engine_torch.server.lora_batch import LoraAdapter
+from art_engine_torch.server.lora_files import read_adapter
+from art_engine_torch.server.sampling import SamplingSettings
+from art_engine_torch.server.scheduler import Limits, Scheduler
 
 KINDS = ["llama-tied", "llama-untied-rope-scaled", "llama-biased", "qwen2", "qwen3"]
 CPU = torch.device("cpu")

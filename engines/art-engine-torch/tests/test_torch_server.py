@@ -19,11 +19,11 @@ import pytest
 import torch
 import uvicorn
 
-from art_engine_torch.app import InferenceApp
-from art_engine_torch.chat_prompt import PromptBuilder
-from art_engine_torch.decoder import Decoder
-from art_engine_torch.engine import InferenceEngineThread
-from art_engine_torch.scheduler import Limits, Scheduler
+from art_engine_torch.server.app import InferenceApp
+from art_engine_torch.server.chat_prompt import PromptBuilder
+from art_engine_torch.server.decoder import Decoder
+from art_engine_torch.server.engine import InferenceEngineThread
+from art_engine_torch.server.scheduler import Limits, Scheduler
 
 KEY = "a-test-key"
 BASE = "tiny"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from art_engine_torch.detokenize import TextStream
-from art_engine_torch.tool_calls import ToolCallStream, parse_tool_calls
+from art_engine_torch.server.detokenize import TextStream
+from art_engine_torch.server.tool_calls import ToolCallStream, parse_tool_calls
 
 
 class Bytes:

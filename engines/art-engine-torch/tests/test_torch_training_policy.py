@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from art_core.errors import AdapterMismatch, UnknownArgument
-from art_engine_torch.training_policy import compute_dtype, load_policy
-from art_engine_torch.training_policy_kernels import GatedSilu, LoraProjection, RmsNorm
+from art_engine_torch.training.kernels import GatedSilu, LoraProjection, RmsNorm
+from art_engine_torch.training.policy import compute_dtype, load_policy
 from art_training_kit.logprobs import next_token_logprobs
 from art_training_kit.packing import PackedRow, pack_rows
 from art_training_kit.policy import PolicyRequest

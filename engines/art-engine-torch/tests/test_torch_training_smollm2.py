@@ -25,7 +25,7 @@ from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import WORKER_TOKEN, JobEnded, TrainJob, read_event
 from art_engine_torch.base_model import resolve_base_model
-from art_engine_torch.training_policy import load_policy
+from art_engine_torch.training.policy import load_policy
 from art_training_kit.advantages import balance_step
 from art_training_kit.losses import Entries, LossOptions, policy_loss
 from art_training_kit.packing import pack_rows
@@ -153,7 +153,7 @@ def worker(base: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes]
         "-m",
         "art_training_kit.worker",
         "--policy",
-        "art_engine_torch.training_policy:load_policy",
+        "art_engine_torch.training.policy:load_policy",
     ]
     command += ["--base-model", str(base), "--port", str(port), "--dtype", "float32"]
     log = (tmp_path / "worker.log").open("wb")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from art_backend_local.adapter_check import check_adapter
-from art_backend_local.base_weights import linear_shapes, select_modules
-from art_backend_local.identity_adapter import write_identity_adapter
-from art_backend_local.lora_shape import LoraShape
+from art_backend_local.adapters.identity import write_identity_adapter
+from art_backend_local.wire.lora_shape import LoraShape
 from art_core.errors import AdapterMismatch, BaseModelNotFound, UnknownArgument
+from art_engine_kit.adapter_files import check_adapter
+from art_engine_kit.base_shapes import linear_shapes, select_modules
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 

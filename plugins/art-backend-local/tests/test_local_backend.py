@@ -12,8 +12,8 @@ from openai import APIStatusError, NotFoundError
 from safetensors.numpy import load_file, save_file
 
 from art_backend_local import LocalBackend
-from art_backend_local.identity_adapter import write_identity_adapter
-from art_backend_local.lora_shape import LoraShape
+from art_backend_local.adapters.identity import write_identity_adapter
+from art_backend_local.wire.lora_shape import LoraShape
 from art_core import Backend, BackendCapability, Trajectory, TrajectoryGroup, hookimpl, installed_plugins
 from art_core.errors import (
     AdapterMismatch,

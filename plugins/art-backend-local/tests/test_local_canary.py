@@ -2,7 +2,7 @@
 
 import pytest
 
-from art_backend_local.canary import TOLERANCE, canary_request, first_token, read_canary_answers
+from art_backend_local.servers.canary_reading import TOLERANCE, canary_request, first_token, read_canary_answers
 from art_engine_kit.canary import Canary, CanaryPrompt
 
 

@@ -17,7 +17,7 @@ import pytest
 from openai import APIStatusError
 
 from art_backend_local import PathInUse
-from art_backend_local.host_files import known_hosts, process_lives, read_host
+from art_backend_local.wire.host_files import known_hosts, process_lives, read_host
 from art_core.errors import BackendUnreachable, ProcessFailed, TrainingFailed
 from art_engine_kit.checkpoint_folder import whole_steps
 

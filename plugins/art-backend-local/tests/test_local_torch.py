@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from art_backend_local.host_files import read_host
+from art_backend_local.wire.host_files import read_host
 from art_core import Trajectory, TrajectoryGroup
 from art_core.errors import CheckpointNotFound
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 API_KEY_VARIABLE: Final = "ART_TORCH_API_KEY"
-POLICY_FACTORY: Final = "art_engine_torch.training_policy:load_policy"
+POLICY_FACTORY: Final = "art_engine_torch.training.policy:load_policy"
 # What both processes of this engine start with.
 ENVIRONMENT: Final[Mapping[str, str]] = {
     # Everything is read from a folder: nothing may be asked of a model hub on the way.

@@ -9,19 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backend import LocalBackend
-    from .host_start import PathInUse
+    from .client.backend import LocalBackend
+    from .client.host_start import PathInUse
 
 __all__ = ["LocalBackend", "PathInUse"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "LocalBackend":
-        from .backend import LocalBackend
+        from .client.backend import LocalBackend
 
         return LocalBackend
     if name == "PathInUse":
-        from .host_start import PathInUse
+        from .client.host_start import PathInUse
 
         return PathInUse
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

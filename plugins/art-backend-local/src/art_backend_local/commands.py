@@ -16,9 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .host_files import HostRecord, known_hosts, read_host
-from .process_memory import memory_of
-from .wire import PREFIX
+from art_runtime.process_memory import memory_of
+
+from .wire.host_files import HostRecord, known_hosts, read_host
+from .wire.messages import PREFIX
 
 JSON = dict[str, Any]
 _ANSWER_LIMIT_S = 5.0

@@ -20,7 +20,7 @@ def art_register_backends() -> Iterable[BackendSpec]:
     return [
         BackendSpec(
             name="local",
-            factory="art_backend_local.backend:LocalBackend",
+            factory="art_backend_local.client.backend:LocalBackend",
             summary="Serves and trains models on this machine, with checkpoints on disk.",
             capabilities=frozenset(BackendCapability) - {BackendCapability.CHECKPOINTS_AS_ARTIFACTS},
         )

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from art_core import (
-    CheckpointRef,
-    LocalTrainResult,
-    PluginRegistry,
-    PolicyModel,
-    PublicationReceipt,
-    announce,
-)
+from art_core import CheckpointRef, LocalTrainResult, PluginRegistry, PolicyModel, PublicationReceipt, announce
 
 
 class TrainHooks:

@@ -17,7 +17,7 @@ from art_core.errors import ProcessFailed
 from art_runtime import Child, spawn_detached, spawn_tethered
 from art_runtime.spawning import last_lines
 
-from .host_files import PATH_IN_USE, HostRecord, path_is_locked, read_host
+from ..wire.host_files import PATH_IN_USE, HostRecord, path_is_locked, read_host
 
 DISTRIBUTION = "art-backend-local"
 START_LIMIT_S = 60.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from art_core.errors import EngineRefused
 from art_engine_kit.canary import Canary, CanaryPrompt, read_canary
 
-from .canary import canary_request, first_token, read_canary_answers
+from .canary_reading import canary_request, first_token, read_canary_answers
 from .engine_connection import EngineConnection
 
 # Any ids will do to see that an engine answers; a checkpoint without canary has no better ones.

@@ -23,13 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from art_core import ArtError, ModelKey
 from art_core.errors import PublicationFailed
 
-from .event_stream import Emit, EventStream
-from .forking import fork_checkpoint
-from .host_state import HostState
-from .host_status import host_status
-from .sessions import Session
-from .training_step import publish_step, train_step
-from .wire import (
+from ..adapters.copies import fork_checkpoint
+from ..wire.errors import error_to_json
+from ..wire.event_stream import Emit, EventStream
+from ..wire.messages import (
     PREFIX,
     ForkRequest,
     LeaseEnd,
@@ -41,7 +38,10 @@ from .wire import (
     StepsRequest,
     TrainRequest,
 )
-from .wire_errors import error_to_json
+from .host_state import HostState
+from .sessions import Session
+from .status import host_status
+from .training_step import publish_step, train_step
 
 JSON = dict[str, Any]
 RequestT = TypeVar("RequestT", bound=BaseModel)

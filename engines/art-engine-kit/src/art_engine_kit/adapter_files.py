@@ -6,6 +6,7 @@ imports neither PEFT nor torch.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from art_core.errors import AdapterMismatch
-from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-from .adapter_config import read_adapter_config
-from .base_weights import LinearShapes
+from .base_shapes import LinearShapes
+from .checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _KINDS: dict[str, Any] = {
@@ -27,6 +27,30 @@ _KINDS: dict[str, Any] = {
     "BF16": np.dtype("<u2"),
 }
 _BF16_EXPONENT = 0x7F80
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's config. Raises AdapterMismatch when it is missing, broken or not LoRA's."""
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise AdapterMismatch(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise AdapterMismatch(f"{file}: peft_type is {kind!r}; only LoRA adapters are served and trained.")
+    return config
+
+
+def base_model_of_adapter(folder: Path) -> str:
+    """The base model's name or folder that a PEFT adapter says it is for. Raises AdapterMismatch when it says none."""
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise AdapterMismatch(
+            f"{folder / ADAPTER_CONFIG} does not say its base model (base_model_name_or_path). Put the base model's"
+            " name or folder there."
+        )
+    return name
 
 
 def check_adapter(folder: Path, base_shapes: LinearShapes, *, max_rank: int | None = None) -> None:

@@ -21,10 +21,10 @@ from pydantic import BaseModel
 from art_core.errors import BackendUnreachable
 from art_runtime import Child
 
-from .host_files import HostRecord
+from ..wire.errors import error_from_json, unreachable
+from ..wire.host_files import HostRecord
+from ..wire.messages import PREFIX
 from .host_start import find_host, start_host
-from .wire import PREFIX
-from .wire_errors import error_from_json, unreachable
 
 JSON = dict[str, Any]
 SILENCE_LIMIT_S = 60.0

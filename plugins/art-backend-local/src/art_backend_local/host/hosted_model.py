@@ -16,12 +16,12 @@ from uuid import uuid4
 from art_core import ArtError, CheckpointRef, ModelKey, PublicationReceipt
 from art_core.errors import CheckpointInUse, CheckpointNotFound, ProcessFailed, PublicationFailed
 from art_core.publication import ServedSteps, publish
+from art_engine_kit.adapter_files import check_adapter
+from art_engine_kit.base_shapes import LinearShapes
 from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest, step_folder, whole_steps
 
-from .adapter_check import check_adapter
-from .base_weights import LinearShapes
-from .replicas import Replicas
-from .settings import ModelSettings
+from ..servers.replicas import Replicas
+from ..wire.settings import ModelSettings
 from .template_arguments import with_template_arguments
 
 # Beside the leased, routed and busy ones, the newest steps that stay loaded so that asking for them costs nothing.

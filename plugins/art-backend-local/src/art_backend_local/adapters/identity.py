@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from art_engine_kit.base_shapes import SEVEN_PROJECTIONS, LinearShapes, linear_shapes, select_modules
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving
 
-from .base_weights import SEVEN_PROJECTIONS, LinearShapes, linear_shapes, select_modules
-from .lora_shape import LoraShape
+from ..wire.lora_shape import LoraShape
 
 PEFT_PREFIX = "base_model.model."
 

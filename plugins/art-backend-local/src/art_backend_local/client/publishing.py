@@ -12,9 +12,9 @@ from typing import Any
 from art_core import ArtError, CheckpointRef, ModelKey, PluginRegistry, PolicyModel, announce, ask_permission
 from art_engine_kit.checkpoint_folder import step_folder
 
+from ..wire.messages import LeaseEnd, PublishRequest, RefuseRequest
 from .control_client import ControlClient
 from .train_hooks import TrainHooks
-from .wire import LeaseEnd, PublishRequest, RefuseRequest
 
 JSON = dict[str, Any]
 

@@ -36,8 +36,7 @@ def choose_engines(
         names = registry.provided("inference engine")
         if not names:
             raise PluginNotInstalled(
-                "no inference engine is installed. To install one: pip install art-engine-vllm (CUDA) or pip install"
-                " art-engine-torch"
+                f"no inference engine is installed. To install one: {registry.to_install('inference engine')}"
             )
         inference, why = _pick(names, registry.inference_engine, has_gpu=has_gpu)
         reasons.append(f"inference engine {inference} ({why})")
@@ -47,19 +46,11 @@ def choose_engines(
         if names:
             training, why = _pick(names, registry.training_engine, has_gpu=has_gpu)
         else:
-            why = "none is installed; to train: pip install art-engine-unsloth (CUDA) or art-engine-torch"
+            why = f"none is installed; to train: {registry.to_install('training engine')}"
         reasons.append(f"training engine {training or 'none'} ({why})")
     if training is not None:
         registry.training_engine(training)
     return EngineChoice(inference=inference, training=training, reason=", ".join(reasons))
-
-
-def no_training_engine() -> PluginNotInstalled:
-    """The error for training with nothing that trains."""
-    return PluginNotInstalled(
-        "No training engine is installed, so this backend serves models but cannot train them. To train: pip install"
-        " art-engine-unsloth (CUDA) or pip install art-engine-torch, and register the model again."
-    )
 
 
 def _pick(names: Sequence[str], card: Callable[[str], Spec], *, has_gpu: bool) -> tuple[str, str]:

@@ -36,27 +36,19 @@ from art_engine_kit.train_options import TrainOptions
 from art_runtime import accelerators
 from art_runtime.environments import engine_for
 
+from ..adapters.copies import copy_adapter
+from ..wire.messages import ForkRequest, LeaseEnd, LeaseRequest, OfModel, StepsRequest, TrainRequest
+from ..wire.settings import ModelSettings, read_settings, works_at_once
 from .control_client import ControlClient
 from .default_path import default_path
-from .device_turns import works_at_once
 from .engine_choice import EngineChoice, choose_engines
-from .forking import copy_adapter
 from .groups_file import groups_file
 from .kl_reference import find_reference
 from .publishing import CheckpointPublisher
 from .registration import EnginePythons, registration_request
 from .server_choice import choose_servers
-from .settings import ModelSettings, read_settings
 from .train_hooks import TrainHooks
 from .waiting import TrainingBar, Waiting
-from .wire import (
-    ForkRequest,
-    LeaseEnd,
-    LeaseRequest,
-    OfModel,
-    StepsRequest,
-    TrainRequest,
-)
 
 DEFAULT_IDLE_TIMEOUT_S = 1800.0
 DEFAULT_MAX_ADAPTERS = 8

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from art_runtime.process_memory import memory_of
+
 from .host_state import HostState
-from .process_memory import memory_of
 
 JSON = dict[str, Any]
 

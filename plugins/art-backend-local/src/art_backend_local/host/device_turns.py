@@ -6,24 +6,15 @@ Knows the capabilities that engines declare; knows no jobs and no checkpoints.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from art_core import ArtError, EngineCall, InferenceCapability
 from art_core.errors import ProcessFailed
 
-from .replicas import Replicas
-from .settings import ModelSettings
+from ..servers.replicas import Replicas
 
 DRAIN_LIMIT_S = 1200.0
-
-
-def works_at_once(settings: ModelSettings, declared: Collection[object], *, has_gpu: bool, attached: bool) -> bool:
-    """True when inference goes on while a step trains: on devices of their own, on a server of the user's (`attached`,
-    whose device is not ours to give), or on a CPU with an engine that declares CONCURRENT_TRAINING. Two processes on
-    one GPU take turns whatever they declare, since its memory is one.
-    """
-    return settings.dedicated or attached or (not has_gpu and InferenceCapability.CONCURRENT_TRAINING in declared)
 
 
 @asynccontextmanager

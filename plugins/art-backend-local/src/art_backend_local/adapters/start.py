@@ -10,13 +10,13 @@ import json
 import shutil
 from pathlib import Path
 
+from art_engine_kit.adapter_files import check_adapter
+from art_engine_kit.base_shapes import LinearShapes
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
 
-from .adapter_check import check_adapter
-from .base_weights import LinearShapes
-from .identity_adapter import save_step_zero
-from .lora_shape import LoraShape
-from .wire import RegisterRequest
+from ..wire.lora_shape import LoraShape
+from ..wire.messages import RegisterRequest
+from .identity import save_step_zero
 
 
 def save_starting_point(folder: Path, request: RegisterRequest, shapes: LinearShapes) -> None:

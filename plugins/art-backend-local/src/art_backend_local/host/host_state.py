@@ -16,22 +16,21 @@ from typing import Any
 
 from art_core import ArtError, InferenceEngine, ModelKey, PluginRegistry, TrainingEngine
 from art_core.atomic_files import write_atomically, write_json_atomically
-from art_core.errors import CheckpointNotFound, PublicationFailed, ServerUnusable
+from art_core.errors import CheckpointNotFound, PluginNotInstalled, PublicationFailed, ServerUnusable
+from art_engine_kit.base_shapes import linear_shapes
 from art_engine_kit.checkpoint_folder import remove_unfinished
 from art_runtime import StartProgress, accelerators
 from art_runtime.environments import engine_for
 
-from .attached_server import AttachedServer
-from .base_weights import linear_shapes
-from .devices import devices_of, devices_of_replicas
-from .engine_choice import no_training_engine
+from ..adapters.start import save_starting_point
+from ..servers.attached_server import AttachedServer
+from ..servers.devices import devices_of, devices_of_replicas
+from ..servers.inference_server import InferenceServer, ServerConfig, StartedServer
+from ..servers.replicas import Replicas
+from ..servers.training_server import TrainingServer, TrainingServerConfig
+from ..wire.messages import RegisterRequest
 from .hosted_model import HostedModel
-from .inference_server import InferenceServer, ServerConfig, StartedServer
-from .replicas import Replicas
 from .sessions import Sessions
-from .starting_point import save_starting_point
-from .training_server import TrainingServer, TrainingServerConfig
-from .wire import RegisterRequest
 
 JSON = dict[str, Any]
 Emit = Callable[[JSON], None]
@@ -85,7 +84,10 @@ class HostState:
     def worker_for(self, request: RegisterRequest) -> TrainingServer:
         """The training worker for a model; it may not run yet. Raises PluginNotInstalled when nothing trains."""
         if request.training_engine is None:
-            raise no_training_engine()
+            raise PluginNotInstalled(
+                "No training engine is installed, so this backend serves models but cannot train them. To train:"
+                f" {self.registry.to_install('training engine')}, and register the model again."
+            )
         settings = request.settings
         key = _key(
             "train", request.training_engine, request.training_python, request.base_folder, settings.training_key()

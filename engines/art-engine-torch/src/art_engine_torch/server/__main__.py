@@ -18,10 +18,10 @@ import uvicorn
 
 from art_training_kit.allocator import keep_freed_memory
 
+from ..names import API_KEY_VARIABLE
 from .app import InferenceApp
 from .chat_prompt import PromptBuilder
 from .engine import InferenceEngineThread
-from .names import API_KEY_VARIABLE
 from .scheduler import Scheduler
 
 STOP_TIMEOUT_S: Final = 10.0

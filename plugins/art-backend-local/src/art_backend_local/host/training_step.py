@@ -14,16 +14,17 @@ from typing import Any
 
 from art_core import CheckpointRef, TrainingCapability, require
 from art_core.errors import CheckpointNotFound, ModelBusy
+from art_engine_kit.adapter_files import check_adapter
 from art_engine_kit.checkpoint_folder import MANIFEST, saving
 from art_engine_kit.training_wire import JobEnded, JobSaved, TrainJob
 from art_runtime import StartProgress
 
-from .adapter_check import check_adapter
-from .device_turns import inference_aside, works_at_once
+from ..wire.messages import PublishRequest, TrainRequest
+from ..wire.settings import works_at_once
+from .device_turns import inference_aside
 from .host_state import HostState, status_event
 from .hosted_model import HostedModel, mark_not_kept
 from .sessions import Session
-from .wire import PublishRequest, TrainRequest
 
 JSON = dict[str, Any]
 Emit = Callable[[JSON], None]

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from .wire_errors import error_to_json
+from .errors import error_to_json
 
 JSON = dict[str, Any]
 Emit = Callable[[JSON], None]

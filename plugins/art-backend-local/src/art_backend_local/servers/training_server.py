@@ -21,8 +21,8 @@ from art_core.errors import ProcessFailed, TrainingFailed
 from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
 from art_runtime import StartProgress, SupervisedProcess
 
+from ..wire.errors import error_from_json
 from .launching import start_server
-from .wire_errors import error_from_json
 
 JSON = dict[str, Any]
 # One packed row of a large model may take long; silence beyond this is a hang.

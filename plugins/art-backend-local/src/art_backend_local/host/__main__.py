@@ -27,8 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from art_core import installed_plugins
 from art_gateway import SERVER_OPTIONS, Gateway, GatewayLimits, raise_file_limit
 
-from .control_app import ControlApp
-from .host_files import (
+from ..wire.host_files import (
     PATH_IN_USE,
     HostRecord,
     lock_path,
@@ -38,10 +37,11 @@ from .host_files import (
     start_time,
     write_host,
 )
-from .host_routes import GATE_LIMIT_S, HostRoutes
+from ..wire.messages import PREFIX
+from .control_app import ControlApp
 from .host_state import HostState
+from .routes import GATE_LIMIT_S, HostRoutes
 from .sessions import Sessions
-from .wire import PREFIX
 
 DISTRIBUTION = "art-backend-local"
 _LOOK_EVERY_S = 1.0

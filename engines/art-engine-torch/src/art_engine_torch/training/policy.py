@@ -23,7 +23,7 @@ from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from art_training_kit.policy import PolicyRequest
 from art_training_kit.tree_attention import plan_attention, tree_attention
 
-from .training_policy_kernels import use_single_steps
+from .kernels import use_single_steps
 
 if TYPE_CHECKING:
     from art_training_kit.packing import PackedRow

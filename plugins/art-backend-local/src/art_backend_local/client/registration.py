@@ -12,13 +12,13 @@ from pathlib import Path
 
 from art_core import ModelKey, PluginRegistry, PolicyModel, resolve_base_model
 from art_core.errors import AdapterMismatch, BaseModelNotFound
+from art_engine_kit.adapter_files import base_model_of_adapter, read_adapter_config
 from art_runtime.environments import python_for
 
-from .adapter_config import base_model_of_adapter, read_adapter_config
+from ..wire.messages import RegisterRequest
+from ..wire.settings import ModelSettings, read_settings
 from .engine_choice import EngineChoice
 from .server_choice import ServerChoice
-from .settings import ModelSettings, read_settings
-from .wire import RegisterRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ def _pythons(
 def _fitting(settings: ModelSettings, adapter: Path, base: Path) -> ModelSettings:
     """The settings with room for the adapter's rank, once it is known to fit its base."""
     # Only a start from an adapter needs numpy in the client.
-    from .adapter_check import check_adapter
-    from .base_weights import linear_shapes
+    from art_engine_kit.adapter_files import check_adapter
+    from art_engine_kit.base_shapes import linear_shapes
 
     check_adapter(adapter, linear_shapes(base))
     rank = read_adapter_config(adapter)["r"]

@@ -1,0 +1,1 @@
+"""A model's first adapter, and copies of later ones. Files only."""
