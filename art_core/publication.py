@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from .cancellation import to_the_end
 from .errors import ArtError, CheckpointInUse, CheckpointNotFound, PublicationFailed
 from .names import CheckpointRef, ModelKey
 
@@ -165,18 +166,11 @@ def _reason(error: BaseException) -> str:
 async def _undo(publication: Publication, publisher: Publisher, limit_s: float) -> str:
     if not publication.may_be_loaded:
         return ""
-    unloading = asyncio.ensure_future(_within(limit_s, publisher.unload(publication.checkpoint)))
-    cancelled: asyncio.CancelledError | None = None
-    while not unloading.done():
-        try:
-            await asyncio.wait({unloading})
-        except asyncio.CancelledError as again:
-            # It has a limit of its own; leaving now would orphan it with the adapter half unloaded.
-            cancelled = again
-    problem = None if unloading.cancelled() else unloading.exception()
-    if cancelled is not None:
-        raise cancelled
-    return f" Unloading it failed too ({_reason(problem)})." if problem is not None else ""
+    try:
+        await to_the_end(_within(limit_s, publisher.unload(publication.checkpoint)))
+    except Exception as error:
+        return f" Unloading it failed too ({_reason(error)})."
+    return ""
 
 
 class ServedSteps:

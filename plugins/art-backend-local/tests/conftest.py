@@ -137,9 +137,15 @@ def project():
 
 
 @pytest.fixture
-def make_policy(base, project):
+def config():
+    """The `_internal_config` of a module's models."""
+    return {}
+
+
+@pytest.fixture
+def make_policy(base, project, config):
     def make(name="m", **fields):
-        return Policy(name, **{"base_model": base, "project": project, **fields})
+        return Policy(name, **{"base_model": base, "project": project, "config": config, **fields})
 
     return make
 

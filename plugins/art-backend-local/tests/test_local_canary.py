@@ -1,5 +1,6 @@
 """The rule by which an engine's answers are held against a checkpoint's canary."""
 
+import numpy as np
 import pytest
 
 from art_backend_local.servers.canary_reading import TOLERANCE, canary_request, first_token, read_canary_answers
@@ -41,6 +42,62 @@ def test_the_previous_adapter_is_recognised_however_small_the_step(step):
 def test_a_token_nobody_expects_counts_as_wrong():
     answers = [(8, -0.1)]
     assert read_canary_answers(canary([-0.1], [-0.1]), answers).problem
+
+
+def exact(base=None, noise=1e-6, prompts=10, seed=0):
+    """An engine that computes as the trainer does, but for `noise`: three expectations, and its answers."""
+    rng = np.random.default_rng(seed)
+    base = rng.uniform(-3, -1, prompts)
+    old = base + rng.normal(0, 0.5, prompts)
+    new = old + rng.normal(0, 0.01, prompts)
+    return base, old, new, new + rng.normal(0, noise, prompts)
+
+
+def held_against(base, old, new, served):
+    prompts = [
+        CanaryPrompt(token_ids=[1, 2], expected={7: n}, previous={7: o}, base={7: b})
+        for n, o, b in zip(new, old, base, strict=True)
+    ]
+    return read_canary_answers(Canary(prompts=prompts), [(7, value) for value in served])
+
+
+@pytest.mark.parametrize("noise", [1e-7, 1e-5, 1e-3, 0.03, 0.1])
+def test_the_right_adapter_passes_however_an_engine_rounds(noise):
+    for seed in range(200):
+        assert not held_against(*exact(noise=noise, seed=seed)).problem
+
+
+def test_rounding_in_the_trainer_is_no_reason_either():
+    """As in bf16: every expectation is off by itself, and the step is smaller than that."""
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        true = rng.uniform(-3, -1, 10)
+        base, old, new, served = (true + rng.normal(0, 0.06, 10) for _ in range(4))
+        assert not held_against(base, old, new, served).problem
+
+
+@pytest.mark.parametrize("step", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_a_stale_adapter_is_found_out_after_small_steps_on_an_exact_engine(step):
+    base, old, new, served = exact(noise=1e-7)
+    new, noise = old + (new - old) * step / 0.01, served - new
+    assert "previous adapter" in held_against(base, old, new, old + noise).problem
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.5, 0.9, 1.1, 2.0])
+def test_a_wrong_strength_is_found_out_long_before_it_is_off_by_much(strength):
+    base, old, new, served = exact()
+    small_base, small_old = new - (new - base) * 0.02, new - (new - old) * 0.02
+    problem = held_against(
+        small_base, small_old, new, small_base + (new - small_base) * strength + (served - new)
+    ).problem
+    assert f"{strength:.3g} times its strength" in problem
+
+
+def test_after_the_first_step_nothing_at_all_is_told_from_a_part():
+    base, _, new, _ = exact()
+    new = base + (new - base) * 0.01
+    assert "previous adapter" in held_against(base, base, new, base + 1e-6).problem
+    assert "0.25 times" in held_against(base, base, new, base + (new - base) * 0.25 + 1e-7).problem
 
 
 def test_a_canary_without_previous_adapter_is_held_against_the_new_one_only():

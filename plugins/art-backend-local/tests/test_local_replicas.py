@@ -30,6 +30,12 @@ MESSAGES = [{"role": "user", "content": "hello there"}]
 KEY = "the-key-of-the-users-server"
 
 
+@pytest.fixture
+def config():
+    """fp32 on every machine: what is served is held against transformers in fp32, to the fourth decimal."""
+    return {"engine_args": {"dtype": "float32"}, "init_args": {"dtype": "float32"}}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return write_base_model(tmp_path_factory.mktemp("tiny") / "base")
@@ -157,7 +163,13 @@ async def users_server(base, log_file, *, port=None, key=KEY):
     """A server of engine torch that a user has started; gives its process."""
     port = port or free_port()
     launch = InferenceLaunch(
-        base_model=base, served_name="mine", host="127.0.0.1", port=port, api_key=key, python=sys.executable
+        base_model=base,
+        served_name="mine",
+        host="127.0.0.1",
+        port=port,
+        api_key=key,
+        python=sys.executable,
+        dtype="float32",
     )
     server = await SupervisedProcess.start(TorchInferenceEngine().launch(launch), port=port, log_file=log_file)
     try:

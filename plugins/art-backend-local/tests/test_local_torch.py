@@ -51,6 +51,12 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def config():
+    """fp32 on every machine: what is served is held against transformers in fp32, to the fourth decimal."""
+    return {"engine_args": {"dtype": "float32"}, "init_args": {"dtype": "float32"}}
+
+
 @pytest.fixture(scope="module")
 def base(tiny):
     return tiny

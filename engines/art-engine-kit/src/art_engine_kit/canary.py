@@ -20,7 +20,8 @@ class CanaryPrompt(BaseModel):
     """A short prompt and what the checkpoint expects next.
 
     `token_ids` is the prompt. `expected` maps the most likely next token ids to their logprobs under this checkpoint
-    (at temperature 1), `previous` the same ids to their logprobs under the checkpoint it was trained from.
+    (at temperature 1), `previous` the same ids to their logprobs under the checkpoint it was trained from, `base` to
+    those under the base model without an adapter.
     """
 
     model_config = _JSON
@@ -28,14 +29,20 @@ class CanaryPrompt(BaseModel):
     token_ids: list[int]
     expected: dict[int, float]
     previous: dict[int, float] | None = None
+    base: dict[int, float] | None = None
 
 
 class Canary(BaseModel):
-    """The prompts by which an engine shows that it serves this checkpoint and no other."""
+    """The prompts by which an engine shows that it serves this checkpoint and no other.
+
+    `exact_to` is how exactly the trainer computes their logprobs, in nats: what rounding to its number format leaves
+    undecided. A checkpoint that differs from another by less can't be told from it.
+    """
 
     model_config = _JSON
 
     prompts: list[CanaryPrompt]
+    exact_to: float = 0.0
 
 
 def read_canary(folder: Path) -> Canary | None:

@@ -18,11 +18,12 @@ from .packing import PackedRow, pack_rows
 from .policy import Policy
 from .rows import Ints, TokenRow
 
-# Few and short: the trainer computes them and the engine answers them while everybody waits for the new step.
-_PROMPTS = 3
-_CANDIDATES = 4
-_PROMPT_TOKENS = 12
+# Few and short: the trainer computes them and the engine answers them while everybody waits for the new step. Enough
+# that what is wrong can be told from how an engine rounds.
+_PROMPTS = 10
+_PROMPT_TOKENS = 6
 _TOP = 10
+_PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class CanaryMaker:
@@ -33,46 +34,59 @@ class CanaryMaker:
         self._policy = policy
         self._prompts = _choose(rows)
         self._row, self._places = _pack(self._prompts)
+        self._largest_logit = 0.0
         self._before = self._ask()
+        with policy.reference(None):
+            self._base = self._ask()
 
     def make(self) -> Canary:
-        """The prompts whose next token training moved most, with both weights' logprobs of the new ones' most likely
-        tokens.
-        """
+        """The prompts, with the new adapter's most likely tokens and their logprobs under the new, the old and none."""
         after = self._ask()
         top = after.topk(min(_TOP, after.shape[1]))
-        before = self._before.gather(1, top.indices)
-        moved = (top.values - before).abs().mean(1)
-        chosen = moved.argsort(descending=True, stable=True)[:_PROMPTS].tolist()
+
+        def under(logprobs: Tensor, index: int) -> dict[int, float]:
+            ids = top.indices[index]
+            return dict(zip(ids.tolist(), logprobs[index, ids].tolist(), strict=True))
+
         return Canary(
             prompts=[
                 CanaryPrompt(
-                    token_ids=self._prompts[i].tolist(),
-                    expected=dict(zip(top.indices[i].tolist(), top.values[i].tolist(), strict=True)),
-                    previous=dict(zip(top.indices[i].tolist(), before[i].tolist(), strict=True)),
+                    token_ids=prompt.tolist(),
+                    expected=under(after, index),
+                    previous=under(self._before, index),
+                    base=under(self._base, index),
                 )
-                for i in chosen
-            ]
+                for index, prompt in enumerate(self._prompts)
+            ],
+            exact_to=self._rounding(),
         )
 
     def _ask(self) -> Tensor:
         """Logprobs [prompts, vocabulary] of the next token, on the CPU."""
         with torch.no_grad():
             hidden = self._policy.hidden_states(self._row)[self._places.to(self._policy.device)]
-            return torch.log_softmax((hidden @ self._policy.output_weight.T).float(), -1).cpu()
+            logits = (hidden @ self._policy.output_weight.T).float()
+            self._largest_logit = max(self._largest_logit, float(logits.abs().max()))
+            return torch.log_softmax(logits, -1).cpu()
+
+    def _rounding(self) -> float:
+        """A number between two neighbours of the policy's format, at the size of its logits, is off by a quarter of
+        their distance in the mean.
+        """
+        return torch.finfo(self._policy.output_weight.dtype).eps * self._largest_logit / 4
 
 
 def _choose(rows: Sequence[TokenRow]) -> list[Ints]:
-    """Prompts that end right before a sampled token, spread over the rows and within them, each once."""
+    """Prompts spread over the rows and within them, each once: right before sampled tokens while there are such."""
+    spread = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, _PROMPTS).astype(int))]
+    sampled = ((row, int(row.trained[int(part * (len(row.trained) - 1))])) for part in _PARTS for row in spread)
+    others = ((row, 1 + int(part * (len(row) - 2))) for part in _PARTS for row in spread)
     prompts: dict[bytes, Ints] = {}
-    spread = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, _CANDIDATES).astype(int))]
-    for quarter in (0.0, 0.25, 0.5):
-        for row in spread:
-            end = int(row.trained[int(quarter * (len(row.trained) - 1))])
-            prompt = row.token_ids[max(0, end - _PROMPT_TOKENS) : end]
-            prompts.setdefault(prompt.tobytes(), prompt)
-            if len(prompts) == _CANDIDATES:
-                return list(prompts.values())
+    for row, end in (*sampled, *others):
+        prompt = row.token_ids[max(0, end - _PROMPT_TOKENS) : end]
+        prompts.setdefault(prompt.tobytes(), prompt)
+        if len(prompts) == _PROMPTS:
+            break
     return list(prompts.values())
 
 

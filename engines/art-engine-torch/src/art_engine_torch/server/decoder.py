@@ -200,21 +200,27 @@ class Decoder:
             for piece, mask in zip(plan.prompts, masks, strict=True):
                 self._attend_prompt(attended, query, key, value, piece, mask, index)
             flat = attended.view(total, shape.heads * shape.head_dim)
-            hidden.addmm_(flat, layer.out)
-            if layer.out_bias is not None:
-                hidden += layer.out_bias
-            if lora is not None:
-                lora.add(hidden, flat, index, "out")
+            if lora is None:
+                hidden.addmm_(flat, layer.out)
+                if layer.out_bias is not None:
+                    hidden += layer.out_bias
+            else:
+                projected = _project(flat, layer.out, layer.out_bias)
+                lora.add(projected, flat, index, "out")
+                hidden += projected
             normed = F.rms_norm(hidden, (shape.hidden,), layer.post_norm, self._epsilon)
             both = _project(normed, layer.gate_up, layer.gate_up_bias)
             if lora is not None:
                 lora.add(both, normed, index, "gate_up")
             gated = self._activation(both[:, : shape.intermediate]).mul_(both[:, shape.intermediate :])
-            hidden.addmm_(gated, layer.down)
-            if layer.down_bias is not None:
-                hidden += layer.down_bias
-            if lora is not None:
-                lora.add(hidden, gated, index, "down")
+            if lora is None:
+                hidden.addmm_(gated, layer.down)
+                if layer.down_bias is not None:
+                    hidden += layer.down_bias
+            else:
+                projected = _project(gated, layer.down, layer.down_bias)
+                lora.add(projected, gated, index, "down")
+                hidden += projected
         wanted = hidden if plan.outputs is None else hidden[plan.outputs]
         return F.linear(F.rms_norm(wanted, (shape.hidden,), self._final_norm, self._epsilon), self._head).float()
 

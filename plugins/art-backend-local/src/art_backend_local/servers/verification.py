@@ -9,7 +9,7 @@ import asyncio
 from pathlib import Path
 
 from art_core.errors import EngineRefused
-from art_engine_kit.canary import Canary, CanaryPrompt, read_canary
+from art_engine_kit.canary import CanaryPrompt, read_canary
 
 from .canary_reading import canary_request, first_token, read_canary_answers
 from .engine_connection import EngineConnection
@@ -34,7 +34,7 @@ async def verify_adapter(connection: EngineConnection, adapter: str, folder: Pat
     if canary is None or not canary.prompts:
         return
     given = [answer for answer in answers if not isinstance(answer, BaseException)]
-    reading = read_canary_answers(Canary(prompts=prompts), given)
+    reading = read_canary_answers(canary, given)
     if reading.problem:
         raise EngineRefused(connection.engine.name, f"answer as {adapter}", reading.problem)
 
