@@ -17,7 +17,7 @@ from .engines import (
     TrainingEngine,
     TrainingEngineSpec,
     TrainingLaunch,
-)
+)  # fmt: skip
 from .errors import ArtError
 from .hookspecs import hookimpl
 from .names import CheckpointRef, ModelKey, check_name, inference_name
@@ -26,6 +26,7 @@ from .plugin_gates import API_VERSION
 from .publication import PublicationReceipt
 from .registry import PluginRegistry, installed_plugins
 from .results import LocalTrainResult, ServerlessTrainResult, TrainResult
+from .steps import PublishVerbs, SavedStep, StepVerbs, publish_saved, run_step
 from .trajectories import (
     History,
     Message,
@@ -38,53 +39,15 @@ from .trajectories import (
     Trajectory,
     TrajectoryGroup,
     check_groups,
-)
+)  # fmt: skip
 
 __all__ = [
-    "API_VERSION",
-    "ArtError",
-    "Backend",
-    "BackendCapability",
-    "BackendSpec",
-    "Capability",
-    "CheckpointRef",
-    "EngineCall",
-    "History",
-    "InferenceCapability",
-    "InferenceEngine",
-    "InferenceEngineSpec",
-    "InferenceLaunch",
-    "LaunchPlan",
-    "LocalTrainResult",
-    "Message",
-    "MessageOrChoice",
-    "Messages",
-    "MessagesAndChoices",
-    "ModelKey",
-    "PendingTrajectoryGroup",
-    "PluginRegistry",
-    "PolicyModel",
-    "PublicationReceipt",
-    "Registration",
-    "RolloutError",
-    "ServerlessTrainResult",
-    "Tool",
-    "Tools",
-    "TrainResult",
-    "TrainingCapability",
-    "TrainingEngine",
-    "TrainingEngineSpec",
-    "TrainingLaunch",
-    "Trajectory",
-    "TrajectoryGroup",
-    "announce",
-    "ask_permission",
-    "check_groups",
-    "check_name",
-    "hookimpl",
-    "inference_name",
-    "installed_plugins",
-    "require",
-    "resolve_base_model",
-    "resolve_checkpoint",
-]
+    "API_VERSION", "ArtError", "Backend", "BackendCapability", "BackendSpec", "Capability", "CheckpointRef",
+    "EngineCall", "History", "InferenceCapability", "InferenceEngine", "InferenceEngineSpec", "InferenceLaunch",
+    "LaunchPlan", "LocalTrainResult", "Message", "MessageOrChoice", "Messages", "MessagesAndChoices", "ModelKey",
+    "PendingTrajectoryGroup", "PluginRegistry", "PolicyModel", "PublicationReceipt", "PublishVerbs", "Registration",
+    "RolloutError", "SavedStep", "ServerlessTrainResult", "StepVerbs", "Tool", "Tools", "TrainResult",
+    "TrainingCapability", "TrainingEngine", "TrainingEngineSpec", "TrainingLaunch", "Trajectory", "TrajectoryGroup",
+    "announce", "ask_permission", "check_groups", "check_name", "hookimpl", "inference_name", "installed_plugins",
+    "publish_saved", "require", "resolve_base_model", "resolve_checkpoint", "run_step",
+]  # fmt: skip

@@ -27,17 +27,22 @@ async def ask_permission(registry: PluginRegistry, hook: str, **arguments: Any) 
 
 async def announce(registry: PluginRegistry, hook: str, **arguments: Any) -> None:
     """Call an announcing hook. An implementation that raises is warned of by name and keeps no other from being
-    called.
+    called; nor does a cancellation, which ends the one that is being called and is raised when all have been.
     """
+    cancelled: asyncio.CancelledError | None = None
     for implementation in _implementations(registry, hook, arguments):
         try:
             await _call(implementation, hook, arguments)
+        except asyncio.CancelledError as error:
+            cancelled = error
         except Exception as error:
             warnings.warn(
                 f"plugin {implementation.plugin_name!r} failed in {hook}: {type(error).__name__}: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
+    if cancelled is not None:
+        raise cancelled
 
 
 def _local_folder(name: str) -> Path | None:
@@ -95,3 +100,9 @@ async def _call(implementation: Any, hook: str, arguments: dict[str, Any]) -> No
         raise PluginError(
             f"plugin {implementation.plugin_name!r} did not end {hook} within {ANNOUNCEMENT_LIMIT_S:g} s"
         ) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # It cancelled itself; nobody cancelled the step.
+        raise PluginError(f"plugin {implementation.plugin_name!r} was cancelled in {hook}, by itself") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 _READABLE = 60
 
@@ -84,11 +85,12 @@ class CheckpointInUse(CheckpointError):
 class PublicationFailed(ArtError):
     """A checkpoint was not published. The step that was served before is still served.
 
-    `stage` is the name of the stage that failed: check, load, verify or route.
+    `stage` is the name of the stage that failed: check, load, verify or route. `put_aside` is where a checkpoint that
+    is itself at fault is kept now, out of the way; None for one that may be published later.
     """
 
-    def __init__(self, message: str, *, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, message: str, *, stage: str, put_aside: Path | None = None) -> None:
+        self.stage, self.put_aside = stage, put_aside
         super().__init__(message)
 
 

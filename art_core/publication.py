@@ -1,22 +1,20 @@
 """How a checkpoint becomes what is served: saved → checked → loaded → verified → routed, or failed.
 
-`publish` drives the stages, `ServedSteps` holds what is loaded, routed, leased and in flight for one model. Both know
-nothing of HTTP, engines or disks. The route moves only forward and only here; a failed publication leaves the old step
-served.
+`publish` drives the stages. It knows nothing of HTTP, engines or disks. The route moves only here; a failed publication
+leaves the old step served.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from .cancellation import to_the_end
-from .errors import ArtError, CheckpointInUse, CheckpointNotFound, PublicationFailed
+from .errors import ArtError, PublicationFailed
 from .names import CheckpointRef, ModelKey
 
 
@@ -171,101 +169,3 @@ async def _undo(publication: Publication, publisher: Publisher, limit_s: float) 
     except Exception as error:
         return f" Unloading it failed too ({_reason(error)})."
     return ""
-
-
-class ServedSteps:
-    """What is served of one model: loaded steps, the routed one, requests in flight and leases.
-
-    Plain state without I/O, for one event loop. A step that is routed, in flight or leased is never given up for
-    unloading.
-    """
-
-    def __init__(self, key: ModelKey) -> None:
-        self.key = key
-        self._loaded: set[int] = set()
-        self._routed: int | None = None
-        self._in_flight: Counter[int] = Counter()
-        self._leases: Counter[int] = Counter()
-
-    @property
-    def routed(self) -> int | None:
-        """The step that answers to the model's plain name; None before the first publication."""
-        return self._routed
-
-    @property
-    def loaded(self) -> frozenset[int]:
-        """The steps that the engine holds."""
-        return frozenset(self._loaded)
-
-    def add(self, step: int) -> None:
-        """The engine holds `step` now, verified. It can be asked for by its own name; the route has not moved."""
-        self._loaded.add(step)
-
-    def route(self, step: int) -> None:
-        """Send the plain name to `step`. Raises ValueError unless it is loaded and not older than the routed one."""
-        if step not in self._loaded:
-            raise ValueError(f"{self.key}@{step} is not loaded, so nothing can be routed to it")
-        if self._routed is not None and step < self._routed:
-            raise ValueError(f"the route of {self.key} moves only forward: from {self._routed} it cannot go to {step}")
-        self._routed = step
-
-    def acquire(self, step: int | None = None) -> int:
-        """Count a request in flight to `step` (None: the routed one) and give the step it is pinned to.
-
-        Raises CheckpointNotFound when that step is not loaded.
-        """
-        pinned = self._routed if step is None else step
-        if pinned is None or pinned not in self._loaded:
-            there = ", ".join(map(str, sorted(self._loaded))) or "none"
-            raise CheckpointNotFound(
-                f"{self.key}{'' if step is None else f'@{step}'} is not served; served steps: {there}."
-            )
-        self._in_flight[pinned] += 1
-        return pinned
-
-    def release(self, step: int) -> None:
-        """The request ended."""
-        _count_down(self._in_flight, step)
-
-    def lease(self, step: int) -> None:
-        """Keep `step` until `end_lease`. Raises CheckpointNotFound when it is not loaded."""
-        if step not in self._loaded:
-            raise CheckpointNotFound(f"{self.key}@{step} is not served, so it cannot be leased.")
-        self._leases[step] += 1
-
-    def end_lease(self, step: int) -> None:
-        """Let a leased step go."""
-        _count_down(self._leases, step)
-
-    def in_flight(self, step: int) -> int:
-        """How many requests are under way on `step`."""
-        return self._in_flight[step]
-
-    def in_use(self, step: int) -> bool:
-        """True while `step` is routed, in flight or leased."""
-        return step == self._routed or self._in_flight[step] > 0 or self._leases[step] > 0
-
-    def idle(self, *, keep: int = 0) -> list[int]:
-        """Loaded steps that nobody uses, oldest first, leaving out the newest `keep` of them."""
-        unused = sorted(step for step in self._loaded if not self.in_use(step))
-        return unused[: max(0, len(unused) - keep)]
-
-    def remove(self, step: int) -> None:
-        """Forget a loaded step before it is unloaded. Raises CheckpointInUse while it is in use."""
-        if self.in_use(step):
-            raise CheckpointInUse(f"{self.key}@{step} is routed, leased or has requests in flight, so it stays.")
-        self._loaded.discard(step)
-
-    def lose_all(self) -> set[int]:
-        """The engine died: nothing is loaded. Gives the steps to load again: the routed and the leased ones."""
-        self._loaded.clear()
-        # From the route and the leases, not from what was loaded: it may die again before all of it is back.
-        return set(self._leases) | (set() if self._routed is None else {self._routed})
-
-
-def _count_down(counter: Counter[int], step: int) -> None:
-    if counter[step] <= 0:
-        raise ValueError(f"step {step} was released more often than it was acquired")
-    counter[step] -= 1
-    if not counter[step]:
-        del counter[step]

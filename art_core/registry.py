@@ -28,14 +28,12 @@ if TYPE_CHECKING:
 
 Kind = Literal["backend", "inference engine", "training engine"]
 SpecT = TypeVar("SpecT", bound=PluginSpec)
-# The distributions of this project that may not be installed. Text only: nothing here imports them.
-_DISTRIBUTIONS: dict[Kind, dict[str, str]] = {
-    "backend": {"local": "art-backend-local", "serverless": "art-backend-serverless"},
-    "inference engine": {"torch": "art-engine-torch", "vllm": "art-engine-vllm", "sglang": "art-engine-sglang"},
-    "training engine": {
-        "torch": "art-engine-torch", "unsloth": "art-engine-unsloth", "torchtune": "art-engine-torchtune",
-    },
-}  # fmt: skip
+# The plugins of this project, each in a distribution of its name; they may not be installed, and nothing imports them.
+_OURS: dict[Kind, tuple[str, ...]] = {
+    "backend": ("local", "serverless"),
+    "inference engine": ("torch", "vllm", "sglang"),
+    "training engine": ("torch", "unsloth", "torchtune"),
+}
 _TO_BEGIN_WITH: dict[Kind, str] = {
     "backend": "pip install art-backend-local",
     "inference engine": "pip install art-engine-vllm (CUDA) or pip install art-engine-torch",
@@ -134,8 +132,7 @@ class PluginRegistry:
     @staticmethod
     def to_install(kind: Kind, name: str = "") -> str:
         """The pip line for a plugin of this kind: of that name where it is one of ours, else of one to begin with."""
-        distribution = _DISTRIBUTIONS[kind].get(name)
-        return f"pip install {distribution}" if distribution else _TO_BEGIN_WITH[kind]
+        return f"pip install art-{kind.rpartition(' ')[2]}-{name}" if name in _OURS[kind] else _TO_BEGIN_WITH[kind]
 
     def _spec(self, kind: Kind, name: str, expected: type[SpecT]) -> SpecT:
         if (kind, name) in self._specs:
@@ -150,7 +147,7 @@ class PluginRegistry:
                     f" is {info.status.value}: {info.error}"
                 )
         there = self.provided(kind)
-        near = "" if name in _DISTRIBUTIONS[kind] else did_you_mean(name, there)
+        near = "" if name in _OURS[kind] else did_you_mean(name, there)
         left_out = ", ".join(sorted({info.name for info in unusable}))
         raise PluginNotInstalled(
             f"no {kind} is called {name!r}.{near} Installed: {', '.join(there) or 'none'}. To install one:"

@@ -19,7 +19,7 @@ import pytest
 from art_conformance import BackendConformance, PublicationConformance
 from art_conformance.backend_fixtures import agents
 from art_conformance.oracle import oracle_for
-from art_conformance.reference_backend import ReferenceBackend, ServedModel
+from art_conformance.reference_backend import ReferenceBackend, ReferenceStep, ServedModel
 from art_conformance.reference_publisher import ReferencePublisher
 from art_conformance.requirements import checks_of
 from art_conformance.tiny_model import write_adapter
@@ -29,6 +29,7 @@ from art_core import (
     LocalTrainResult,
     ModelKey,
     Registration,
+    SavedStep,
     announce,
 )
 
@@ -148,11 +149,21 @@ class PlainName(ReferenceBackend):
         return httpx.Response(200, json={**body, "model": body["model"].partition("@")[0]})
 
 
-class RoutesBeforePermission(ReferenceBackend):
-    async def _publish(self, served: ServedModel, model: Any, step: int) -> None:
-        await self.publisher(served).load(served.ref(step))
-        await self.publisher(served).route(served.ref(step))
-        await super()._publish(served, model, step)
+def with_step(kind: type[ReferenceStep]) -> type[ReferenceBackend]:
+    class Mutant(ReferenceBackend):
+        def step(self, served: ServedModel, step: int, *given: Any) -> ReferenceStep:
+            return kind(**vars(super().step(served, step, *given)))
+
+    return Mutant
+
+
+class RoutesBeforePermission(ReferenceStep):
+    async def train_and_save(self) -> SavedStep[LocalTrainResult]:
+        saved = await super().train_and_save()
+        publisher = self.backend.publisher(self.served)
+        await publisher.load(saved.checkpoint)
+        await publisher.route(saved.checkpoint)
+        return saved
 
 
 class DropsRequestsAtPublish(ReferenceBackend):
@@ -180,11 +191,11 @@ class StuckAfterRefusal(ReferenceBackend):
 
 
 class SwallowsRefusal(ReferenceBackend):
-    async def _publish(self, served: ServedModel, model: Any, step: int) -> None:
+    async def train(self, model: Any, trajectory_groups: Any, **options: Any) -> LocalTrainResult:
         try:
-            await super()._publish(served, model, step)
+            return await super().train(model, trajectory_groups, **options)
         except Exception:
-            return
+            return LocalTrainResult(step=await self.get_step(model))
 
 
 class AnnouncesTwice(ReferenceBackend):
@@ -393,7 +404,7 @@ MUTANTS: dict[str, type[ReferenceBackend]] = {
     "PUB-003": PlainName,
     "PUB-004": ServesBaseForUnknown,
     "PUB-005": with_choice(_no_prompt),
-    "PUB-006": RoutesBeforePermission,
+    "PUB-006": with_step(RoutesBeforePermission),
     "PUB-007": FollowsTheRoute,
     "PUB-008": DropsRequestsAtPublish,
     "PUB-010": with_publisher(UncheckedPublisher),

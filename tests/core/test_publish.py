@@ -10,7 +10,8 @@ import pytest
 
 from art_core import CheckpointRef, ModelKey
 from art_core.errors import AdapterMismatch, EngineRefused, PublicationFailed
-from art_core.publication import Publication, PublicationLimits, PublicationStage, ServedSteps, publish
+from art_core.publication import Publication, PublicationLimits, PublicationStage, publish
+from art_engine_kit.served_steps import ServedSteps
 
 KEY = ModelKey("project", "agent")
 STAGES = ("check", "load", "verify", "route")

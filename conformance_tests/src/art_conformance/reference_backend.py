@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,19 +26,23 @@ from art_core import (
     LocalTrainResult,
     ModelKey,
     PolicyModel,
+    PublicationReceipt,
     Registration,
+    SavedStep,
     TrajectoryGroup,
     announce,
-    ask_permission,
     check_groups,
     inference_name,
     installed_plugins,
+    publish_saved,
     resolve_base_model,
+    run_step,
 )
-from art_core.errors import CheckpointInUse, CheckpointNotFound, InvalidName, NotRegistered
+from art_core.errors import CheckpointInUse, CheckpointNotFound, InvalidName, NotRegistered, PublicationFailed
 from art_core.names import parse_inference_name
-from art_core.publication import ServedSteps, publish
+from art_core.publication import publish
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
+from art_engine_kit.served_steps import ServedSteps
 from art_engine_kit.train_options import TrainOptions
 
 from .oracle import oracle_for
@@ -104,20 +108,10 @@ class ReferenceBackend:
         chosen = TrainOptions.of(options, where="ReferenceBackend.train")
         check_groups(trajectory_groups)
         served = self._served(model)
-        async with served.training:
-            step = max(whole_steps(served.checkpoints)) + 1
-            told = {"backend": self, "model": model}
-            try:
-                await ask_permission(self.registry, "art_before_train", **told, step=step, groups=trajectory_groups)
-                metrics = await self._save_next(served, step, trajectory_groups, chosen)
-                await announce(self.registry, "art_checkpoint_saved", model=model, checkpoint=served.ref(step))
-                await self._publish(served, model, step)
-            except BaseException as error:
-                await announce(self.registry, "art_train_failed", **told, step=step, error=error)
-                raise
-            result = LocalTrainResult(step=step, metrics=metrics, checkpoint_path=str(served.ref(step).path))
-            await announce(self.registry, "art_after_train", **told, result=result)
-        return result
+        await served.training.acquire()
+        step = max(whole_steps(served.checkpoints)) + 1
+        verbs = self.step(served, step, trajectory_groups, chosen)
+        return await run_step(self.registry, self, model, trajectory_groups, verbs, step=step)
 
     async def get_step(self, model: PolicyModel) -> int:
         """The routed step."""
@@ -169,9 +163,10 @@ class ReferenceBackend:
         if not allowed:
             raise CheckpointNotFound(f"{from_model} has no checkpoint to fork from; there: {sorted(source)}.")
         served = self._served(model)
+        await served.training.acquire()
         step = max(whole_steps(served.checkpoints)) + 1
-        self._copy(served, step, source[max(allowed)])
-        await self._publish(served, model, step)
+        self.copy(served, step, source[max(allowed)])
+        await publish_saved(self.registry, model, served.ref(step), self.step(served, step))
         return step
 
     async def pull_checkpoint(
@@ -253,29 +248,15 @@ class ReferenceBackend:
         """What takes a checkpoint of a model through the stages."""
         return ReferencePublisher(served.base, served.steps, served.adapters, self.path / "loaded")
 
-    async def _publish(self, served: ServedModel, model: PolicyModel, step: int) -> None:
-        checkpoint = served.ref(step)
-        told = {"model": model, "checkpoint": checkpoint}
-        try:
-            await ask_permission(self.registry, "art_before_publish_checkpoint", **told)
-            receipt = await publish(checkpoint, self.publisher(served))
-        except BaseException as error:
-            # Out of the way, so that its step can be made again and nobody takes it for a checkpoint.
-            checkpoint.path.rename(checkpoint.path.with_name(f"{checkpoint.path.name}.refused-{uuid.uuid4().hex[:8]}"))
-            await announce(self.registry, "art_checkpoint_publish_failed", **told, error=error)
-            raise
-        await announce(self.registry, "art_checkpoint_published", **told, receipt=receipt)
-
-    async def _save_next(
-        self, served: ServedModel, step: int, groups: Sequence[TrajectoryGroup], options: TrainOptions
-    ) -> dict[str, float]:
-        start = served.ref(served.steps.routed or 0).path
-        rows = trained_rows(groups)
-        if not rows:
-            self._copy(served, step, start)
-            return {"data/step_num_gradient_steps": 0.0}
-        with saving(served.ref(step).path, step=step, base_model=str(served.base), engine=self.name) as folder:
-            return await asyncio.to_thread(train_step, served.base, start, folder, rows, options.learning_rate)
+    def step(
+        self,
+        served: ServedModel,
+        step: int,
+        groups: Sequence[TrajectoryGroup] = (),
+        options: TrainOptions | None = None,
+    ) -> ReferenceStep:
+        """The verbs of one step, which ends the training lock."""
+        return ReferenceStep(self, served, step, groups, options or TrainOptions())
 
     def _open(self, key: ModelKey, base: Path) -> ServedModel:
         adapter = base if (base / ADAPTER_CONFIG).is_file() else None
@@ -285,10 +266,11 @@ class ReferenceBackend:
         if not whole_steps(served.checkpoints):
             if adapter is None:
                 adapter = write_adapter(self.path / "identity" / uuid.uuid4().hex, base, seed=1, strength=0.0)
-            self._copy(served, 0, adapter)
+            self.copy(served, 0, adapter)
         return served
 
-    def _copy(self, served: ServedModel, step: int, adapter: Path) -> None:
+    def copy(self, served: ServedModel, step: int, adapter: Path) -> None:
+        """Make `adapter` the checkpoint of a step."""
         with saving(served.ref(step).path, step=step, base_model=str(served.base), engine=self.name) as folder:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                 shutil.copyfile(adapter / name, folder / name)
@@ -301,6 +283,56 @@ class ReferenceBackend:
         if key not in self.models:
             raise NotRegistered(f"{key} is not registered with this backend; await backend.register(model) first.")
         return self.models[key]
+
+
+@dataclass
+class ReferenceStep:
+    """The verbs of one training step, for `run_step`."""
+
+    backend: ReferenceBackend
+    served: ServedModel
+    step: int
+    groups: Sequence[TrajectoryGroup]
+    options: TrainOptions
+
+    async def train_and_save(self) -> SavedStep[LocalTrainResult]:
+        """From the routed step; with nothing to train on, a copy of it."""
+        served, checkpoint = self.served, self.served.ref(self.step)
+        start = served.ref(served.steps.routed or 0).path
+        rows = trained_rows(self.groups)
+        metrics = {"data/step_num_gradient_steps": 0.0}
+        if rows:
+            base, rate = served.base, self.options.learning_rate
+            with saving(checkpoint.path, step=self.step, base_model=str(base), engine=self.backend.name) as folder:
+                metrics = await asyncio.to_thread(train_step, base, start, folder, rows, rate)
+        else:
+            self.backend.copy(served, self.step, start)
+        result = LocalTrainResult(step=self.step, metrics=metrics, checkpoint_path=str(checkpoint.path))
+        return SavedStep(checkpoint, result)
+
+    async def publish(self, checkpoint: CheckpointRef) -> PublicationReceipt:
+        """A checkpoint that can't be published is put aside, so that its step can be made again."""
+        try:
+            return await publish(checkpoint, self.backend.publisher(self.served))
+        except PublicationFailed as error:
+            error.put_aside = self._aside(checkpoint).path
+            raise
+
+    async def put_aside(self, checkpoint: CheckpointRef) -> CheckpointRef | PublicationReceipt:
+        """Beside its step's place, whole."""
+        if self.served.steps.routed == checkpoint.step:
+            return PublicationReceipt(
+                model=checkpoint.model, step=checkpoint.step, inference_name=checkpoint.inference_name
+            )
+        return self._aside(checkpoint)
+
+    async def let_go(self) -> None:
+        """The next step of the model may begin."""
+        self.served.training.release()
+
+    def _aside(self, checkpoint: CheckpointRef) -> CheckpointRef:
+        aside = checkpoint.path.with_name(f"{checkpoint.path.name}.refused-{uuid.uuid4().hex[:8]}")
+        return replace(checkpoint, path=checkpoint.path.rename(aside))
 
 
 def trained_rows(groups: Sequence[TrajectoryGroup]) -> list[tuple[list[int], list[int], float]]:

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 
 from art_core import CheckpointRef
 from art_core.errors import AdapterMismatch, EngineRefused
-from art_core.publication import ServedSteps
 from art_engine_kit.canary import read_canary
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest
+from art_engine_kit.served_steps import ServedSteps
 
 from .oracle import oracle_for
 from .tiny_model import shapes_of

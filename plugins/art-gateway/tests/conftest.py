@@ -26,8 +26,8 @@ from starlette.routing import Route as Address
 from art_core import InferenceCapability, InferenceLaunch, LaunchPlan, ModelKey, inference_name
 from art_core.errors import CheckpointNotFound
 from art_core.names import adapter_name, parse_inference_name
-from art_core.publication import ServedSteps
 from art_engine_kit.openai_server import OpenAIServerEngine
+from art_engine_kit.served_steps import ServedSteps
 from art_gateway import SERVER_OPTIONS, GatewayLimits, Route, RouteUnavailable, ServedModel, create_app
 
 API_KEY = "the-users-key"

@@ -15,10 +15,11 @@ from uuid import uuid4
 
 from art_core import ArtError, CheckpointRef, ModelKey, PublicationReceipt
 from art_core.errors import CheckpointInUse, CheckpointNotFound, ProcessFailed, PublicationFailed
-from art_core.publication import ServedSteps, publish
+from art_core.publication import publish
 from art_engine_kit.adapter_files import check_adapter
 from art_engine_kit.base_shapes import LinearShapes
 from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest, step_folder, whole_steps
+from art_engine_kit.served_steps import ServedSteps
 
 from ..servers.replicas import Replicas
 from ..wire.settings import ModelSettings

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from art_core import ModelKey
 from art_core.errors import CheckpointInUse, CheckpointNotFound
-from art_core.publication import ServedSteps
+from art_engine_kit.served_steps import ServedSteps
 
 STEPS = st.integers(min_value=0, max_value=6)
 
