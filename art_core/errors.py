@@ -89,6 +89,8 @@ class PublicationFailed(ArtError):
     is itself at fault is kept now, out of the way; None for one that may be published later.
     """
 
+    put_aside: Path | None = None
+
     def __init__(self, message: str, *, stage: str, put_aside: Path | None = None) -> None:
         self.stage, self.put_aside = stage, put_aside
         super().__init__(message)

@@ -413,8 +413,9 @@ async def test_a_step_cancelled_while_its_plugins_decide_lets_the_next_one_begin
     finally:
         installed_plugins().unregister("slow")
     assert await backend.get_step(policy) == 0
+    assert [hook for hook, _ in recorder.calls[-2:]] == ["publish_failed", "train_failed"]
     result = await backend.train(policy, groups)
-    assert (result.step, await backend.list_steps(policy)) == (2, [0, 1, 2])
+    assert (result.step, await backend.list_steps(policy)) == (1, [0, 1])
 
 
 async def test_a_diverged_step_is_refused_and_the_old_one_stays(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 import warnings
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -18,18 +17,18 @@ from typing import Any, Literal, Self
 
 from art_core import (
     BackendCapability,
-    CheckpointRef,
     LocalTrainResult,
     ModelKey,
     PolicyModel,
     Registration,
     TrajectoryGroup,
-    ask_permission,
     check_groups,
     inference_name,
     installed_plugins,
     resolve_checkpoint,
+    run_step,
 )
+from art_core.cancellation import to_the_end
 from art_core.errors import BackendUnreachable, CheckpointNotFound, NotRegistered, PluginError
 from art_engine_kit.checkpoint_folder import step_folder
 from art_engine_kit.train_options import TrainOptions
@@ -37,18 +36,15 @@ from art_runtime import accelerators
 from art_runtime.environments import engine_for
 
 from ..adapters.copies import copy_adapter
-from ..wire.messages import ForkRequest, LeaseEnd, LeaseRequest, OfModel, StepsRequest, TrainRequest
+from ..wire.messages import ForkRequest, LeaseEnd, LeaseRequest, OfModel, StepsRequest
 from ..wire.settings import ModelSettings, read_settings, works_at_once
 from .control_client import ControlClient
 from .default_path import default_path
 from .engine_choice import EngineChoice, choose_engines
-from .groups_file import groups_file
-from .kl_reference import find_reference
-from .publishing import CheckpointPublisher
 from .registration import EnginePythons, registration_request
 from .server_choice import choose_servers
-from .train_hooks import TrainHooks
-from .waiting import TrainingBar, Waiting
+from .step import HostStep, tell_deleted
+from .waiting import Waiting
 
 DEFAULT_IDLE_TIMEOUT_S = 1800.0
 DEFAULT_MAX_ADAPTERS = 8
@@ -165,15 +161,16 @@ class LocalBackend:
         with Waiting(f"Registering {key}", enabled=self._show) as waiting:
             answer = await self._client.follow("register", request, waiting.show)
         self._registered[key] = int(answer["step"])
-        try:
-            await self._publish_pending(model, key, answer["pending"])
-        except Exception as error:
-            warnings.warn(
-                f"{key}: step {answer['pending']} was saved but not published, and it still can't be: {error} Step"
-                f" {answer['step']} is served.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if answer["pending"] is not None:
+            try:
+                await self._publish_pending(model)
+            except Exception as error:
+                warnings.warn(
+                    f"{key}: step {answer['pending']} was saved but not published, and it still can't be: {error} Step"
+                    f" {answer['step']} is served.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         return Registration(
             inference_base_url=answer["inference_base_url"],
             inference_api_key=answer["inference_api_key"],
@@ -215,26 +212,19 @@ class LocalBackend:
         Logs nothing; `model.log` does. A step with nothing to train on carries the checkpoint on to the next step.
         `art_engine_kit.train_options.TrainOptions` documents the arguments. Raises UnknownArgument for any other,
         InvalidTrajectory, ModelBusy while the model is being trained, TrainingFailed, PublicationFailed; after each the
-        step before is still served. Cancelling it stops the step and keeps nothing of it.
+        step before is still served. Cancelling it stops the step; one that was saved already is kept beside its place
+        as `NNNN.refused-…`, and never published.
         """
         given = {k: v for k, v in locals().items() if k not in ("self", "model", "trajectory_groups", "unknown")}
         options = TrainOptions.of({**given, **unknown}, where="LocalBackend.train")
         groups = list(trajectory_groups)
         check_groups(groups)
-        key = self._require_registered(model)
-        steps = await self._steps(model)
-        await self._publish_pending(model, key, steps["pending"])
-        hooks = TrainHooks(self._registry, self, model, step=max([steps["routed"], *steps["steps"]]) + 1)
+        self._require_registered(model)
+        step = await self._step(model, groups=groups, options=options, show=self._show)
         try:
-            await ask_permission(
-                self._registry, "art_before_train", backend=self, model=model, step=hooks.step, groups=groups
-            )
-            result = await self._train(model, key, groups, options, hooks)
-        except BaseException as error:
-            await hooks.failed(error)
-            raise
-        await hooks.worked(result)
-        return result
+            return await run_step(self._registry, self, model, groups, step, step=await step.begin())
+        finally:
+            await to_the_end(step.let_go())
 
     async def get_step(self, model: PolicyModel) -> int:
         """The latest published step."""
@@ -278,8 +268,7 @@ class LocalBackend:
         key = self._require_registered(model)
         request = StepsRequest(**await self._of(model), steps=list(steps))
         deleted = [int(step) for step in (await self._client.call("delete", request))["deleted"]]
-        publisher = CheckpointPublisher(self._client, self._registry, model, await self._of(model))
-        await publisher.deleted(key.folder(self._path) / "checkpoints", deleted)
+        await tell_deleted(self._registry, model, key.folder(self._path), deleted)
         return deleted
 
     async def fork_checkpoint(
@@ -300,9 +289,8 @@ class LocalBackend:
             **await self._of(model), from_model=from_model, from_project=from_project, not_after_step=not_after_step
         )
         step = int((await self._client.call("fork", request))["step"])
-        key = ModelKey(model.project, model.name)
-        if key in self._registered:
-            await self._publish_pending(model, key, step)
+        if ModelKey(model.project, model.name) in self._registered:
+            await self._publish_pending(model)
         return step
 
     async def pull_checkpoint(
@@ -369,48 +357,22 @@ class LocalBackend:
         self._registered.clear()
         self._client.close_now()
 
-    async def _train(
-        self,
-        model: PolicyModel,
-        key: ModelKey,
-        groups: list[TrajectoryGroup],
-        options: TrainOptions,
-        hooks: TrainHooks,
-    ) -> LocalTrainResult:
-        reference, options = await find_reference(
-            self._registry, model, options, own_steps=(await self._steps(model))["steps"]
-        )
-        of_model = await self._of(model)
-        async with groups_file(key.folder(self._path) / "jobs", groups) as file:
-            request = TrainRequest(**of_model, groups_file=file, options=options, reference=reference)
-            with TrainingBar(f"train {model.name}@{hooks.step}", enabled=self._show) as bar:
-                saved = await self._client.follow("train", request, bar.show)
-        hooks.step = int(saved["step"])
-        checkpoint = CheckpointRef(key, hooks.step, Path(saved["path"]))
-        publisher = CheckpointPublisher(self._client, self._registry, model, of_model)
+    async def _publish_pending(self, model: PolicyModel) -> None:
+        """Publish what a client saved but did not live to publish, or what was forked."""
+        step = await self._step(model)
         try:
-            await hooks.saved(checkpoint)
-        except BaseException:
-            await asyncio.shield(publisher.let_go(saved["hold"]))
-            raise
-        start = time.perf_counter()
-        await publisher.publish(checkpoint, hooks, keep=options.save_checkpoint, hold=saved["hold"])
-        self._registered[key] = hooks.step
-        return LocalTrainResult(
-            step=hooks.step,
-            metrics={**saved["metrics"], "time/step_publish_s": time.perf_counter() - start},
-            checkpoint_path=str(checkpoint.path) if options.save_checkpoint else None,
-        )
+            await step.begin()
+        finally:
+            await to_the_end(step.let_go())
 
-    async def _publish_pending(self, model: PolicyModel, key: ModelKey, pending: int | None) -> None:
-        """Publish a step that a client saved but did not live to publish, or that was forked."""
-        if pending is None:
-            return
-        checkpoint = CheckpointRef(key, pending, step_folder(key.folder(self._path) / "checkpoints", pending))
-        hooks = TrainHooks(self._registry, self, model, step=pending)
-        publisher = CheckpointPublisher(self._client, self._registry, model, await self._of(model))
-        await publisher.publish(checkpoint, hooks, keep=True)
-        self._registered[key] = pending
+    async def _step(self, model: PolicyModel, **given: Any) -> HostStep:
+        key = ModelKey(model.project, model.name)
+
+        def published(step: int) -> None:
+            self._registered[key] = step
+
+        of_model, folder = await self._of(model), key.folder(self._path)
+        return HostStep(self._client, self._registry, model, of_model, folder, on_published=published, **given)
 
     async def _steps(self, model: PolicyModel) -> dict[str, Any]:
         self._require_registered(model)

@@ -55,14 +55,13 @@ class ControlClient:
         """The id of this client's session, with the host started if there is none."""
         return (await self._connected()).session
 
-    async def call(self, name: str, request: BaseModel, *, hold: str = "") -> JSON:
+    async def call(self, name: str, request: BaseModel) -> JSON:
         """One question, one answer. Raises the host's error as the type that it was."""
         connection = await self._connected()
         try:
             async with connection.http.post(
                 f"{PREFIX}/{name}",
                 data=request.model_dump_json(),
-                params={"hold": hold} if hold else None,
                 timeout=aiohttp.ClientTimeout(total=CALL_LIMIT_S),
             ) as response:
                 answer: JSON = orjson.loads(await response.read())
@@ -72,7 +71,7 @@ class ControlClient:
             raise error_from_json(answer["error"])
         return answer
 
-    async def follow(self, name: str, request: BaseModel, on_event: Callable[[JSON], None], *, hold: str = "") -> JSON:
+    async def follow(self, name: str, request: BaseModel, on_event: Callable[[JSON], None]) -> JSON:
         """Start work in the host and follow it to its end; cancelling this cancels the work. Gives its result.
 
         Raises the host's error as the type that it was, BackendUnreachable when the host is gone or silent.
@@ -82,7 +81,6 @@ class ControlClient:
             async with connection.http.post(
                 f"{PREFIX}/{name}",
                 data=request.model_dump_json(),
-                params={"hold": hold} if hold else None,
                 timeout=aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S),
             ) as response:
                 async for line in response.content:
@@ -110,8 +108,10 @@ class ControlClient:
         child, self._child = self._child, None
         if child is not None and self._in_process:
             child.end()
+            task = asyncio.current_task()
             try:
-                while child.poll() is None:
+                # Whoever cancels a second time is in a hurry, also when the first was long before.
+                while child.poll() is None and (task is None or task.cancelling() < 2):
                     await asyncio.sleep(_LEAVE_POLL_S)
             finally:
                 child.let_go()

@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -21,27 +22,28 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from art_core import ArtError, ModelKey
-from art_core.errors import PublicationFailed
 
 from ..adapters.copies import fork_checkpoint
 from ..wire.errors import error_to_json
 from ..wire.event_stream import Emit, EventStream
 from ..wire.messages import (
     PREFIX,
+    BeginRequest,
     ForkRequest,
     LeaseEnd,
     LeaseRequest,
     OfModel,
     PublishRequest,
-    RefuseRequest,
+    PutAsideRequest,
     RegisterRequest,
+    ReleaseRequest,
     StepsRequest,
     TrainRequest,
 )
 from .host_state import HostState
 from .sessions import Session
 from .status import host_status
-from .training_step import publish_step, train_step
+from .training_step import begin_step, publish_step, put_step_aside, release_step, train_step
 
 JSON = dict[str, Any]
 RequestT = TypeVar("RequestT", bound=BaseModel)
@@ -57,8 +59,9 @@ class ControlApp:
         self._port = port
         self._shut_down = shut_down
         answers: dict[str, Callable[[Request], Awaitable[Any]]] = {
-            "steps": self._steps, "delete": self._delete, "fork": self._fork, "refuse": self._refuse,
-            "lease": self._lease, "end_lease": self._end_lease, "shutdown": self._stop,
+            "steps": self._steps, "delete": self._delete, "fork": self._fork, "begin": self._begin,
+            "put_aside": self._put_aside, "release": self._release, "lease": self._lease,
+            "end_lease": self._end_lease, "shutdown": self._stop,
         }  # fmt: skip
         routes = [
             Route(f"{PREFIX}/status", self._answered(self._status)),
@@ -111,35 +114,34 @@ class ControlApp:
 
     async def _train(self, request: Request) -> ASGIApp:
         given = await _read(request, TrainRequest)
-        return EventStream(lambda emit: train_step(self._state, self._session_of(given), given, emit))
-
-    async def _publish(self, request: Request) -> ASGIApp:
-        given = await _read(request, PublishRequest)
-        hold = request.query_params.get("hold", "")
 
         async def work(emit: Emit) -> JSON:
-            session = self._session_of(given)
-            model = self._state.model(given.key)
-            try:
-                return await publish_step(model, given)
-            except PublicationFailed as error:
-                if error.stage in ("check", "verify") and model.server.up:
-                    aside = await model.set_refused_aside(given.step)
-                    error.args = (f"{error} The checkpoint is kept as {aside}.",)
-                    error.refused_path = str(aside)  # type: ignore[attr-defined]
-                raise
-            finally:
-                session.let_go(hold)
+            self._session_of(given)
+            return await train_step(self._state, given, emit)
 
         return EventStream(work)
 
-    async def _refuse(self, request: Request) -> JSON:
-        given = await _read(request, RefuseRequest)
-        session, model = self._session_of(given), self._state.model(given.key)
-        try:
-            return {"path": str(await model.set_refused_aside(given.step))}
-        finally:
-            session.let_go(request.query_params.get("hold", ""))
+    async def _publish(self, request: Request) -> ASGIApp:
+        given = await _read(request, PublishRequest)
+
+        async def work(emit: Emit) -> JSON:
+            self._session_of(given)
+            return await publish_step(self._state.model(given.key), given)
+
+        return EventStream(work)
+
+    async def _begin(self, request: Request) -> JSON:
+        given = await _read(request, BeginRequest)
+        return await begin_step(self._state.model(given.key), self._session_of(given), given)
+
+    async def _put_aside(self, request: Request) -> JSON:
+        given = await _read(request, PutAsideRequest)
+        self._session_of(given)
+        return await put_step_aside(self._state.model(given.key), given)
+
+    async def _release(self, request: Request) -> JSON:
+        given = await _read(request, ReleaseRequest)
+        return await release_step(self._state.model(given.key), given, self._session_of(given))
 
     async def _steps(self, request: Request) -> JSON:
         given = await _read(request, OfModel)
@@ -147,7 +149,6 @@ class ControlApp:
         return {
             "routed": model.steps.routed,
             "steps": list(await model.on_disk()),
-            "pending": await model.pending(),
             "loaded": sorted(model.steps.loaded),
         }
 
@@ -179,7 +180,9 @@ class ControlApp:
             model.steps.end_lease(leased)
             model.ended.set()
 
-        return {"lease": session.hold(let_go), "step": step}
+        lease = uuid4().hex
+        session.hold(lease, let_go)
+        return {"lease": lease, "step": step}
 
     async def _end_lease(self, request: Request) -> JSON:
         given = await _read(request, LeaseEnd)

@@ -172,8 +172,8 @@ class HostState:
                 at_fault = error.stage == "check" and last.step > 0
                 if not at_fault:
                     raise
-                aside = await model.set_refused_aside(last.step)
-                self.report(f"{error} It is kept as {aside.name}, and the step before it is used.")
+                aside = await model.put_aside(last.step)
+                self.report(f"{error} It is kept as {aside}, and the step before it is used.")
 
     async def _server_for(self, request: RegisterRequest, emit: Emit) -> Replicas:
         settings = request.settings

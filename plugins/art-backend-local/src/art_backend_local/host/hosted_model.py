@@ -24,6 +24,7 @@ from art_engine_kit.served_steps import ServedSteps
 from ..servers.replicas import Replicas
 from ..wire.settings import ModelSettings
 from .template_arguments import with_template_arguments
+from .training_hold import TrainingTurn
 
 # Beside the leased, routed and busy ones, the newest steps that stay loaded so that asking for them costs nothing.
 KEEP_IDLE = 2
@@ -36,10 +37,9 @@ class HostedModel:
     """A registered model. For one event loop.
 
     `ensure_loaded` brings a step into the engine, `publish` moves the route as well. `known` are the whole steps on
-    disk when last looked; those in `training_from` are in use by a training job and are not deleted. `trained_by` is
-    the session that trains it. `ended` is set whenever a request has ended or the
-    route has moved. `dialect` is the engine's, with the model's
-    own arguments for the chat template.
+    disk when last looked; those in `training_from` are in use by a training job and are not deleted. `turn` says who
+    trains it. `ended` is set whenever a request has ended or the route has moved. `dialect` is the engine's, with the
+    model's own arguments for the chat template.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class HostedModel:
         self.training_from: set[int] = set()
         self.publishing = asyncio.Lock()
         self.ended = asyncio.Event()
-        self.trained_by: str | None = None
+        self.turn = TrainingTurn(key)
         self.dialect = with_template_arguments(server.engine, settings.adapter.chat_template_kwargs)
         self.report = report
         self._loading: dict[int, asyncio.Task[None]] = {}
@@ -127,23 +127,15 @@ class HostedModel:
         return receipt
 
     async def pending(self) -> int | None:
-        """The latest whole step when it isn't published and nobody is about to; None otherwise."""
+        """The latest whole step when it isn't published; None otherwise."""
         latest = (await self.latest()).step
-        is_pending = self.trained_by is None and self.steps.routed is not None and latest > self.steps.routed
-        return latest if is_pending else None
+        return latest if self.steps.routed is not None and latest > self.steps.routed else None
 
     async def last_published(self) -> CheckpointRef:
         """The latest whole checkpoint that was published before, or the oldest one when none was."""
         await self.latest()
         published = [step for step in self.known if (self.ref(step).path / PUBLISHED).exists()]
         return self.ref(max(published) if published else min(self.known))
-
-    async def publish_latest(self) -> PublicationReceipt | None:
-        """Publish the latest whole checkpoint unless it is routed already."""
-        latest = await self.latest()
-        if self.steps.routed is not None and latest.step <= self.steps.routed:
-            return None
-        return await self.publish(latest)
 
     async def ensure_loaded(self, step: int) -> None:
         """Have the engine hold a step, checked and verified, without routing to it. Raises CheckpointNotFound listing
@@ -211,12 +203,24 @@ class HostedModel:
         self.known = tuple(step for step in self.known if step not in wanted)
         return wanted
 
-    async def set_refused_aside(self, step: int) -> Path:
-        """Move a checkpoint that may not be published out of the way, whole, and give where it is now."""
-        folder = self.ref(step).path
-        aside = folder.with_name(f"{folder.name}.refused-{uuid4().hex[:8]}")
-        await asyncio.to_thread(folder.rename, aside)
-        return aside
+    async def put_aside(self, step: int) -> Path | None:
+        """Move a checkpoint that may not be published out of the way, whole, and give where it is now; None when it is
+        served already, and so stays. A publication under way is waited for.
+        """
+        async with self.publishing:
+            if self.steps.routed is not None and step <= self.steps.routed:
+                return None
+            folder = self.ref(step).path
+            aside = folder.with_name(f"{folder.name}.refused-{uuid4().hex[:8]}")
+            await asyncio.to_thread(folder.rename, aside)
+            return aside
+
+    async def discard(self, step: int) -> None:
+        """Delete what a cancelled step may have left of itself. A step that is served stays."""
+        async with self.publishing:
+            folder = self.ref(step).path
+            if (self.steps.routed is None or step > self.steps.routed) and folder.exists():
+                await asyncio.to_thread(_remove_folder, folder)
 
     @contextmanager
     def used_for_training(self, steps: set[int]) -> Iterator[None]:

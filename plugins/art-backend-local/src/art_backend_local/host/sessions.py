@@ -23,11 +23,9 @@ class Session:
         self.events: asyncio.Queue[str] = asyncio.Queue(maxsize=1000)
         self._held: dict[str, Callable[[], None]] = {}
 
-    def hold(self, let_go: Callable[[], None]) -> str:
-        """Remember how to let something go; gives a name for it."""
-        name = uuid4().hex
+    def hold(self, name: str, let_go: Callable[[], None]) -> None:
+        """Remember how to let something go, under a name of its own."""
         self._held[name] = let_go
-        return name
 
     def let_go(self, name: str) -> None:
         """Let one thing go. Unknown names are those let go before."""

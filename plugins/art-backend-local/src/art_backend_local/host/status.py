@@ -47,7 +47,7 @@ def host_status(state: HostState) -> JSON:
                 "routed": model.steps.routed,
                 "loaded": sorted(model.steps.loaded),
                 "in_flight": sum(model.steps.in_flight(step) for step in model.steps.loaded),
-                "training": model.trained_by is not None,
+                "training": model.turn.taken,
             }
             for key, model in state.models.items()
         ],

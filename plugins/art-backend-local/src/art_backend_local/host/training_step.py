@@ -13,37 +13,54 @@ from pathlib import Path
 from typing import Any
 
 from art_core import CheckpointRef, TrainingCapability, require
-from art_core.errors import CheckpointNotFound, ModelBusy
+from art_core.errors import CheckpointNotFound, PublicationFailed
 from art_engine_kit.adapter_files import check_adapter
 from art_engine_kit.checkpoint_folder import MANIFEST, saving
 from art_engine_kit.training_wire import JobEnded, JobSaved, TrainJob
 from art_runtime import StartProgress
 
-from ..wire.messages import PublishRequest, TrainRequest
+from ..servers.training_server import TrainingServer
+from ..wire.messages import BeginRequest, PublishRequest, PutAsideRequest, ReleaseRequest, TrainRequest
 from ..wire.settings import works_at_once
 from .device_turns import inference_aside
 from .host_state import HostState, status_event
 from .hosted_model import HostedModel, mark_not_kept
 from .sessions import Session
+from .training_hold import TrainingHold
 
 JSON = dict[str, Any]
 Emit = Callable[[JSON], None]
 
 
-async def train_step(state: HostState, session: Session, request: TrainRequest, emit: Emit) -> JSON:
-    """Train and save one step; gives its number, folder and metrics. The model stays this session's until it publishes,
-    refuses, or is gone.
+async def begin_step(model: HostedModel, session: Session, request: BeginRequest) -> JSON:
+    """Hold the model for a step of this client; gives its number and the steps that there are. A step that was saved
+    and never published comes first: `pending`, which the client publishes under the hold, and then begins again.
 
     Raises ModelBusy while another step of the model is under way.
     """
+    hold = await model.turn.take(request.hold, session)
+    pending = await model.pending()
+    if pending is None:
+        hold.step = await model.next_step()
+    return {"step": hold.step, "pending": pending, "steps": list(model.known)}
+
+
+async def train_step(state: HostState, request: TrainRequest, emit: Emit) -> JSON:
+    """Train and save the step that was begun; gives its number, folder and metrics.
+
+    What a step that fails or is cancelled may have saved at the last moment goes when its client says so; of a client
+    that died it is kept, for the next one to publish.
+    """
     model = state.model(request.key)
-    hold = _take(model, session)
+    hold = model.turn.of(request.hold)
+    worker = state.worker_for(state.requests[request.key])
+    step = hold.step
+    assert step is not None, "a step is begun before it is trained"
+    hold.owns(_this_task())
     try:
-        result = await _train(state, model, request, emit)
-    except BaseException:
-        session.let_go(hold)
-        raise
-    return {**result, "hold": hold}
+        return await _train(state, model, worker, step, request, emit)
+    finally:
+        hold.owns(asyncio.create_task(_until_settled(worker, model, hold), name=f"{model.key}@{step} is trained"))
 
 
 async def publish_step(model: HostedModel, request: PublishRequest) -> JSON:
@@ -51,31 +68,59 @@ async def publish_step(model: HostedModel, request: PublishRequest) -> JSON:
 
     A checkpoint that is itself at fault is put aside, so that the next step starts from the one that is served.
     """
+    hold = model.turn.of(request.hold)
+    hold.owns(_this_task())
+    # From here on a client that dies leaves it to the next one to publish.
+    hold.saved = False
     if not request.keep:
         mark_not_kept(model.ref(request.step).path)
-    receipt = await model.publish(model.ref(request.step))
+    try:
+        receipt = await model.publish(model.ref(request.step))
+    except PublicationFailed as error:
+        if error.stage in ("check", "verify") and model.server.up:
+            error.put_aside = await model.put_aside(request.step)
+            error.args = (f"{error} The checkpoint is kept as {error.put_aside}.",)
+        raise
     removed = await model.remove_not_kept()
     return {"seconds": receipt.seconds, "removed": removed}
 
 
-def _take(model: HostedModel, session: Session) -> str:
-    if model.trained_by is not None:
-        who = "this client" if model.trained_by == session.id else "another client"
-        raise ModelBusy(
-            f"{model.key} is being trained by {who}. One step at a time: two writers of one adapter would overwrite"
-            " each other. Wait for that step, or use another model name."
-        )
-    model.trained_by = session.id
-
-    def let_go() -> None:
-        model.trained_by = None
-
-    return session.hold(let_go)
+async def put_step_aside(model: HostedModel, request: PutAsideRequest) -> JSON:
+    """Keep a saved step out of the way; gives where, None when it is served after all."""
+    hold = model.turn.of(request.hold)
+    hold.saved = False
+    aside = await model.put_aside(request.step)
+    return {"path": None if aside is None else str(aside)}
 
 
-async def _train(state: HostState, model: HostedModel, request: TrainRequest, emit: Emit) -> JSON:
+async def release_step(model: HostedModel, request: ReleaseRequest, session: Session) -> JSON:
+    """Let the hold go; one that never came is refused when it comes."""
+    if request.discard:
+        await model.turn.discard(request.hold, model.discard)
+    model.turn.release(request.hold)
+    session.let_go(request.hold)
+    return {}
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None, "requests are answered in tasks"
+    return task
+
+
+async def _until_settled(worker: TrainingServer, model: HostedModel, hold: TrainingHold) -> None:
+    """A job that was cancelled may have been saving just then."""
+    await worker.settled()
+    assert hold.step is not None, "it was trained"
+    hold.saved = model.ref(hold.step).path.exists()
+    if hold.discarded and hold.saved:
+        await model.discard(hold.step)
+
+
+async def _train(
+    state: HostState, model: HostedModel, worker: TrainingServer, step: int, request: TrainRequest, emit: Emit
+) -> JSON:
     registration = state.requests[request.key]
-    worker = state.worker_for(registration)
     options = request.options
     if options.kl_penalty_coef > 0 or request.reference is not None or options.kl_penalty_reference_step is not None:
         require(
@@ -91,10 +136,7 @@ async def _train(state: HostState, model: HostedModel, request: TrainRequest, em
             emit(status_event(StartProgress(name=other, seconds=0, last_line="")))
         await stack.enter_async_context(worker.turn)
         await worker.settled()
-        # A step that an earlier client saved but did not live to publish comes first.
-        await model.publish_latest()
         start = await model.latest()
-        step = await model.next_step()
         reference = await _reference(model, request)
         stack.enter_context(model.used_for_training({start.step, *_step_of(request)}))
         job = TrainJob(

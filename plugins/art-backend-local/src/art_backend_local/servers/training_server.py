@@ -129,9 +129,8 @@ class TrainingServer:
 
     async def settled(self) -> None:
         """Wait until a cancelled job has left the worker, so that it can save nothing any more."""
-        leaving, self._leaving = self._leaving, None
-        if leaving is not None:
-            await leaving
+        if self._leaving is not None:
+            await asyncio.shield(self._leaving)
 
     def log_tail(self) -> str:
         """The last lines of its log."""
@@ -191,7 +190,7 @@ class TrainingServer:
 
 
 def _job_error(event: JobFailed) -> Exception:
-    error = error_from_json({"type": event.error_type, "message": event.message})
+    error = error_from_json({"types": [event.error_type], "message": event.message})
     if type(error).__name__ == event.error_type:
         return error
     return TrainingFailed(

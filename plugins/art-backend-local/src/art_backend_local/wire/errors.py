@@ -6,6 +6,7 @@ Knows the names of the kernel's errors and nothing of what raised them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from art_core import ArtError, errors
@@ -18,21 +19,27 @@ _BUILT_IN: dict[str, type[Exception]] = {
 
 
 def error_to_json(error: BaseException) -> JSON:
-    """The error's type, message and plain attributes."""
-    attributes = {k: v for k, v in vars(error).items() if isinstance(v, str | int | float | bool)}
-    return {"type": type(error).__name__, "message": str(error) or repr(error), "attributes": attributes}
+    """The error's types, its own first, its message and its plain attributes."""
+    return {
+        "types": [kind.__name__ for kind in type(error).__mro__],
+        "message": str(error) or repr(error),
+        "attributes": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float | bool)},
+        "paths": {k: str(v) for k, v in vars(error).items() if isinstance(v, Path)},
+    }
 
 
 def error_from_json(value: JSON) -> Exception:
-    """The error to raise: the kernel's class of that name, a built-in one, or ArtError naming the foreign type."""
-    name, message = str(value.get("type", "")), str(value.get("message", ""))
-    kind = getattr(errors, name, None) or _BUILT_IN.get(name)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        return ArtError(f"the host failed: {name}: {message}")
+    """The error to raise, of the nearest type that is the kernel's or built in; ArtError naming a foreign one."""
+    types, message = list(value.get("types") or ["?"]), str(value.get("message", ""))
+    known = (getattr(errors, name, None) or _BUILT_IN.get(name) for name in types)
+    kind = next((k for k in known if isinstance(k, type) and issubclass(k, Exception)), None)
+    if kind is None:
+        return ArtError(f"the host failed: {types[0]}: {message}")
     # Several errors build their message from parts; here the message is whole already.
     error = kind.__new__(kind)
     Exception.__init__(error, message)
-    for attribute, content in (value.get("attributes") or {}).items():
+    paths = {name: Path(path) for name, path in (value.get("paths") or {}).items()}
+    for attribute, content in {**(value.get("attributes") or {}), **paths}.items():
         setattr(error, attribute, content)
     return error
 

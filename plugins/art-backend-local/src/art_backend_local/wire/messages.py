@@ -55,7 +55,17 @@ class RegisterRequest(OfModel):
     settings: ModelSettings
 
 
-class TrainRequest(OfModel):
+class HeldRequest(OfModel):
+    """A request that belongs to a training step; `hold` is the name that the client gave the step's hold."""
+
+    hold: str
+
+
+class BeginRequest(HeldRequest):
+    """Hold the model for a training step, until it is released or the session ends."""
+
+
+class TrainRequest(HeldRequest):
     """Train one step on the groups in `groups_file`. `reference` is the KL reference's adapter folder."""
 
     groups_file: Path
@@ -63,17 +73,23 @@ class TrainRequest(OfModel):
     reference: Path | None
 
 
-class PublishRequest(OfModel):
+class PublishRequest(HeldRequest):
     """Publish a saved step; with `keep` false its folder goes once a later one is served."""
 
     step: int
     keep: bool
 
 
-class RefuseRequest(OfModel):
-    """The client's plugins refuse to publish a saved step."""
+class PutAsideRequest(HeldRequest):
+    """Keep a saved step out of the way: a plugin vetoed it, or its step was cancelled."""
 
     step: int
+
+
+class ReleaseRequest(HeldRequest):
+    """Let the hold go. With `discard` a step that was saved under it and not yet published goes too."""
+
+    discard: bool
 
 
 class StepsRequest(OfModel):

@@ -1,0 +1,155 @@
+"""One training step in the host, as the verbs of `art_core.run_step`. Knows the control API and the files of a step.
+
+The client names the step's hold, so that it lets go also of one of which it never heard that it had it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from art_core import (
+    ArtError,
+    CheckpointRef,
+    LocalTrainResult,
+    ModelKey,
+    PluginRegistry,
+    PolicyModel,
+    PublicationReceipt,
+    SavedStep,
+    TrajectoryGroup,
+    announce,
+    publish_saved,
+)
+from art_engine_kit.checkpoint_folder import step_folder
+from art_engine_kit.train_options import TrainOptions
+
+from ..wire.messages import BeginRequest, PublishRequest, PutAsideRequest, ReleaseRequest, TrainRequest
+from .control_client import ControlClient
+from .groups_file import groups_file
+from .kl_reference import find_reference
+from .waiting import TrainingBar
+
+JSON = dict[str, Any]
+
+
+class HostStep:
+    """A step of one model, from `begin` to `let_go`, whatever happens in between.
+
+    `of_model` names the session and the model, `folder` is the model's. Without `groups` there is nothing to train:
+    `begin` publishes what waits for it, and that is all. `on_published` is told of each step that is served.
+    """
+
+    def __init__(
+        self,
+        client: ControlClient,
+        registry: PluginRegistry,
+        model: PolicyModel,
+        of_model: dict[str, str],
+        folder: Path,
+        *,
+        on_published: Callable[[int], None],
+        groups: Sequence[TrajectoryGroup] = (),
+        options: TrainOptions | None = None,
+        show: bool = False,
+    ) -> None:
+        self._client = client
+        self._registry = registry
+        self._model = model
+        self._held = {**of_model, "hold": uuid4().hex}
+        self._key = ModelKey(model.project, model.name)
+        self._folder = folder
+        self._on_published = on_published
+        self._groups = groups
+        self._options = options or TrainOptions()
+        self._show = show
+        self._own_steps: list[int] = []
+        self._removed: list[int] = []
+        self._keep = True
+        self._discard = self._over = False
+
+    async def begin(self) -> int:
+        """Hold the model, publish what an earlier client saved and did not live to publish, and give the step that
+        comes next.
+
+        Raises ModelBusy while another step is under way, and what publishing raises.
+        """
+        answer = await self._client.call("begin", BeginRequest(**self._held))
+        while (pending := answer["pending"]) is not None:
+            checkpoint = CheckpointRef(self._key, pending, step_folder(self._folder / "checkpoints", pending))
+            await publish_saved(self._registry, self._model, checkpoint, _Pending(self))
+            answer = await self._client.call("begin", BeginRequest(**self._held))
+        self._own_steps = list(answer["steps"])
+        return int(answer["step"])
+
+    async def train_and_save(self) -> SavedStep[LocalTrainResult]:
+        """The host trains, and tells how far it is."""
+        options = self._options
+        reference, options = await find_reference(self._registry, self._model, options, own_steps=self._own_steps)
+        self._discard = True
+        async with groups_file(self._folder / "jobs", self._groups) as file:
+            request = TrainRequest(**self._held, groups_file=file, options=options, reference=reference)
+            with TrainingBar(f"train {self._model.name}", enabled=self._show) as bar:
+                saved = await self._client.follow("train", request, bar.show)
+        self._discard = False
+        self._keep = options.save_checkpoint
+        checkpoint = CheckpointRef(self._key, int(saved["step"]), Path(saved["path"]))
+        kept_as = str(checkpoint.path) if self._keep else None
+        result = LocalTrainResult(step=checkpoint.step, metrics=saved["metrics"], checkpoint_path=kept_as)
+        return SavedStep(checkpoint, result)
+
+    async def publish(self, checkpoint: CheckpointRef) -> PublicationReceipt:
+        """The host checks, loads, verifies and routes."""
+        request = PublishRequest(**self._held, step=checkpoint.step, keep=self._keep)
+        answer = await self._client.follow("publish", request, lambda _: None)
+        self._removed += answer["removed"]
+        self._on_published(checkpoint.step)
+        return _receipt(checkpoint, answer["seconds"])
+
+    async def put_aside(self, checkpoint: CheckpointRef) -> CheckpointRef | PublicationReceipt:
+        """Beside its step's place, whole."""
+        answer = await self._client.call("put_aside", PutAsideRequest(**self._held, step=checkpoint.step))
+        if answer["path"] is None:
+            return _receipt(checkpoint, {})
+        return replace(checkpoint, path=Path(answer["path"]))
+
+    async def let_go(self) -> None:
+        """Others may train the model; tells of the steps that went because they were not kept. A second call does
+        nothing.
+        """
+        if self._over:
+            return
+        self._over = True
+        try:
+            await self._client.call("release", ReleaseRequest(**self._held, discard=self._discard))
+        except ArtError:
+            # Without a connection there is no session, and without a session no hold.
+            return
+        finally:
+            await tell_deleted(self._registry, self._model, self._folder, self._removed)
+
+
+class _Pending:
+    """Publishes under a hold that outlives it."""
+
+    def __init__(self, step: HostStep) -> None:
+        self.publish, self.put_aside = step.publish, step.put_aside
+
+    async def let_go(self) -> None:
+        """The step that comes next goes on with the hold."""
+
+
+async def tell_deleted(registry: PluginRegistry, model: PolicyModel, folder: Path, steps: list[int]) -> None:
+    """Announce that these steps' folders are gone."""
+    for step in steps:
+        gone = CheckpointRef(ModelKey(model.project, model.name), step, step_folder(folder / "checkpoints", step))
+        await announce(registry, "art_checkpoint_deleted", model=model, checkpoint=gone)
+
+
+def _receipt(checkpoint: CheckpointRef, seconds: dict[str, float]) -> PublicationReceipt:
+    return PublicationReceipt(
+        model=checkpoint.model, step=checkpoint.step, inference_name=checkpoint.inference_name, seconds=seconds
+    )
