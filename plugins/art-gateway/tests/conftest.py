@@ -143,6 +143,7 @@ class TableRoutes:
     wait: asyncio.Event | None = None
     released: list[int] = field(default_factory=list)
     unreachable: int = 0
+    template_arguments: dict[str, Any] = field(default_factory=dict)
 
     def publish(self, project: str, name: str, step: int) -> ServedSteps:
         key = ModelKey(project, name)
@@ -177,6 +178,7 @@ class TableRoutes:
             adapter=adapter_name(key, pinned),
             name=inference_name(name, pinned),
             step=pinned,
+            template_arguments=self.template_arguments,
             release=release,
             unreachable=unreachable,
         )

@@ -53,6 +53,17 @@ async def test_the_engine_is_asked_for_ids_and_logprobs_and_gets_the_rest_as_it_
     assert body["choices"][0]["logprobs"]["content"]
 
 
+async def test_a_models_arguments_for_its_template_are_in_chat_requests_and_a_requests_own_win(stage: Any) -> None:
+    stage.routes.template_arguments = {"enable_thinking": False, "date": "today"}
+    await stage.chat()
+    assert stage.upstream.requests[-1]["chat_template_kwargs"] == {"enable_thinking": False, "date": "today"}
+    await stage.chat(chat_template_kwargs={"enable_thinking": True})
+    assert stage.upstream.requests[-1]["chat_template_kwargs"] == {"enable_thinking": True, "date": "today"}
+    async with stage.client.post(f"{stage.url}/p/v1/completions", json={"model": "agent", "prompt": [1]}) as answer:
+        assert answer.status == 200
+    assert "chat_template_kwargs" not in stage.upstream.requests[-1]
+
+
 async def test_completions_have_an_address_of_their_own(stage: Any) -> None:
     async with stage.client.post(f"{stage.url}/p/v1/completions", json={"model": "agent", "prompt": [1, 2]}) as answer:
         body = await answer.json()

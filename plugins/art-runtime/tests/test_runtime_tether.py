@@ -190,7 +190,7 @@ def test_a_log_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> Non
 def test_a_full_disk_does_not_keep_the_tether_from_ending_the_tree(tmp_path: Path, kill_later: list[int]) -> None:
     tether = Path(art_runtime.__file__).with_name("tether.py")
     reading, holding = os.pipe()
-    command = [sys.executable, "-I", "-S", str(tether), str(os.getpid()), str(reading), "20"]
+    command = [sys.executable, "-I", "-S", str(tether), str(os.getpid()), str(reading), "20", "all"]
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(
             [*command, sys.executable, str(_FAMILY), str(tmp_path / "pids"), "polite"],
@@ -233,3 +233,17 @@ def test_a_detached_program_outlives_its_owner_and_can_be_stopped(tmp_path: Path
     _wait_for(tmp_path / "second")
     assert "detached, running" in repr(child)
     assert child.stop() == -signal.SIGTERM
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no processes to cores")
+def test_a_program_and_its_children_keep_to_the_cores_that_they_were_given(tmp_path: Path) -> None:
+    core = max(os.sched_getaffinity(0))
+    code = "import os, subprocess, sys; print(sorted(os.sched_getaffinity(0)), flush=True);" + (
+        "subprocess.run([sys.executable, '-c', 'import os; print(sorted(os.sched_getaffinity(0)))'])"
+    )
+    for given, expected in (((core,), [core]), ((), sorted(os.sched_getaffinity(0)))):
+        log = tmp_path / f"{len(given)}.log"
+        child = spawn_tethered([sys.executable, "-c", code], log_file=log, cores=given)
+        assert child.wait(60) == 0
+        child.let_go()
+        assert log.read_text().splitlines()[1:] == [str(expected)] * 2

@@ -194,7 +194,8 @@ class Completions:
     async def _forward(self, route: Route, request: dict[str, Any], send: Send) -> None:
         headers = {"Authorization": f"Bearer {route.upstream_key}"} if route.upstream_key else {}
         try:
-            payload = orjson.dumps(route.engine.prepare_request(self._endpoint, request, route.adapter))
+            asked = _with_template_arguments(request, route) if self._endpoint == "chat/completions" else request
+            payload = orjson.dumps(route.engine.prepare_request(self._endpoint, asked, route.adapter))
         except ArtError as error:
             raise ApiError(400, str(error), code="engine_cannot") from error
         # A large body goes out in pieces, with other requests in between.
@@ -257,6 +258,16 @@ class Completions:
         if failure is not None:
             out += b"data: " + orjson.dumps(failure.body) + b"\n\n"
         await send({"type": "http.response.body", "body": bytes(out)})
+
+
+def _with_template_arguments(request: JSON, route: Route) -> JSON:
+    """With the model's own arguments for its chat template, where the request doesn't bring others."""
+    if not route.template_arguments:
+        return request
+    return {
+        **request,
+        "chat_template_kwargs": {**route.template_arguments, **(request.get("chat_template_kwargs") or {})},
+    }
 
 
 def _parse(content: bytes) -> dict[str, Any]:

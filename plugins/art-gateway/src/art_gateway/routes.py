@@ -6,9 +6,9 @@ exactly as long as its answer takes, streaming included, and then releases it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from art_core import ArtError, InferenceEngine
 
@@ -30,8 +30,10 @@ class Route:
 
     `upstream_url` is the engine's server without a path, such as "http://127.0.0.1:8123"; `upstream_key` its bearer
     key. `adapter` is the adapter's name in the engine (None: the base model). `name` is the public name with its step,
-    such as "agent-001@3". The gateway calls `release` exactly once, when the answer has ended in whatever way, and
-    before it `unreachable` when the server took no connection or broke it; neither may raise or block.
+    such as "agent-001@3". `template_arguments` are the model's own for its chat template; a chat request's
+    `chat_template_kwargs` win over them. The gateway calls `release` exactly once, when the answer has ended in
+    whatever way, and before it `unreachable` when the server took no connection or broke it; neither may raise or
+    block.
     """
 
     upstream_url: str
@@ -40,6 +42,7 @@ class Route:
     adapter: str | None
     name: str
     step: int
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
     release: Callable[[], None] = field(repr=False)
     unreachable: Callable[[], None] = field(repr=False, default=lambda: None)
 

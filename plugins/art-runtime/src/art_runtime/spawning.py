@@ -105,10 +105,12 @@ def spawn_tethered(
     log_file: Path | None = None,
     cwd: Path | None = None,
     stop_timeout_s: float = 20.0,
+    cores: Sequence[int] = (),
 ) -> Child:
     """Start a program that ends when this process ends in whatever way, SIGKILL included, with all its descendants.
 
-    `env` is added to this process's environment. Output is appended to `log_file` (None: thrown away). When the owner
+    `env` is added to this process's environment. The program keeps to the CPU `cores` of these numbers, or to none in
+    particular. Output is appended to `log_file` (None: thrown away). When the owner
     is gone, the program's group gets SIGTERM and, after `stop_timeout_s` seconds, every process of the tree SIGKILL.
     Raises ProcessFailed when the program does not exist.
     """
@@ -116,6 +118,7 @@ def spawn_tethered(
     read_end, write_end = os.pipe()
     # Isolated and without site, from its file: up in tens of milliseconds, whatever is installed or set.
     tether = [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), str(read_end), str(stop_timeout_s)]
+    tether.append(",".join(map(str, cores)) or "all")
     try:
         process = _popen(tether, [program, *argv[1:]], env, log_file, cwd, keep=(read_end,))
     except BaseException:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -95,10 +95,12 @@ class SupervisedProcess:
         log_file: Path,
         name: str = "server",
         cwd: Path | None = None,
+        cores: Sequence[int] = (),
         on_progress: Callable[[StartProgress], None] | None = None,
         on_exit: Callable[[ProcessExit], None] | None = None,
     ) -> Self:
-        """Run `plan` and wait until `GET health_path` on `port` answers 200 from a process of ours.
+        """Run `plan` and wait until `GET health_path` on `port` answers 200 from a process of ours. It keeps to the CPU
+        `cores` of these numbers, or to none in particular.
 
         `on_progress` is called about twice a second meanwhile; `on_exit` once, when it has ended after having been
         ready, whoever ended it. Raises ProcessFailed, with the end of the log, when it dies, when
@@ -106,7 +108,9 @@ class SupervisedProcess:
         the wait is cancelled.
         """
         env = {**plan.env, **plan.secret_env}
-        child = spawn_tethered(plan.argv, env, log_file=log_file, cwd=cwd, stop_timeout_s=plan.stop_timeout_s)
+        child = spawn_tethered(
+            plan.argv, env, log_file=log_file, cwd=cwd, stop_timeout_s=plan.stop_timeout_s, cores=cores
+        )
         process = cls(child, plan, port=port, log_file=log_file, name=name, on_exit=on_exit)
         try:
             await process._wait_ready(on_progress)

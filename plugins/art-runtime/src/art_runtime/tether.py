@@ -1,11 +1,12 @@
 """Runs one program and ends its whole tree of processes when the owner is gone, however the owner ended.
 
-    python -I -S tether.py OWNER_PID PIPE_FD STOP_TIMEOUT_S PROGRAM [ARGUMENT...]
+    python -I -S tether.py OWNER_PID PIPE_FD STOP_TIMEOUT_S CORES PROGRAM [ARGUMENT...]
 
-Runs as a script of its own, so it uses the standard library only and knows nothing of ART. The pipe's other end is held
-by the owner: when that closes, or the owner's process is gone, or SIGTERM comes, the program's group gets SIGTERM and,
-after the timeout, everything below this process SIGKILL. A second SIGTERM, or SIGQUIT, kills at once. It ends as the
-program ended: with its exit code, or by its signal.
+CORES are the numbers of those that the program keeps to, with commas between, or "all". Runs as a script of its own, so
+it uses the standard library only and knows nothing of ART. The pipe's other end is held by the owner: when that closes,
+or the owner's process is gone, or SIGTERM comes, the program's group gets SIGTERM and, after the timeout, everything
+below this process SIGKILL. A second SIGTERM, or SIGQUIT, kills at once. It ends as the program ended: with its exit
+code, or by its signal.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ _LINUX = sys.platform == "linux"
 
 def main(arguments: list[str]) -> None:
     """Run the program and leave only when nothing of it is left."""
-    owner, pipe, timeout_s, command = int(arguments[0]), int(arguments[1]), float(arguments[2]), arguments[3:]
+    owner, pipe, timeout_s = int(arguments[0]), int(arguments[1]), float(arguments[2])
+    cores, command = arguments[3], arguments[4:]
     os.set_inheritable(pipe, False)
+    if cores != "all" and _LINUX:
+        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
     tether = _Tether(owner, pipe, timeout_s)
     if os.getppid() == owner:
         tether.run(command)

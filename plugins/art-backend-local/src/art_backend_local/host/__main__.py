@@ -104,6 +104,12 @@ class _Server(uvicorn.Server):
     def __init__(self, app: ASGIApp) -> None:
         options = {name: value for name, value in SERVER_OPTIONS.items() if name != "loop"}
         super().__init__(uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=3, **options))
+        self._accepting = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tells `until_started`."""
+        await super().startup(sockets)
+        self._accepting.set()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -112,11 +118,12 @@ class _Server(uvicorn.Server):
 
     async def until_started(self, serving: asyncio.Task[None]) -> None:
         """Wait until it accepts connections, or raise what kept it from it."""
-        while not self.started:
-            if serving.done():
-                await serving
-                raise RuntimeError("the server ended before it began")
-            await asyncio.sleep(0.005)
+        accepting = asyncio.create_task(self._accepting.wait())
+        await asyncio.wait({accepting, serving}, return_when=asyncio.FIRST_COMPLETED)
+        accepting.cancel()
+        if serving.done():
+            await serving
+            raise RuntimeError("the server ended before it began")
 
 
 async def _until_over(

@@ -18,9 +18,7 @@ DRAIN_LIMIT_S = 1200.0
 
 
 @asynccontextmanager
-async def inference_aside(
-    server: Replicas, *, in_flight: Callable[[], int], report: Callable[[str], None]
-) -> AsyncIterator[None]:
+async def inference_aside(server: Replicas, *, report: Callable[[str], None]) -> AsyncIterator[None]:
     """Hold inference while the block runs. New requests wait at the gate; those under way are paused, or waited for
     when the engine declares no PAUSE. An engine that declares SLEEP gives its memory back meanwhile.
     """
@@ -32,7 +30,7 @@ async def inference_aside(
             undo.append(server.engine.resume())
             await server.call(server.engine.pause())
         else:
-            await _drained(in_flight)
+            await _drained(server)
         if InferenceCapability.SLEEP in declared:
             undo.append(server.engine.wake())
             await server.call(server.engine.sleep())
@@ -41,14 +39,12 @@ async def inference_aside(
         await asyncio.shield(asyncio.ensure_future(_undo(server, undo, report)))
 
 
-async def _drained(in_flight: Callable[[], int]) -> None:
+async def _drained(server: Replicas) -> None:
     try:
-        async with asyncio.timeout(DRAIN_LIMIT_S):
-            while in_flight():
-                await asyncio.sleep(0.05)
+        await server.drained(DRAIN_LIMIT_S)
     except TimeoutError:
         raise ProcessFailed(
-            f"{in_flight()} requests did not end within {DRAIN_LIMIT_S:g} s, so training on the same device can't"
+            f"{server.in_flight} requests did not end within {DRAIN_LIMIT_S:g} s, so training on the same device can't"
             " begin. Limit their max_tokens, or use dedicated mode (trainer_gpu_ids and inference_gpu_ids)."
         ) from None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from art_core import ArtError, InferenceEngine, ModelKey, PluginRegistry, TrainingEngine
 from art_core.atomic_files import write_atomically, write_json_atomically
-from art_core.errors import CheckpointNotFound, PluginNotInstalled, PublicationFailed, ServerUnusable
+from art_core.errors import CheckpointNotFound, PluginNotInstalled, PublicationFailed
 from art_engine_kit.base_shapes import linear_shapes
 from art_engine_kit.checkpoint_folder import remove_unfinished
 from art_runtime import StartProgress, accelerators
@@ -24,7 +24,7 @@ from art_runtime.environments import engine_for
 
 from ..adapters.start import save_starting_point
 from ..servers.attached_server import AttachedServer
-from ..servers.devices import devices_of, devices_of_replicas
+from ..servers.devices import cores_of_replicas, devices_of, devices_of_replicas
 from ..servers.inference_server import InferenceServer, ServerConfig, StartedServer
 from ..servers.replicas import Replicas
 from ..servers.training_server import TrainingServer, TrainingServerConfig
@@ -107,10 +107,6 @@ class HostState:
             worker = self.workers[key] = TrainingServer(engine, config)
         return worker
 
-    def in_flight(self, server: Replicas) -> int:
-        """How many requests an engine is answering."""
-        return sum(m.steps.in_flight(s) for m in self.models_of(server) for s in m.steps.loaded)
-
     async def close(self) -> None:
         """Stop every engine and worker."""
         for task in self._tasks:
@@ -140,19 +136,11 @@ class HostState:
         self.models[key] = model
         try:
             await self._publish_last_good(model)
-        except PublicationFailed as error:
+        except BaseException as error:
             del self.models[key]
-            if server.attached and error.stage in ("load", "verify"):
-                how_to_start = self.registry.inference_engine(request.inference_engine).own_server
-                where = ", ".join(request.inference_urls)
-                cause = str(error.__cause__ or error).rstrip(". ")
-                raise ServerUnusable(
-                    f"the {server.engine.name} server at {where} can't be used for {request.base_model}: it doesn't"
-                    f" {error.stage} an adapter, because {cause}. {how_to_start}"
-                ) from error
-            raise
-        except BaseException:
-            del self.models[key]
+            if server.attached and isinstance(error, PublicationFailed) and error.stage in ("load", "verify"):
+                reason = f"it doesn't {error.stage} an adapter, because {error.__cause__ or error}"
+                raise server.members[0].server.unusable(reason) from error
             raise
         await asyncio.to_thread(_write_model_file, folder, request)
         self._own(self._keep_tidy(model))
@@ -219,6 +207,7 @@ class HostState:
         settings = request.settings
         template = await asyncio.to_thread(self._template_file, settings.adapter.chat_template)
         devices = devices_of_replicas(settings.inference_gpu_ids, request.replicas, accelerators())
+        cores = [()] * request.replicas if self.has_gpu else cores_of_replicas(request.replicas)
         servers: list[InferenceServer] = []
         for number in range(1, request.replicas + 1):
             suffix = f"-{number}" if request.replicas > 1 else ""
@@ -232,6 +221,7 @@ class HostState:
                 max_model_len=settings.max_model_len,
                 dtype=settings.inference_dtype,
                 devices=devices[number - 1],
+                cores=cores[number - 1],
                 chat_template=template,
                 engine_args=settings.engine_args,
             )

@@ -23,7 +23,6 @@ from art_engine_kit.served_steps import ServedSteps
 
 from ..servers.replicas import Replicas
 from ..wire.settings import ModelSettings
-from .template_arguments import with_template_arguments
 from .training_hold import TrainingTurn
 
 # Beside the leased, routed and busy ones, the newest steps that stay loaded so that asking for them costs nothing.
@@ -38,8 +37,7 @@ class HostedModel:
 
     `ensure_loaded` brings a step into the engine, `publish` moves the route as well. `known` are the whole steps on
     disk when last looked; those in `training_from` are in use by a training job and are not deleted. `turn` says who
-    trains it. `ended` is set whenever a request has ended or the route has moved. `dialect` is the engine's, with the
-    model's own arguments for the chat template.
+    trains it. `ended` is set whenever a request has ended or the route has moved.
     """
 
     def __init__(
@@ -63,7 +61,6 @@ class HostedModel:
         self.publishing = asyncio.Lock()
         self.ended = asyncio.Event()
         self.turn = TrainingTurn(key)
-        self.dialect = with_template_arguments(server.engine, settings.adapter.chat_template_kwargs)
         self.report = report
         self._loading: dict[int, asyncio.Task[None]] = {}
 
@@ -75,7 +72,6 @@ class HostedModel:
     def take_settings(self, settings: ModelSettings) -> None:
         """Settings of a later registration, which differ in nothing that the engine was started with."""
         self.settings = settings
-        self.dialect = with_template_arguments(self.server.engine, settings.adapter.chat_template_kwargs)
 
     @property
     def published(self) -> tuple[int, ...]:

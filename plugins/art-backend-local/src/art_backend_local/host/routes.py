@@ -83,21 +83,19 @@ class HostRoutes:
     def _pin(self, model: HostedModel, step: int) -> Route:
         pinned = model.steps.acquire(step)
         checkpoint = model.ref(pinned)
-        member = model.server.pick()
-        connection = member.connection
-        assert connection is not None, "a picked server is up"
-        member.in_flight += 1
+        member, connection = model.server.begin_request()
 
         def release() -> None:
             self._used()
-            member.in_flight -= 1
+            model.server.end_request(member)
             model.steps.release(pinned)
             model.ended.set()
 
         return Route(
-            upstream_url=connection.where,
+            upstream_url=connection.url,
             upstream_key=connection.api_key,
-            engine=model.dialect,
+            engine=model.server.engine,
+            template_arguments=model.settings.adapter.chat_template_kwargs,
             adapter=checkpoint.adapter_name,
             name=checkpoint.inference_name,
             step=pinned,

@@ -153,9 +153,7 @@ async def _train(
         if not works_at_once(
             registration.settings, server.engine.capabilities, has_gpu=state.has_gpu, attached=server.attached
         ):
-            await stack.enter_async_context(
-                inference_aside(server, in_flight=lambda: state.in_flight(server), report=state.report)
-            )
+            await stack.enter_async_context(inference_aside(server, report=state.report))
         await worker.ensure_running(lambda progress: emit(status_event(progress)))
         emit({"event": "job", "step": step, "start": start.step})
         metrics: dict[str, float] = {}

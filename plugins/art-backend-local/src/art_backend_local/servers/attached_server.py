@@ -23,12 +23,10 @@ BACK_LIMIT_S = 60.0
 class AttachedServer:
     """See `InferenceServer`. `how_to_start` is the engine card's sentence on what such a server needs."""
 
-    def __init__(
-        self, engine: InferenceEngine, where: str, api_key: str, *, base_model: str, how_to_start: str
-    ) -> None:
-        self.title = f"{engine.name} server at {where}"
+    def __init__(self, engine: InferenceEngine, url: str, api_key: str, *, base_model: str, how_to_start: str) -> None:
+        self.title = f"{engine.name} server at {url}"
         self._engine = engine
-        self._where = where
+        self._url = url
         self._api_key = api_key
         self._base_model = base_model
         self._how_to_start = how_to_start
@@ -44,26 +42,31 @@ class AttachedServer:
         """Look whether it is there and takes our key. Raises ServerUnusable saying what is missing."""
         await self.close()
         self._given_up.clear()
-        probe = self._connect(frozenset())
+        connection = EngineConnection(self._engine, self._url, self._api_key, evidence=self._evidence)
         try:
-            call = self._engine.list_adapters()
-            status, body = await probe.request(call.method, call.path, call.json, PROBE_TIMEOUT_S)
+            connection.strangers |= await self._adapters_of(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    async def _adapters_of(self, connection: EngineConnection) -> frozenset[str]:
+        call = self._engine.list_adapters()
+        try:
+            status, body = await connection.request(call.method, call.path, call.json, PROBE_TIMEOUT_S)
         except ProcessFailed as error:
-            raise self._unusable(f"it does not answer: {error}") from error
-        finally:
-            await probe.close()
+            raise self.unusable(f"it does not answer: {error}") from error
         if status in (401, 403):
             given = "the key that it was given" if self._api_key else "a request without a key"
-            raise self._unusable(f"it refuses {given} (HTTP {status}). Give LocalBackend its inference_api_key")
+            raise self.unusable(f"it refuses {given} (HTTP {status}). Give LocalBackend its inference_api_key")
         try:
             self._engine.check_answer(call, status, body)
-            there = self._engine.read_adapters(body)
+            return self._engine.read_adapters(body)
         except EngineRefused as error:
-            raise self._unusable(str(error)) from error
+            raise self.unusable(str(error)) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise self._unusable(f"its answer to GET {call.path} is not that of engine {self._engine.name}") from error
-        self._connection = self._connect(there)
-        return self._connection
+            raise self.unusable(f"its answer to GET {call.path} is not that of engine {self._engine.name}") from error
 
     async def start_again(self) -> EngineConnection:
         """Wait until it answers again. Raises ProcessFailed when that takes long; ask again then."""
@@ -113,13 +116,11 @@ class AttachedServer:
         if connection is not None:
             await connection.close()
 
-    def _connect(self, strangers: frozenset[str]) -> EngineConnection:
-        def evidence() -> str:
-            return f" It is a server of yours ({self._where}); its log says more."
-
-        return EngineConnection(self._engine, self._where, self._api_key, evidence=evidence, strangers=strangers)
-
-    def _unusable(self, reason: str) -> ServerUnusable:
+    def unusable(self, reason: str) -> ServerUnusable:
+        """The error that says so, and how such a server must have been started."""
         return ServerUnusable(
             f"the {self.title} can't be used for {self._base_model}: {reason.rstrip('. ')}. {self._how_to_start}"
         )
+
+    def _evidence(self) -> str:
+        return f" It is a server of yours ({self._url}); its log says more."

@@ -1,10 +1,11 @@
-"""Which GPUs a server process gets: those that were asked for, checked against the machine, or the first ones.
+"""Which GPUs and CPU cores a server process gets: those that were asked for, checked against the machine, or its share.
 
 Knows indices only. Who uses a device when is `device_turns`' business.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from art_runtime.devices import Accelerator
@@ -41,3 +42,15 @@ def devices_of_replicas(
         )
     share = len(gpus) // replicas
     return [gpus[i * share : (i + 1) * share] for i in range(replicas)]
+
+
+def cores_of_replicas(replicas: int) -> list[tuple[int, ...]]:
+    """An equal share of the CPU cores for each of several replicas, none in particular for one alone.
+
+    Servers bind themselves to the first cores that they may use, so several would otherwise work on the same ones.
+    """
+    if replicas == 1 or not hasattr(os, "sched_getaffinity"):
+        return [()] * replicas
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // replicas
+    return [tuple(cores[i * share : (i + 1) * share]) for i in range(replicas)]

@@ -24,30 +24,29 @@ COMPLETION_TIMEOUT_S = 60.0
 class EngineConnection:
     """The way to one server. For one event loop.
 
-    `where` is the server's address without a path, `strangers` the adapters that it held before we came, which nobody
+    `url` is the server's address without a path, `strangers` the adapters that it held before we came, which nobody
     vouches for. `evidence` gives what an error should end with, such as the end of the server's log.
     """
 
     def __init__(
         self,
         engine: InferenceEngine,
-        where: str,
+        url: str,
         api_key: str,
         *,
         evidence: Callable[[], str],
-        strangers: frozenset[str] = frozenset(),
     ) -> None:
         self.engine = engine
-        self.where = where
+        self.url = url
         self.api_key = api_key
         self.confirmed: set[str] = set()
         self._evidence = evidence
-        self._strangers = set(strangers)
+        self.strangers: set[str] = set()
         self._used: dict[str, str] = {}
         self._http: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
-        return f"EngineConnection({self.engine.name}, {self.where})"
+        return f"EngineConnection({self.engine.name}, {self.url})"
 
     async def call(self, call: EngineCall) -> bytes:
         """Make a control call. Raises EngineRefused with the engine's reason, ProcessFailed when it does not answer."""
@@ -77,7 +76,7 @@ class EngineConnection:
             )
         if adapter in self.confirmed and adapter in await self.adapters():
             return
-        if adapter in self._strangers:
+        if adapter in self.strangers:
             await self.unload(adapter)
         # From here on the server may hold it, whatever becomes of the call.
         self._used[adapter] = fingerprint
@@ -98,11 +97,11 @@ class EngineConnection:
         except EngineRefused:
             if adapter in await self.adapters():
                 raise
-        self._strangers.discard(adapter)
+        self.strangers.discard(adapter)
 
     async def unload_strangers(self, prefix: str) -> list[str]:
         """Have the server forget what an earlier host left there under names that begin with `prefix`."""
-        stale = sorted(name for name in self._strangers if name.startswith(prefix))
+        stale = sorted(name for name in self.strangers if name.startswith(prefix))
         for adapter in stale:
             await self.unload(adapter)
         return stale
@@ -128,7 +127,7 @@ class EngineConnection:
         headers = {} if data is None else {"Content-Type": "application/json"}
         try:
             async with self._http.request(
-                method, self.where + path, data=data, headers=headers, timeout=aiohttp.ClientTimeout(total=limit_s)
+                method, self.url + path, data=data, headers=headers, timeout=aiohttp.ClientTimeout(total=limit_s)
             ) as response:
                 return response.status, await response.read()
         except TimeoutError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from art_core import InferenceEngine, InferenceLaunch, LaunchPlan
+from art_core import ArtError, InferenceEngine, InferenceLaunch, LaunchPlan
 from art_core.errors import ProcessFailed
 from art_runtime import StartProgress, SupervisedProcess
 
@@ -54,6 +54,9 @@ class InferenceServer(Protocol):
     def give_up(self) -> None:
         """Count it as lost, now: it does not do what it should."""
 
+    def unusable(self, reason: str) -> ArtError:
+        """The error that says that it can't be used at all, and what to do."""
+
     async def close(self) -> None:
         """Let it go. A second call does nothing."""
 
@@ -64,7 +67,9 @@ class BrokenServer(ProcessFailed):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """What a server is started with; see `InferenceLaunch`. `log_file` is appended to."""
+    """What a server is started with; see `InferenceLaunch`. `log_file` is appended to; the process keeps to `cores`, or
+    to none in particular.
+    """
 
     base_model: Path
     served_name: str
@@ -75,6 +80,7 @@ class ServerConfig:
     max_model_len: int | None = None
     dtype: str = "auto"
     devices: tuple[int, ...] = ()
+    cores: tuple[int, ...] = ()
     chat_template: Path | None = None
     engine_args: JSON = field(default_factory=dict)
 
@@ -102,7 +108,11 @@ class StartedServer:
         """Start the process. Raises ProcessFailed with the end of its log."""
         await self.close()
         process = self._process = await start_server(
-            self._plan, name=self.title, log_file=self._config.log_file, on_progress=on_progress
+            self._plan,
+            name=self.title,
+            log_file=self._config.log_file,
+            cores=self._config.cores,
+            on_progress=on_progress,
         )
 
         def evidence() -> str:
@@ -140,6 +150,11 @@ class StartedServer:
                     f" {SILENT_LIMIT * (HEALTH_EVERY_S + HEALTH_TIMEOUT_S):g} s, so it is ended."
                 )
                 process.kill()
+
+    def unusable(self, reason: str) -> ProcessFailed:
+        """With the end of its log."""
+        log = self._process.log_tail() if self._process is not None else "(it was not started)"
+        return ProcessFailed(f"the {self.title} can't be used: {reason.rstrip('. ')}. The end of its log:\n{log}")
 
     def give_up(self) -> None:
         """End the process at once; `gone` tells."""

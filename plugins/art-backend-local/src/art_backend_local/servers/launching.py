@@ -6,7 +6,7 @@ Between choosing a port and listening on it anyone may take it; that is no reaso
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from art_core import LaunchPlan
@@ -21,6 +21,7 @@ async def start_server(
     *,
     name: str,
     log_file: Path,
+    cores: Sequence[int] = (),
     on_progress: Callable[[StartProgress], None] | None = None,
 ) -> SupervisedProcess:
     """Run `plan_for(port)` until it is ready. Raises ProcessFailed, with the end of the log, when it can't be."""
@@ -28,7 +29,7 @@ async def start_server(
         port = free_port()
         try:
             return await SupervisedProcess.start(
-                plan_for(port), port=port, log_file=log_file, name=name, on_progress=on_progress
+                plan_for(port), port=port, log_file=log_file, name=name, cores=cores, on_progress=on_progress
             )
         except ProcessFailed:
             if not remaining or not _taken(port):

@@ -91,6 +91,8 @@ class Replicas:
         self._report = report
         self._held: dict[str, _Held] = {}
         self._some_up = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._tenants: Tenants | None = None
 
     def __repr__(self) -> str:
@@ -149,13 +151,32 @@ class Replicas:
         if self.broken is not None:
             raise self.broken
 
-    def pick(self) -> Replica:
-        """The server with the fewest requests under way. Raises ProcessFailed when none is up."""
-        serving = self._serving
-        if not serving:
-            raise self._none_up()
+    @property
+    def in_flight(self) -> int:
+        """How many requests they are answering."""
+        return sum(member.in_flight for member in self.members)
+
+    def begin_request(self) -> tuple[Replica, EngineConnection]:
+        """Count a request to the server with the fewest under way, until `end_request`. Raises ProcessFailed when none
+        is up.
+        """
         now = time.monotonic()
-        return min(serving, key=lambda member: (member.suspect_until > now, member.in_flight))
+        member = min(self._serving, key=lambda m: (m.suspect_until > now, m.in_flight), default=None)
+        if member is None or member.connection is None:
+            raise self._none_up()
+        member.in_flight += 1
+        self._quiet.clear()
+        return member, member.connection
+
+    def end_request(self, member: Replica) -> None:
+        """A request that was begun has ended, in whatever way."""
+        member.in_flight -= 1
+        if not self.in_flight:
+            self._quiet.set()
+
+    async def drained(self, limit_s: float) -> None:
+        """Wait until no request is under way. Raises TimeoutError."""
+        await asyncio.wait_for(self._quiet.wait(), limit_s)
 
     def suspect(self, member: Replica) -> None:
         """A request found it dead: others are asked first for a moment."""
