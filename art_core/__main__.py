@@ -18,7 +18,7 @@ def foreign_art() -> str:
             "The package `art` of art-core is missing. Reinstall it: pip install --force-reinstall --no-deps art-core"
         )
     # A foreign `art` in the same site-packages overwrites single files of ours; only its content tells whose it is.
-    if "art_core" in Path(spec.origin).read_text(errors="replace"):
+    if "art_core" in Path(spec.origin).read_text(errors="replace", encoding="utf-8"):
         return ""
     return (
         f"`import art` gives a foreign package at {Path(spec.origin).parent}: the name `art` on PyPI belongs to another"

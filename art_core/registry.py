@@ -201,7 +201,7 @@ class PluginRegistry:
         def before(hook: str, impls: Any, kwargs: Mapping[str, Any]) -> None:
             self.trace(hook, kwargs, [impl.plugin_name for impl in reversed(impls)])
 
-        def after(outcome: Any, hook: str, impls: Any, kwargs: Mapping[str, Any]) -> None:
+        def after(*_: Any) -> None:
             return None
 
         if not self._tracing:

@@ -85,7 +85,7 @@ def optimizer_ends(logs: Path) -> dict[int, float]:
     """When the last optimizer step of each training step was done, Unix seconds, from the workers' logs."""
     ends = {}
     for log in sorted(logs.glob("training-*.log")):
-        for line in log.read_text(errors="replace").splitlines():
+        for line in log.read_text(errors="replace", encoding="utf-8").splitlines():
             found = GRADIENT_STEP.match(line)
             if found:
                 ends[int(found[2])] = datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from art_core import CheckpointRef, PublicationReceipt, hookimpl
+from art_core import PublicationReceipt, hookimpl
 
 BAR_WIDTH = 30
 
@@ -24,7 +24,7 @@ class PublicationDisplay:
         self._console = console
 
     @hookimpl
-    def art_checkpoint_published(self, checkpoint: CheckpointRef, receipt: PublicationReceipt) -> None:
+    def art_checkpoint_published(self, receipt: PublicationReceipt) -> None:
         """Called once a step is loaded, verified and routed."""
         stages = ", ".join(f"{stage} {1000 * seconds:.0f} ms" for stage, seconds in receipt.seconds.items())
         self._console.print(f"  published [bold]{receipt.inference_name}[/] ({stages})", highlight=False)

@@ -33,15 +33,15 @@ class OneRoute:
             name=inference_name(NAME, STEP), step=STEP, release=lambda: None,
         )  # fmt: skip
 
-    async def acquire(self, project: str, requested_name: str) -> Route:
+    async def acquire(self, _project: str, _requested_name: str) -> Route:
         """The route."""
         return self._route
 
-    def projects_of(self, name: str) -> Collection[str]:
+    def projects_of(self, _name: str) -> Collection[str]:
         """The project."""
         return (PROJECT,)
 
-    def served(self, project: str | None) -> Sequence[ServedModel]:
+    def served(self, _project: str | None) -> Sequence[ServedModel]:
         """The model."""
         return (ServedModel(project=PROJECT, name=NAME, step=STEP, steps=(STEP,)),)
 

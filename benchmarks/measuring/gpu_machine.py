@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from art_core import installed_plugins
 from art_runtime import Accelerator
 from art_runtime.environments import EngineSpec, EnvironmentMissing, locate
-from art_runtime.environments_doctor import examine
+from art_runtime.environments.doctor import examine
 
 from .checklist import Item, NotPossible
 

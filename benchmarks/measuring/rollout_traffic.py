@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 import art
-from art_core import CheckpointRef, PublicationReceipt, Registration, hookimpl, inference_name
+from art_core import CheckpointRef, Registration, hookimpl, inference_name
 
 REQUEST_LIMIT_S = 600.0
 PAUSE_AFTER_FAILURE_S = 0.5
@@ -35,7 +35,7 @@ class SeenSteps:
         self.saved = checkpoint.step
 
     @hookimpl
-    async def art_checkpoint_published(self, checkpoint: CheckpointRef, receipt: PublicationReceipt) -> None:
+    async def art_checkpoint_published(self, checkpoint: CheckpointRef) -> None:
         """No older step may answer a request that is sent from now on."""
         self.published = checkpoint.step
 

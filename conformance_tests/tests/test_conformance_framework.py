@@ -16,7 +16,8 @@ from art_conformance.requirements import checks_of
 pytest_plugins = ["pytester"]
 # Loaded here, because a run inside this process forgets what it imported, and numpy can't be imported twice.
 requirements()
-OPTIONS = ("-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
+# Warnings are what they are for a user, and not errors, as they are for the run that this one is within.
+OPTIONS = ("-p", "no:cacheprovider", "-W", "default", "-o", "asyncio_default_fixture_loop_scope=function")
 
 
 def run(pytester: pytest.Pytester, body: str, *arguments: str) -> tuple[pytest.RunResult, dict[str, Any]]:

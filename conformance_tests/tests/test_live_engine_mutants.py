@@ -266,6 +266,18 @@ async def test_the_check_notices(id: str, server: LiveEngine, tmp_path: Path) ->
         await clean_up(server)
 
 
+@pytest.mark.parametrize("id", ["INF-124", "INF-128", "INF-130"])
+async def test_a_check_of_what_is_under_way_is_not_met_when_nothing_is(
+    id: str, server: LiveEngine, tmp_path: Path
+) -> None:
+    answers_at_once = changing_requests(lambda request, _: request.update(max_tokens=1))
+    try:
+        with pytest.raises(AssertionError, match="it shows nothing"):
+            await run_check(id, replace_engine(server, answers_at_once()), tmp_path)
+    finally:
+        await clean_up(server)
+
+
 @pytest.mark.parametrize("id", MUTANTS)
 async def test_the_check_is_met_by_the_sound_engine(id: str, server: LiveEngine, tmp_path: Path) -> None:
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import shutil
 import uuid
@@ -482,6 +483,52 @@ async def _to_the_newest(backend: ReferenceBackend, request: httpx.Request) -> h
 async def test_the_check_notices(id: str, own_tiny_model: Path, tmp_path: Path, tmp_path_factory: Any) -> None:
     with pytest.raises((AssertionError, ArtError, pytest.fail.Exception)):
         await run_check(id, MUTANTS[id], own_tiny_model, tmp_path, tmp_path_factory)
+
+
+class DrainsBeforeItPublishes(ReferenceBackend):
+    """While a step is published nothing is under way: requests wait for it, and it waits for requests."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.open = asyncio.Event()
+        self.open.set()
+        self.under_way = 0
+
+    async def handle(self, request: httpx.Request) -> httpx.Response:
+        await self.open.wait()
+        self.under_way += 1
+        try:
+            return await super().handle(request)
+        finally:
+            self.under_way -= 1
+
+    def publisher(self, served: ServedModel) -> ReferencePublisher:
+        backend = self
+
+        class Publisher(ReferencePublisher):
+            async def check(self, checkpoint: CheckpointRef) -> None:
+                if checkpoint.step:
+                    backend.open.clear()
+                while backend.under_way:
+                    await asyncio.sleep(0.01)
+                await super().check(checkpoint)
+
+        return Publisher(served.base, served.steps, served.adapters, self.path / "loaded")
+
+    async def train(self, model: Any, trajectory_groups: Any, **options: Any) -> LocalTrainResult:
+        try:
+            return await super().train(model, trajectory_groups, **options)
+        finally:
+            self.open.set()
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="function")
+async def test_requests_in_flight_are_not_taken_for_granted(
+    own_tiny_model: Path, tmp_path: Path, tmp_path_factory: Any
+) -> None:
+    with pytest.raises(AssertionError, match="it shows nothing"):
+        await run_check("PUB-007", DrainsBeforeItPublishes, own_tiny_model, tmp_path, tmp_path_factory)
 
 
 def test_every_check_has_a_mutant_or_a_reason() -> None:

@@ -56,7 +56,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
-    content = page.read_text()
+    content = page.read_text(encoding="utf-8")
     for match in FENCE.finditer(content):
         language, *marks = shlex.split(match["info"]) or [""]
         yield Block(language, tuple(marks), match["text"], content[: match.start("text")].count("\n") + 1)
@@ -132,14 +132,14 @@ def test_every_page_has_only_marks_that_mean_something() -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in (*PAGES, *READMES):
-        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text() if page.exists() else ""):
+        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8") if page.exists() else ""):
             if not target.startswith(("http:", "https:")):
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 
 def table_of(page: Path, first_column: str) -> dict[str, list[str]]:
     """The rows of the table whose first column has this title, by their first cell without backquotes."""
-    lines = page.read_text().splitlines()
+    lines = page.read_text(encoding="utf-8").splitlines()
     (start,) = [n for n, line in enumerate(lines) if line.startswith(f"| {first_column} |")]
     rows = {}
     for line in lines[start + 2 :]:
@@ -151,7 +151,7 @@ def table_of(page: Path, first_column: str) -> dict[str, list[str]]:
 
 
 def hooks_in_page() -> dict[str, tuple[list[str], str]]:
-    text = (ROOT / "docs" / "hooks.md").read_text()
+    text = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
     found = re.findall(r"^### `(art_\w+)\(([^)]*)\)`\n\nKind: ([a-z ]+)\. ", text, re.MULTILINE)
     assert len(found) == text.count("\n### "), "a hook's section doesn't begin as the others do"
     return {name: ([a for a in arguments.split(", ") if a], kind) for name, arguments, kind in found}
@@ -194,7 +194,7 @@ def projects(tmp_path: Path) -> Path:
         if block.file is not None:
             file = tmp_path / "projects" / block.file
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block.text)
+            file.write_text(block.text, encoding="utf-8")
     return tmp_path / "projects"
 
 
@@ -214,7 +214,7 @@ def engine(projects: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_the_ten_lines_are_ten_and_a_plugin(
     projects: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = (projects / "art-bell" / "art_bell.py").read_text()
+    source = (projects / "art-bell" / "art_bell.py").read_text(encoding="utf-8")
     assert len([line for line in source.splitlines() if line.strip()]) <= 10
     monkeypatch.syspath_prepend(str(projects / "art-bell"))
     import art_bell  # type: ignore[import-not-found,unused-ignore]
@@ -265,12 +265,12 @@ def test_the_projects_of_the_page_install_and_conform(projects: Path, tmp_path: 
         )
         return ran.stdout
 
-    page = (ROOT / "docs" / "writing-a-plugin.md").read_text()
+    page = (ROOT / "docs" / "writing-a-plugin.md").read_text(encoding="utf-8")
     assert f"```\n{art('plugins', 'show', 'mine')}```" in page
     rows = {row["name"]: row for row in json.loads(art("plugins", "--json"))}
     assert rows["bell"]["hooks"] == ["art_checkpoint_published"]
     for name, project in (("bell", "art-bell"), ("mine", "art-engine-mine")):
-        declared = tomllib.loads((projects / project / "pyproject.toml").read_text())["project"]
+        declared = tomllib.loads((projects / project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         assert (rows[name]["status"], rows[name]["version"]) == ("active", declared["version"])
     only_bell = subprocess.run(
         [sys.executable, "-c", ONE_ROW], env=env, capture_output=True, text=True, timeout=120, check=True

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grimp import build_graph
+from importlinter.cli import lint_imports
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +64,7 @@ def python_files() -> list[Path]:
 
 @cache
 def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), str(path))
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def optional(path: Path) -> set[ast.AST]:
@@ -86,7 +88,7 @@ def imported(path: Path, *, without: Collection[ast.AST] = ()) -> Iterator[str]:
 
 
 def packages_of(project: Path) -> list[Path]:
-    declared = tomllib.loads((project / "pyproject.toml").read_text())
+    declared = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
     return [project / name for name in declared["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
 
 
@@ -125,7 +127,7 @@ def test_nothing_names_the_modules_of_an_engine_but_itself(package: Path) -> Non
 
 @pytest.mark.parametrize("project", [pytest.param(project, id=project.name) for project in PROJECTS])
 def test_what_is_imported_is_declared(project: Path) -> None:
-    declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    declared = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [line for lines in declared.get("optional-dependencies", {}).values() for line in lines]
     requirements = [Requirement(line) for line in (*declared["dependencies"], *extras)]
     known = {normal(r.name) for r in requirements} | {normal(declared["name"])}
@@ -156,6 +158,26 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def test_within_the_distributions_too_arrows_go_one_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """The contracts in pyproject.toml: no circles, and the wings of the larger distributions."""
+    kept = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert kept == 0, capsys.readouterr().out
+
+
+def test_every_package_is_looked_at_for_circles() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    [circles] = [contract for contract in contracts["contracts"] if contract["id"] == "circles"]
+    packages = {package.name for project in PROJECTS for package in packages_of(project)}
+    assert set(contracts["root_packages"]) == set(circles["ancestors"]) == packages
+
+
+def test_no_module_imports_a_package_that_holds_it() -> None:
+    graph = build_graph(*(package.name for project in PROJECTS for package in packages_of(project)), cache_dir=None)
+    for module in graph.modules:
+        above = {other for other in graph.find_modules_directly_imported_by(module) if module.startswith(f"{other}.")}
+        assert not above, f"{module} imports {', '.join(above)}, which is made of it"
+
+
 def test_no_exception_is_passed_over() -> None:
     for file in python_files():
         for node in ast.walk(tree_of(file)):
@@ -169,13 +191,25 @@ def test_no_exception_is_passed_over() -> None:
             assert node.type is not None, f"{file.relative_to(ROOT)}:{node.lineno} catches everything, Ctrl-C included"
 
 
+def test_packages_read_and_write_text_as_utf8() -> None:
+    # ruff finds only those calls of which it knows that they are a path's.
+    for project in PROJECTS:
+        for package in packages_of(project):
+            for file in package.rglob("*.py"):
+                for node in ast.walk(tree_of(file)):
+                    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                        named = {keyword.arg for keyword in node.keywords}
+                        text = node.func.attr in ("read_text", "write_text")
+                        assert not text or "encoding" in named, f"{file.relative_to(ROOT)}:{node.lineno}: no encoding"
+
+
 MACHINE_PATH = re.compile(r"""(?<![\w.}/])/(?:work|root|home|Users|mnt|opt/(?:wheels|pypi))/[\w.]""")
 
 
 def test_no_file_holds_a_path_of_a_machine() -> None:
     for file in tracked_files():
         try:
-            lines = file.read_text().splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             continue
         for number, line in enumerate(lines, 1):
@@ -196,7 +230,7 @@ def test_every_module_says_what_it_is() -> None:
     for project in PROJECTS:
         for package in packages_of(project):
             for file in package.rglob("*.py"):
-                source = file.read_text().strip()
+                source = file.read_text(encoding="utf-8").strip()
                 if source:
                     assert ast.get_docstring(tree_of(file)), f"{file.relative_to(ROOT)} has no docstring"
 

@@ -26,7 +26,7 @@ NEEDS = {
 
 
 def read(project: Path) -> dict[str, Any]:
-    return tomllib.loads((project / "pyproject.toml").read_text())
+    return tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def requirements(project: Path) -> list[Requirement]:
@@ -44,7 +44,7 @@ def test_a_distribution_names_itself(project: Path) -> None:
     assert declared["license"] == "Apache-2.0"
     assert declared["requires-python"] == ">=3.11"
     assert len(declared["description"]) > 20
-    readme = (project / declared["readme"]).read_text()
+    readme = (project / declared["readme"]).read_text(encoding="utf-8")
     assert len(readme.splitlines()) >= 3, "the README says next to nothing"
     assert declared["name"] in readme
 
@@ -106,10 +106,19 @@ def test_the_core_is_light() -> None:
 
 
 def test_the_licence_is_there() -> None:
-    assert "Apache License" in (ROOT / "LICENSE").read_text()[:400]
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")[:400]
 
 
 def test_every_distribution_is_in_the_workspace() -> None:
     workspace = read(ROOT)["tool"]["uv"]["workspace"]["members"]
     members = {path for pattern in workspace for path in ROOT.glob(pattern) if (path / "pyproject.toml").is_file()}
     assert members == set(PROJECTS) - {ROOT}
+
+
+def test_every_package_is_type_checked() -> None:
+    packages = {
+        Path(name).name
+        for project in PROJECTS
+        for name in read(project)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    }
+    assert set(read(ROOT)["tool"]["mypy"]["packages"]) == packages

@@ -58,7 +58,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(wheels: Path) -> Iterator[tuple[dict[str, Any], zipfile.ZipFile, str]]:
     for project in PROJECTS:
-        declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+        declared = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         stem = f"{declared['name'].replace('-', '_')}-{declared['version']}"
         with zipfile.ZipFile(wheels / f"{stem}-py3-none-any.whl") as wheel:
             yield declared, wheel, f"{stem}.dist-info"
@@ -147,7 +147,7 @@ def test_a_model_is_served_from_the_clean_environment(environment: Path, tmp_pat
     from art_conformance.tiny_model import write_base_model
 
     base = write_base_model(tmp_path / "tiny")
-    (tmp_path / "serve.py").write_text(SERVE)
+    (tmp_path / "serve.py").write_text(SERVE, encoding="utf-8")
     ran = subprocess.run(
         ["python", "serve.py", str(base)],
         env=clean_env(environment),

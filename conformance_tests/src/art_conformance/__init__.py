@@ -6,9 +6,9 @@ because pytest loads this package in every run.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import catalogue
 from .requirements import MUST, SHOULD, Level, Requirement, check
 
 if TYPE_CHECKING:
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from .plugin_suite import PluginConformance
     from .publication_suite import PublicationConformance
     from .training_suite import TrainingEngineConformance
-
-SUITES = {
-    "PluginConformance": "plugin_suite",
-    "InferenceEngineConformance": "inference_suite",
-    "TrainingEngineConformance": "training_suite",
-    "PublicationConformance": "publication_suite",
-    "BackendConformance": "backend_suite",
-}
 
 __all__ = [
     "MUST",
@@ -41,6 +33,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in SUITES:
+    if name not in catalogue.SUITES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{SUITES[name]}", __name__), name)
+    return catalogue.suite(name)

@@ -172,7 +172,7 @@ class BackendConformance(BackendSuite):
     @check(
         "BCK-015", MUST, "A base model that isn't there is BaseModelNotFound, and says what was looked for.", live=True
     )
-    async def test_no_base_model(self, backend: Backend, new_agent: NewAgent, tmp_path: Path) -> None:
+    async def test_no_base_model(self, new_agent: NewAgent, tmp_path: Path) -> None:
         with pytest.raises(BaseModelNotFound, match="nowhere"):
             await new_agent(base_model=str(tmp_path / "nowhere"))
 
@@ -310,7 +310,7 @@ class BackendConformance(BackendSuite):
         live=True,
     )
     async def test_warm_start(
-        self, backend: Backend, new_agent: NewAgent, conformance_model: Path, tmp_path: Path, oracle: Oracle
+        self, new_agent: NewAgent, conformance_model: Path, tmp_path: Path, oracle: Oracle
     ) -> None:
         adapter = write_adapter(tmp_path / "warm", conformance_model, seed=31)
         agent = await new_agent(base_model=str(adapter))

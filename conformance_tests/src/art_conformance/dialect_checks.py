@@ -69,7 +69,7 @@ class DialectChecks(Suite):
         folder = tmp_path / "weights-7c1"
         folder.mkdir()
         config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 512}
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         return InferenceLaunch(
             base_model=folder,
             served_name="base-7c1",

@@ -84,13 +84,7 @@ class LiveEngineSuite(DialectChecks):
 
     @pytest_asyncio.fixture(scope="class", loop_scope="class")
     @classmethod
-    async def servers(
-        cls,
-        engine: InferenceEngine,
-        launch: InferenceLaunch,
-        adapters: dict[str, Path],
-        tmp_path_factory: pytest.TempPathFactory,
-    ) -> AsyncIterator[list[LiveEngine]]:
+    async def servers(cls) -> AsyncIterator[list[LiveEngine]]:
         """The server of this class as the only item of a list; `live` starts it, and again after it died."""
         running: list[LiveEngine] = []
         yield running

@@ -22,7 +22,7 @@ from .backend_fixtures import BackendSuite, NewAgent
 from .oracle import Oracle
 from .recorder import TRAINING
 from .requirements import MUST, check
-from .serving import Sample, gather_limited
+from .serving import REQUEST_LIMIT_S, Sample, gather_limited
 from .spoiled import SPOILED, other_weights
 
 Cap = BackendCapability
@@ -120,21 +120,40 @@ class PublicationConformance(BackendSuite):
     )
     async def test_in_flight(self, agent: Agent, oracle: Oracle) -> None:
         groups = await agent.groups()
-        asking: list[asyncio.Task[list[Sample]]] = []
+        asking: list[asyncio.Task[None]] = []
+        answers: list[tuple[list[Sample], bool]] = []
+
+        def published() -> bool:
+            return "art_checkpoint_published" in agent.heard.names()
+
+        async def keep_asking(max_tokens: int) -> None:
+            while not published():
+                found = await agent.ask(n=2, max_tokens=max_tokens)
+                answers.append((found, published()))
 
         async def start(_: CheckpointRef) -> None:
-            asking.extend(asyncio.create_task(agent.ask(n=2, max_tokens=250)) for _ in range(4))
-            await asyncio.sleep(0.1)  # long enough to be under way, and no assertion depends on it
+            # Of unlike lengths, so that they don't all end at once, which may be when the step is routed.
+            asking.extend(asyncio.create_task(keep_asking(max_tokens)) for max_tokens in (80, 130, 180, 230))
+            while len(answers) < len(asking) and not any(task.done() for task in asking):
+                await asyncio.sleep(0.01)
 
         agent.heard.before_publish = start
-        await agent.backend.train(agent.model, groups, learning_rate=0.05)
-        answers = await gather_limited(*asking)
+        try:
+            async with asyncio.timeout(REQUEST_LIMIT_S):
+                await agent.backend.train(agent.model, groups, learning_rate=0.05)
+            await gather_limited(*asking)
+        finally:
+            for task in asking:
+                task.cancel()
         folders: dict[int, Path | None] = {0: None, 1: agent.folder(1)}
-        for found in answers:
+        spanning = 0
+        for found, ended_after in answers:
             versions = {version_of(sample) for sample in found}
             assert len(versions) == 1
             (version,) = versions
             self.assert_answers_as(oracle, found, folders[version], [folders[1 - version]])
+            spanning += ended_after and version == 0
+        assert spanning, "no request was in flight while the step was published: it shows nothing"
         assert {version_of(s) for s in await agent.ask()} == {1}
 
     @check(

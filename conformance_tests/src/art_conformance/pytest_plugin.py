@@ -141,9 +141,7 @@ def _named_target(config: pytest.Config, cls: type) -> str:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     requirement = requirement_of(getattr(item, "function", None))
     if requirement is None or not any(name == _PROPERTY for name, _ in item.user_properties):

@@ -43,7 +43,7 @@ def train_step(base: Path, start: Path, folder: Path, rows: Sequence[Row], rate:
     optimizer.step()
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
-    (folder / CANARY).write_text(_canary(base, start, folder, rows).model_dump_json())
+    (folder / CANARY).write_text(_canary(base, start, folder, rows).model_dump_json(), encoding="utf-8")
     return {
         "loss/train": total,
         "loss/grad_norm": norm,

@@ -112,7 +112,7 @@ class SamplingChecks(LiveEngineSuite):
         assert first != other
 
     @check("INF-111", MUST, "A stop string ends the answer and is not part of its text.", live=True)
-    async def test_stop(self, live: LiveEngine, oracle: Oracle) -> None:
+    async def test_stop(self, live: LiveEngine) -> None:
         [free] = await live.chat(ONE, messages=ASK, max_tokens=48, temperature=0.0)
         printable = [c for c in free.text if c.isascii() and c.isprintable() and not c.isspace()]
         assert printable, "the suite's model said nothing that could be a stop string"

@@ -76,11 +76,11 @@ class LiveEngine:
         """Ask for a chat completion that is under way when this returns; gives the task that ends with its choices.
 
         The first tokens of a stream show that it is. An engine that declares no stream with token ids is only given a
-        moment.
+        moment; whether the answer is still to come, the check must look in either case.
         """
         if InferenceCapability.STREAMING_TOKEN_IDS not in self.engine.capabilities:
             whole = asyncio.create_task(self.chat(adapter, **body))
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.1)
             return whole
         first = asyncio.Event()
         task = asyncio.create_task(self.streamed(adapter, first, **body))

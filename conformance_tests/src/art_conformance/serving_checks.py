@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,10 @@ class ServingChecks(LiveEngineSuite):
     async def test_in_flight(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
         old, new = "conformance/flight@1", "conformance/flight@2"
         await live.load(old, adapters[ONE])
-        asking = [await live.begun(old, messages=ASK, max_tokens=160, n=2) for _ in range(4)]
+        asking = [await live.begun(old, messages=ASK, max_tokens=240, n=2) for _ in range(4)]
         try:
             await live.load(new, adapters[TWO])
+            assert not all(task.done() for task in asking), "no request was in flight at the load: it shows nothing"
             unloading = asyncio.create_task(live.unload(old))
             newer = await live.chat(new, messages=ASK, max_tokens=16, n=2)
             answers = await gather_limited(*asking)
@@ -166,9 +168,9 @@ class ServingChecks(LiveEngineSuite):
 
     @check("INF-128", MUST, "A client that goes away in mid-answer harms no other request.", live=True)
     async def test_client_goes_away(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
-        staying = asyncio.create_task(live.chat(TWO, messages=ASK, max_tokens=64))
-        going = [asyncio.create_task(live.chat(ONE, messages=ASK, max_tokens=400, n=4)) for _ in range(3)]
-        await asyncio.sleep(0.2)  # long enough to be under way, and no assertion depends on it
+        going = [await live.begun(ONE, messages=ASK, max_tokens=400, n=4) for _ in range(3)]
+        staying = await live.begun(TWO, messages=ASK, max_tokens=200, n=2)
+        assert not any(task.done() for task in (*going, staying)), "an answer was whole too soon: it shows nothing"
         for task in going:
             task.cancel()
         await asyncio.gather(*going, return_exceptions=True)
@@ -181,12 +183,15 @@ class ServingChecks(LiveEngineSuite):
         live=True,
     )
     async def test_pause(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
-        before = asyncio.create_task(live.chat(ONE, messages=ASK, max_tokens=200, n=2))
-        await asyncio.sleep(0.1)  # long enough to be under way, and no assertion depends on it
+        began = time.monotonic()
+        await live.chat(TWO, messages=ASK, max_tokens=4)
+        usual_s = time.monotonic() - began
+        before = await live.begun(ONE, messages=ASK, max_tokens=240, n=2)
         await live.control(live.engine.pause())
         try:
+            assert not before.done(), "no request was in flight at the pause: it shows nothing"
             during = asyncio.create_task(live.chat(TWO, messages=ASK, max_tokens=4))
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(max(1.0, 5 * usual_s))
             assert not during.done(), "a request was answered while the engine was paused"
         finally:
             await live.control(live.engine.resume())
@@ -219,7 +224,7 @@ class ServingChecks(LiveEngineSuite):
 
     @check("INF-140", MUST, "The server's log never holds the API key.", live=True)
     async def test_log_holds_no_key(self, live: LiveEngine) -> None:
-        log = live.process.log_file.read_text(errors="replace")
+        log = live.process.log_file.read_text(errors="replace", encoding="utf-8")
         assert log.strip() or live.process.running
         assert KEY not in log
 

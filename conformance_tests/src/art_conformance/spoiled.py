@@ -27,22 +27,24 @@ def reseal(folder: Path, manifest: CheckpointManifest) -> None:
     for name in manifest.files:
         content = (folder / name).read_bytes()
         files[name] = FileRecord(size=len(content), sha256=hashlib.sha256(content).hexdigest())
-    (folder / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
+    (folder / MANIFEST).write_text(
+        manifest.model_copy(update={"files": files}).model_dump_json(indent=1), encoding="utf-8"
+    )
 
 
-def missing(folder: Path, base_model: Path) -> None:
+def missing(folder: Path, _: Path) -> None:
     """The weights are gone."""
     (folder / ADAPTER_WEIGHTS).unlink()
 
 
-def empty(folder: Path, base_model: Path) -> None:
+def empty(folder: Path, _: Path) -> None:
     """The weights' file has no content."""
     manifest = read_manifest(folder)
     (folder / ADAPTER_WEIGHTS).write_bytes(b"")
     reseal(folder, manifest)
 
 
-def truncated(folder: Path, base_model: Path) -> None:
+def truncated(folder: Path, _: Path) -> None:
     """Half of the weights' file."""
     manifest = read_manifest(folder)
     content = (folder / ADAPTER_WEIGHTS).read_bytes()
@@ -60,7 +62,7 @@ def wrong_width(folder: Path, base_model: Path) -> None:
     _replace(folder, base_model, width_error=16)
 
 
-def not_a_number(folder: Path, base_model: Path) -> None:
+def not_a_number(folder: Path, _: Path) -> None:
     """One weight is NaN."""
     manifest = read_manifest(folder)
 
@@ -71,7 +73,7 @@ def not_a_number(folder: Path, base_model: Path) -> None:
     reseal(folder, manifest)
 
 
-def other_base(folder: Path, base_model: Path) -> None:
+def other_base(folder: Path, _: Path) -> None:
     """An adapter for a model with more layers, under other names."""
     manifest = read_manifest(folder)
 

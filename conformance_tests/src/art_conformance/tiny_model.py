@@ -76,9 +76,11 @@ def write_base_model(folder: Path, *, seed: int = 1) -> Path:
         "pad_token_id": ids["<|endoftext|>"],
         "torch_dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     stops = [ids["<|im_end|>"]]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops, "do_sample": True}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": stops, "do_sample": True}), encoding="utf-8"
+    )
     save_file(_weights(ids, np.random.default_rng(seed)), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -136,7 +138,7 @@ def write_adapter(
         "inference_mode": True,
         "target_modules": list(MODULES),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return folder
 
 
@@ -210,6 +212,6 @@ def _write_tokenizer(folder: Path) -> dict[str, int]:
         "add_bos_token": False,
         "chat_template": TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     return vocabulary

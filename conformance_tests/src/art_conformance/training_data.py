@@ -145,7 +145,7 @@ def shared_tokens(groups: Sequence[TrajectoryGroup]) -> tuple[int, int]:
     for group in groups:
         for trajectory in group:
             prompt, ids = rows_of(trajectory)[-1]
-            sequences.append(tuple([*prompt, *ids]))
+            sequences.append((*prompt, *ids))
     nodes = {sequence[:length] for sequence in sequences for length in range(1, len(sequence) + 1)}
     return sum(map(len, sequences)), len(nodes)
 

@@ -144,7 +144,7 @@ class TrainingFaultChecks(TrainingEngineSuite):
 
     @check("TRN-140", MUST, "The worker's log never holds its token.", live=True)
     async def test_log_holds_no_token(self, worker: LiveWorker) -> None:
-        assert TOKEN not in worker.process.log_file.read_text(errors="replace")
+        assert TOKEN not in worker.process.log_file.read_text(errors="replace", encoding="utf-8")
 
     @check("TRN-141", MUST, "On SIGTERM the worker leaves within its plan's stop_timeout_s.", live=True)
     async def test_stops(self, worker: LiveWorker) -> None:

@@ -163,9 +163,7 @@ class TrainingJobChecks(TrainingEngineSuite):
         "Every trained step starts from the checkpoint that its job names, whatever ran before.",
         live=True,
     )
-    async def test_start_is_obeyed(
-        self, worker: LiveWorker, job: Any, groups: list[TrajectoryGroup], start: Path, oracle: Oracle
-    ) -> None:
+    async def test_start_is_obeyed(self, worker: LiveWorker, job: Any, groups: list[TrajectoryGroup]) -> None:
         first, second = job(groups, name="a"), job(groups, name="b")
         one = await worker.train(first)
         two = await worker.train(second)

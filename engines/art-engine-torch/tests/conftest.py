@@ -159,8 +159,8 @@ def tiny_adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Te
 
 def edit_json(path: Path, **changes: Any) -> None:
     """Changes fields of a JSON file; a value of None takes the field out."""
-    data = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+    data = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

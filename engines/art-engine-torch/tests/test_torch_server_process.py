@@ -71,7 +71,7 @@ def wait_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path
     seen: set[int | None] = set()
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None, log.read_text(encoding="utf-8")
         try:
             status: int | None = client.get("/health").status_code
         except httpx.TransportError:
@@ -80,7 +80,7 @@ def wait_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path
         if status == 200:
             return seen
         time.sleep(0.05)
-    raise AssertionError(f"not ready after {START_S} s: {log.read_text()}")
+    raise AssertionError(f"not ready after {START_S} s: {log.read_text(encoding='utf-8')}")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_signal_ends_it_with_its_requests(tiny_model: Callable[[str], Path], t
         process.send_signal(signal.SIGTERM)
         assert request.result().status_code == 500
         process.wait(30)
-        assert KEY not in (tmp_path / "log").read_text()
+        assert KEY not in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other type"])
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_the_reason(
     finally:
         process.kill()
         process.wait()
-    last = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    last = (tmp_path / "log").read_text(encoding="utf-8").strip().splitlines()[-1]
     says = {"missing": "no model folder", "truncated": "safetensors", "other type": "gpt2"}[damage]
     assert "art_engine_torch.server ended" in last
     assert says.lower() in last.lower()
@@ -164,4 +164,4 @@ def test_a_taken_port_ends_it(tiny_model: Callable[[str], Path], tmp_path: Path)
         finally:
             process.kill()
             process.wait()
-    assert "address already in use" in (tmp_path / "log").read_text()
+    assert "address already in use" in (tmp_path / "log").read_text(encoding="utf-8")

@@ -58,7 +58,7 @@ def run(trainer: Trainer, job: TrainJob) -> dict[str, float]:
 
 @pytest.mark.parametrize("capacity", [10_000, 60])
 def test_packed_loss_and_gradients_equal_one_sequence_at_a_time(
-    small_policy: Make, make_groups: Make, checkpoints: Path, job: Make, capacity: int
+    small_policy: Make, make_groups: Make, job: Make, capacity: int
 ) -> None:
     policy = small_policy()
     run(Trainer(policy), job(1))  # so that B is not zero
@@ -264,7 +264,7 @@ def test_plot_is_written_beside_the_checkpoints(small_policy: Make, job: Make, c
     assert (checkpoints.parent / "plots" / "step-0001.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_settings_are_read_or_refused_by_name(small_policy: Make, job: Make, checkpoints: Path) -> None:
+def test_settings_are_read_or_refused_by_name(small_policy: Make, job: Make) -> None:
     trainer = Trainer(small_policy())
     with pytest.raises(UnknownArgument, match=r"weight_decai.*weight_decay"):
         run(trainer, job(1, adapter={"trainer_args": {"weight_decai": 1}}))

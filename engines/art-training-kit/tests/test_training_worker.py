@@ -101,8 +101,10 @@ class Waiting(Trainer):
     def __init__(self, policy: Any) -> None:
         super().__init__(policy)
         self.go, self.stopped = threading.Event(), threading.Event()
+        self.cancelled: Callable[[], bool] = lambda: False
 
     def run(self, job: TrainJob, cancelled: Callable[[], bool] = lambda: False) -> Iterator[TrainEvent]:
+        self.cancelled = cancelled
         try:
             for event in super().run(job, cancelled):
                 yield event
@@ -121,7 +123,9 @@ async def test_one_job_at_a_time_and_a_client_that_leaves_cancels_its_own(
             assert read_event(await anext(answer.aiter_lines())).event == "started"
             assert (await client.post("/jobs", content=body())).status_code == 409
             assert (await client.get("/health")).json() == {"status": "training"}
-        await asyncio.sleep(1.5)
+        async with asyncio.timeout(30):
+            while not waiting.cancelled():
+                await asyncio.sleep(0.01)
         waiting.go.set()
         assert await asyncio.to_thread(waiting.stopped.wait, 30)
         assert [p.name for p in checkpoints.iterdir()] == ["0000"]

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from art_backend_local.adapters.identity import write_identity_adapter
 from art_backend_local.wire.lora_shape import LoraShape
+from art_conformance.tiny_model import HIDDEN
 from art_core.errors import AdapterMismatch, BaseModelNotFound, UnknownArgument
 from art_engine_kit.adapter_files import check_adapter
 from art_engine_kit.base_shapes import linear_shapes, select_modules
@@ -55,8 +56,15 @@ def test_identity_adapter_is_the_same_each_time_and_follows_its_seed(base, tmp_p
     assert not np.array_equal(first, make("c", random_state=1))
 
 
-def test_sharded_weights_have_the_same_shapes(base, make_base, tmp_path):
-    sharded = make_base(tmp_path / "sharded", shards=3)
+def test_sharded_weights_have_the_same_shapes(base, tmp_path):
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    tensors = load_file(base / "model.safetensors")
+    weight_map = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name, place in weight_map.items() if place == file}, sharded / file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (sharded / "config.json").write_bytes((base / "config.json").read_bytes())
     assert linear_shapes(sharded) == linear_shapes(base)
     (sharded / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(BaseModelNotFound, match="model-00002-of-00003"):
@@ -86,7 +94,7 @@ def test_peft_args_that_cannot_work_are_refused_by_name(peft_args, error):
         LoraShape.of(peft_args)
 
 
-def test_each_kind_of_bad_adapter_is_refused_with_its_reason(adapter, base, tmp_path):
+def test_each_kind_of_bad_adapter_is_refused_with_its_reason(adapter, base):
     shapes = linear_shapes(base)
     whole = (adapter / "adapter_model.safetensors").read_bytes()
     config = (adapter / "adapter_config.json").read_text()
@@ -98,11 +106,11 @@ def test_each_kind_of_bad_adapter_is_refused_with_its_reason(adapter, base, tmp_
         (adapter / "adapter_config.json").write_text(config)
 
     refused("rank 8, but the engine", max_rank=4)
-    change(adapter, **{f"{Q}.lora_A.weight": np.zeros((8, 9), np.float32)})
-    refused(r"q_proj.lora_A has shape \[8, 9\] where \[r, 8\]")
+    change(adapter, **{f"{Q}.lora_A.weight": np.zeros((8, HIDDEN + 1), np.float32)})
+    refused(rf"q_proj.lora_A has shape \[8, {HIDDEN + 1}\] where \[r, {HIDDEN}\]")
     change(adapter, **{f"{Q}.lora_B.weight": np.zeros((7, 8), np.float32)})
-    refused(r"q_proj.lora_B has shape \[7, 8\] where \[8, r\]")
-    change(adapter, **{f"{Q}.lora_A.weight": np.zeros((4, 8), np.float32)})
+    refused(rf"q_proj.lora_B has shape \[7, 8\] where \[{HIDDEN}, r\]")
+    change(adapter, **{f"{Q}.lora_A.weight": np.zeros((4, HIDDEN), np.float32)})
     refused("config says rank 8")
     change(adapter, **{"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": np.zeros((8, 8), np.float32)})
     refused("layers.9.self_attn.q_proj'.*does not have")
@@ -110,11 +118,11 @@ def test_each_kind_of_bad_adapter_is_refused_with_its_reason(adapter, base, tmp_
     refused("no LoRA weight")
     for value in (np.nan, np.inf):
         for kind in (np.float32, np.float16, np.float64):
-            bad = np.zeros((8, 8), kind)
+            bad = np.zeros((HIDDEN, 8), kind)
             bad[3, 4] = value
             change(adapter, **{f"{Q}.lora_B.weight": bad})
-            refused("1 of 64 values that are not finite")
-    change(adapter, **{f"{Q}.lora_A.weight": np.zeros((8, 8), np.int32)})
+            refused(f"1 of {8 * HIDDEN} values that are not finite")
+    change(adapter, **{f"{Q}.lora_A.weight": np.zeros((8, HIDDEN), np.int32)})
     refused("is I32")
     (adapter / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
     refused("cut short")
@@ -126,7 +134,7 @@ def test_each_kind_of_bad_adapter_is_refused_with_its_reason(adapter, base, tmp_
     refused("cannot be read")
     (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     refused("'IA3'")
-    save_file({f"{Q}.lora_A.weight": np.zeros((8, 8), np.float32)}, adapter / "adapter_model.safetensors")
+    save_file({f"{Q}.lora_A.weight": np.zeros((8, HIDDEN), np.float32)}, adapter / "adapter_model.safetensors")
     refused("only lora_A")
     save_file({}, adapter / "adapter_model.safetensors")
     refused("no tensors")
@@ -141,11 +149,15 @@ def test_bfloat16_values_are_checked(adapter, base):
 
     def write(bits):
         # safetensors writes no bfloat16 from numpy, so the file is made by hand.
-        value = np.full((8, 8), finite, np.uint16)
+        value = np.full((8, HIDDEN), finite, np.uint16)
         value[0, 0] = bits
         header = {
-            f"{Q}.lora_{side}.weight": {"dtype": "BF16", "shape": [8, 8], "data_offsets": [128 * i, 128 * (i + 1)]}
-            for i, side in enumerate("AB")
+            f"{Q}.lora_{side}.weight": {
+                "dtype": "BF16",
+                "shape": shape,
+                "data_offsets": [value.nbytes * i, value.nbytes * (i + 1)],
+            }
+            for i, (side, shape) in enumerate({"A": [8, HIDDEN], "B": [HIDDEN, 8]}.items())
         }
         head = json.dumps(header).encode()
         content = len(head).to_bytes(8, "little") + head + value.tobytes() * 2

@@ -18,7 +18,6 @@ import pytest
 
 from art_backend_local import LocalBackend
 from art_conformance.oracle import Oracle, agreement
-from art_conformance.tiny_model import write_base_model
 from art_core import InferenceLaunch, Trajectory, TrajectoryGroup, installed_plugins
 from art_core.errors import ServerUnusable
 from art_engine_kit.checkpoint_folder import step_folder
@@ -28,17 +27,6 @@ from art_runtime import SupervisedProcess, free_port
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MESSAGES = [{"role": "user", "content": "hello there"}]
 KEY = "the-key-of-the-users-server"
-
-
-@pytest.fixture
-def config():
-    """fp32 on every machine: what is served is held against transformers in fp32, to the fourth decimal."""
-    return {"engine_args": {"dtype": "float32"}, "init_args": {"dtype": "float32"}}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base_model(tmp_path_factory.mktemp("tiny") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +93,7 @@ async def keep_asking(client, answers, ended):
 async def test_a_replica_that_is_killed_costs_no_request_and_comes_back_with_every_step(
     tmp_path, make_policy, client, oracle, base
 ):
-    policy, path = make_policy(), tmp_path / "art"
+    policy, path = make_policy(fp32=True), tmp_path / "art"
     async with make_backend(path, inference_replicas=2) as backend:
         asked = client(await backend.register(policy))
         assert [engine["up"] for engine in await engines_of(path)] == [True, True]
@@ -137,7 +125,7 @@ async def test_a_replica_that_is_killed_costs_no_request_and_comes_back_with_eve
 
 
 async def test_all_replicas_killed_at_once_come_back(tmp_path, make_policy, client, oracle):
-    policy, path = make_policy(), tmp_path / "art"
+    policy, path = make_policy(fp32=True), tmp_path / "art"
     async with make_backend(path, inference_replicas=2) as backend:
         asked = client(await backend.register(policy))
         await backend.train(policy, await gather(asked), learning_rate=1e-2)
@@ -189,7 +177,7 @@ async def adapters_of(server):
 async def test_a_server_of_the_users_is_published_to_and_outlives_the_backend(
     tmp_path, make_policy, client, oracle, base
 ):
-    policy, path = make_policy(), tmp_path / "art"
+    policy, path = make_policy(fp32=True), tmp_path / "art"
     mine = {"inference_api_key": KEY}
     async with users_server(base, tmp_path / "server.log") as server:
         async with make_backend(path, inference_url=f"{server.base_url}/v1/", **mine) as backend:
@@ -220,7 +208,7 @@ def _everything_written(path):
 async def test_a_server_of_the_users_that_restarts_gets_every_adapter_again(
     tmp_path, make_policy, client, oracle, base
 ):
-    policy, path, port = make_policy(), tmp_path / "art", free_port()
+    policy, path, port = make_policy(fp32=True), tmp_path / "art", free_port()
     url = f"http://127.0.0.1:{port}"
     async with make_backend(path, inference_url=url, inference_api_key=KEY) as backend:
         async with users_server(base, tmp_path / "server.log", port=port):

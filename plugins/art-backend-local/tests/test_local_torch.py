@@ -51,12 +51,6 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def config():
-    """fp32 on every machine: what is served is held against transformers in fp32, to the fourth decimal."""
-    return {"engine_args": {"dtype": "float32"}, "init_args": {"dtype": "float32"}}
-
-
 @pytest.fixture(scope="module")
 def base(tiny):
     return tiny
@@ -100,8 +94,9 @@ def peft_logprobs(base, checkpoint, choice):
 
 
 async def test_served_logprobs_are_the_trained_adapters_after_each_publish(
-    torch_backend, policy, client, tiny, checkpoints
+    torch_backend, make_policy, client, tiny, checkpoints
 ):
+    policy = make_policy(fp32=True)
     asked = client(await torch_backend.register(policy))
     differences = []
     for step in range(4):
@@ -121,25 +116,29 @@ async def test_served_logprobs_are_the_trained_adapters_after_each_publish(
 
 
 async def test_requests_in_flight_stay_on_their_step_while_the_next_ones_are_published(
-    torch_backend, policy, client, tiny, checkpoints
+    torch_backend, make_policy, client, tiny, checkpoints
 ):
+    policy = make_policy(fp32=True)
     asked = client(await torch_backend.register(policy))
     groups = await gather(asked)
-    long = asyncio.create_task(
-        asked.chat.completions.create(
-            model="m", messages=MESSAGES, max_tokens=900, temperature=1, extra_body={"ignore_eos": True}
-        )
-    )
-    await asyncio.sleep(0.05)
+    published, answers = [0], []
+
+    async def keep_asking(max_tokens):
+        long = {"max_tokens": max_tokens, "temperature": 1, "extra_body": {"ignore_eos": True}}
+        while published[-1] < 3:
+            answer = await asked.chat.completions.create(model="m", messages=MESSAGES, **long)
+            answers.append((answer.choices[0], published[-1]))
+
+    asking = [asyncio.create_task(keep_asking(max_tokens)) for max_tokens in (300, 400)]
     for _ in range(3):
-        await torch_backend.train(policy, groups, learning_rate=1e-2)
-    overlapped = not long.done()
-    choice = (await long).choices[0]
-    assert choice.policy_version == 0
-    served = [entry.logprob for entry in choice.logprobs.content]
-    expected = peft_logprobs(tiny, checkpoints(torch_backend) / "0000", choice)
-    assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < 1e-3
-    print("the answer outlived the publications" if overlapped else "the answer was done before the last publication")
+        published.append((await torch_backend.train(policy, groups, learning_rate=1e-2)).step)
+    await asyncio.gather(*asking)
+    outlived = [choice for choice, latest in answers if choice.policy_version < latest]
+    assert outlived, "no request was in flight while a step was published"
+    for choice in outlived:
+        served = [entry.logprob for entry in choice.logprobs.content]
+        expected = peft_logprobs(tiny, checkpoints(torch_backend) / f"{choice.policy_version:04d}", choice)
+        assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < 1e-3
 
 
 async def test_the_plain_name_never_answers_from_a_step_that_is_not_published(torch_backend, policy, client):
@@ -167,14 +166,23 @@ async def test_the_plain_name_never_answers_from_a_step_that_is_not_published(to
 
 
 async def test_killed_engine_and_worker_come_back_with_the_same_policy(
-    torch_backend, policy, client, tiny, checkpoints
+    torch_backend, make_policy, client, tiny, checkpoints
 ):
+    policy = make_policy(fp32=True)
     asked = client(await torch_backend.register(policy)).with_options(max_retries=4)
     groups = await gather(asked)
     await torch_backend.train(policy, groups, learning_rate=1e-2)
     host = psutil.Process(read_host(torch_backend.path).pid)
-    rollouts = asyncio.create_task(gather(asked, groups=4))
-    await asyncio.sleep(0.05)
+    begun, killed = asyncio.Event(), asyncio.Event()
+
+    async def keep_gathering():
+        while not killed.is_set():
+            found = await gather(asked)
+            begun.set()
+        return found
+
+    rollouts = asyncio.create_task(keep_gathering())
+    await begun.wait()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for word in ("art_engine_torch.server", "art_training_kit.worker"):
@@ -183,6 +191,7 @@ async def test_killed_engine_and_worker_come_back_with_the_same_policy(
                 with contextlib.suppress(psutil.Error):
                     if word in child.cmdline():
                         child.kill()
+        killed.set()
         await rollouts
         trajectory = await attempt(asked)
     assert any("died and is being restarted" in str(w.message) for w in warned)
@@ -265,7 +274,7 @@ async def test_a_full_disk_fails_the_step_and_the_next_one_works_once_there_is_r
         assert (await attempt(asked)).choices()[0].policy_version == 2
 
 
-async def test_a_kl_reference_is_a_step_an_adapter_folder_or_the_base(torch_backend, policy, client, checkpoints):
+async def test_a_kl_reference_is_a_step_an_adapter_folder_or_the_base(torch_backend, policy, client):
     asked = client(await torch_backend.register(policy))
     groups = await gather(asked)
     await torch_backend.train(policy, groups, learning_rate=1e-1)

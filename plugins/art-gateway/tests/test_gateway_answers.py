@@ -7,6 +7,7 @@ gateway in the conformance suite.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import subprocess
 from typing import Any
@@ -118,7 +119,7 @@ async def test_a_body_too_large_is_refused_announced_or_not(stage: Any) -> None:
     async def pieces() -> Any:
         yield large
 
-    for data in (large, pieces()):
+    for data in (io.BytesIO(large), pieces()):
         async with stage.client.post(f"{stage.url}/p/v1/chat/completions", data=data) as answer:
             assert answer.status == 413
             assert (await answer.json())["error"]["code"] == "request_too_large"

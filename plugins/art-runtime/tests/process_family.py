@@ -22,7 +22,7 @@ def main(pids_file: str, manners: str) -> None:
     far = subprocess.Popen(stay, start_new_session=True)
     leave = f"import subprocess; print(subprocess.Popen({stay!r}, start_new_session=True, stdout=-3, stderr=-3).pid)"
     orphan = subprocess.run([sys.executable, "-S", "-c", leave], stdout=subprocess.PIPE, text=True).stdout
-    with open(f"{pids_file}.new", "w") as file:
+    with open(f"{pids_file}.new", "w", encoding="utf-8") as file:
         file.write(f"{os.getpid()} {near.pid} {far.pid} {orphan}")
     os.rename(f"{pids_file}.new", pids_file)
     time.sleep(300)

@@ -22,8 +22,8 @@ from art_runtime.environments import (
     machine_flavour,
     python_for,
 )
-from art_runtime.environments_indexes import as_uv, read_pip_settings
-from art_runtime.environments_install import steps
+from art_runtime.environments.indexes import as_uv, read_pip_settings
+from art_runtime.environments.install import steps
 
 FLAVOUR = FlavourSpec(requirements=("no-such-distribution-7c1==1.0",), probe=("-c", "pass"))
 ABSENT = EnvironmentSpec(

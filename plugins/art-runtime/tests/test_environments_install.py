@@ -19,10 +19,11 @@ from art.command_line import cli
 from art_core import InferenceEngineSpec, PluginRegistry, hookimpl
 from art_core.errors import ProcessFailed
 from art_engine_kit.environment import EnvironmentSpec, FlavourSpec
-from art_runtime import engine_cli, environments_install
-from art_runtime.environments import EngineEnvironment, environment_for, locate, machine_flavour, python_for
-from art_runtime.environments_doctor import examine
-from art_runtime.environments_install import install, installer, remove
+from art_runtime import engine_cli
+from art_runtime.environments import EngineEnvironment, environment_for, machine_flavour, python_for
+from art_runtime.environments import install as environments_install
+from art_runtime.environments.doctor import examine
+from art_runtime.environments.install import install, installer, remove
 
 SPEC = InferenceEngineSpec(
     name="tiny", factory="nowhere:Engine", summary="An engine.", environment="art_test_tiny_engine:ENVIRONMENT"
@@ -76,7 +77,7 @@ def test_installed_once_then_found(environment: EngineEnvironment, monkeypatch: 
 
 @pytest.mark.slow
 def test_auto_install_installs(module: ModuleType) -> None:
-    assert locate(SPEC, auto_install=True).path == str(environment_for(SPEC).python())
+    assert python_for(SPEC, auto_install=True) == str(environment_for(SPEC).python())
 
 
 @pytest.mark.slow
@@ -103,7 +104,7 @@ def child(environment: EngineEnvironment, before: str) -> subprocess.Popen[str]:
     code = f"""
 import sys, time
 from types import ModuleType
-from art_runtime import environments_install
+from art_runtime.environments import install as environments_install
 from art_runtime.environments import environment_for
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_environments_install import SPEC, flavours

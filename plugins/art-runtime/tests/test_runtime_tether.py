@@ -34,7 +34,7 @@ def _wait_for(path: Path) -> list[int]:
     while not path.exists():
         assert time.monotonic() < give_up, f"{path.name} was never written"
         time.sleep(0.02)
-    return [int(pid) for pid in path.read_text().split()]
+    return [int(pid) for pid in path.read_text(encoding="utf-8").split()]
 
 
 def _wait_gone(pids: list[int], limit_s: float) -> list[int]:
@@ -127,7 +127,7 @@ def test_a_program_that_dies_leaves_nothing_behind(tmp_path: Path, kill_later: l
     os.kill(family[0], signal.SIGSEGV)
     assert child.wait(15) == -signal.SIGSEGV
     assert [pid for pid in family if _runs(pid)] == []
-    assert "left processes behind" in (tmp_path / "log").read_text()
+    assert "left processes behind" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_letting_go_ends_it(tmp_path: Path, kill_later: list[int]) -> None:
@@ -157,7 +157,7 @@ def test_environment_and_arguments_arrive_and_secrets_stay_out_of_the_log(tmp_pa
     )
     assert child.wait(15) == 0
     child.let_go()
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     assert "['a b', '--', '-c'] yes 7" in text
     assert "hunter2" not in text
     assert log.stat().st_mode & 0o077 == 0
@@ -168,7 +168,7 @@ def test_no_descriptor_of_the_tether_reaches_the_program(tmp_path: Path) -> None
     child = spawn_tethered([sys.executable, "-c", program], log_file=tmp_path / "log")
     assert child.wait(15) == 0
     child.let_go()
-    assert "[0, 1, 2]" in (tmp_path / "log").read_text()
+    assert "[0, 1, 2]" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_a_program_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_program_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> No
 
 
 def test_a_log_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ProcessFailed, match=r"its log at .*file"):
         spawn_tethered([sys.executable, "-c", "0"], log_file=tmp_path / "file" / "log")
 
@@ -191,7 +191,7 @@ def test_a_full_disk_does_not_keep_the_tether_from_ending_the_tree(tmp_path: Pat
     tether = Path(art_runtime.__file__).with_name("tether.py")
     reading, holding = os.pipe()
     command = [sys.executable, "-I", "-S", str(tether), str(os.getpid()), str(reading), "20", "all"]
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         process = subprocess.Popen(
             [*command, sys.executable, str(_FAMILY), str(tmp_path / "pids"), "polite"],
             pass_fds=[reading],

@@ -12,13 +12,10 @@ from typing import Any
 
 import pytest
 
-from art_conformance import (
-    BackendConformance,
-    InferenceEngineConformance,
-    PluginConformance,
-    PublicationConformance,
-    TrainingEngineConformance,
-)
+from art_conformance.backend_suite import BackendConformance
+from art_conformance.inference_suite import InferenceEngineConformance
+from art_conformance.plugin_suite import PluginConformance
+from art_conformance.publication_suite import PublicationConformance
 from art_conformance.targets import (
     backend_arguments,
     command_of,
@@ -28,6 +25,7 @@ from art_conformance.targets import (
     targets,
     training_engine,
 )
+from art_conformance.training_suite import TrainingEngineConformance
 from art_core import Backend, InferenceEngine, TrainingEngine, installed_plugins
 from art_core.registry import instantiate
 

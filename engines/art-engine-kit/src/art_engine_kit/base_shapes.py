@@ -70,7 +70,7 @@ def _weight_files(base_model: Path) -> list[Path]:
     index = base_model / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
             raise BaseModelNotFound(f"{index} cannot be read: {error!r}. Fetch the base model again.") from error
         files = [base_model / name for name in names]

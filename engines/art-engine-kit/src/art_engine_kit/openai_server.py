@@ -119,7 +119,7 @@ class OpenAIServerEngine(ABC):
             request["logprobs"] = 0  # of the sampled tokens alone
         return request
 
-    def read_response(self, endpoint: Endpoint, body: JSON) -> JSON:
+    def read_response(self, endpoint: Endpoint, body: JSON) -> JSON:  # noqa: ARG002  (for engines that need it)
         """The prompt's ids move into each choice where they stand beside the choices.
 
         What lacks ids is refused: tokens that the engine didn't sample must not be trained on.
@@ -136,7 +136,7 @@ class OpenAIServerEngine(ABC):
             choices.append(whole)
         return {**rest, "choices": choices}
 
-    def read_chunk(self, endpoint: Endpoint, chunk: JSON) -> JSON:
+    def read_chunk(self, endpoint: Endpoint, chunk: JSON) -> JSON:  # noqa: ARG002
         """Every choice gets `token_ids`, empty where a chunk has none; a choice's first has the prompt's ids."""
         self._require(InferenceCapability.STREAMING_TOKEN_IDS)
         prompt, rest = chunk.get("prompt_token_ids"), _without_prompt(chunk)

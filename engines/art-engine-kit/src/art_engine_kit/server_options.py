@@ -64,4 +64,4 @@ def module_of(arguments: ServerArguments) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    Path(sys.argv[3]).write_text(module_of(options_of(sys.argv[1], Path(sys.argv[2]))))
+    Path(sys.argv[3]).write_text(module_of(options_of(sys.argv[1], Path(sys.argv[2]))), encoding="utf-8")

@@ -87,7 +87,7 @@ def resolve_base_model(name: str) -> Path | None:
 def problem_with(folder: Path) -> str | None:
     """What is wrong with a cached model folder, or None when it is whole. Compares names and sizes, not contents."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except ValueError:
@@ -106,7 +106,7 @@ def verify_hashes(folder: Path) -> str | None:
     problem = problem_with(folder)
     if problem is not None:
         return problem
-    for file, facts in json.loads((folder / MANIFEST).read_text())["files"].items():
+    for file, facts in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items():
         if _sha256(folder / file) != facts["sha256"]:
             return f"{file} has other contents than when it was made"
     return None
@@ -129,7 +129,9 @@ def _make(folder: Path) -> None:
         (made / "chat_template.jinja").write_bytes(files("art_engine_torch").joinpath(CHAT_TEMPLATE).read_bytes())
         manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(made.iterdir())}
         source = {"package": PACKAGE, "version": PACKAGE_VERSION, "gguf_sha256": GGUF_SHA256}
-        (made / MANIFEST).write_text(json.dumps({"model": NAME, "source": source, "files": manifest}, indent=2))
+        (made / MANIFEST).write_text(
+            json.dumps({"model": NAME, "source": source, "files": manifest}, indent=2), encoding="utf-8"
+        )
         for path in made.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -222,7 +224,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-lines:])
 
 
 def _sha256(path: Path) -> str:

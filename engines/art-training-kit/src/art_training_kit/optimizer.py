@@ -89,7 +89,7 @@ class AdapterOptimizer:
         }
         save_file(state, folder / OPTIMIZER_STATE)
         settings = {"format": 1, "algorithm": "AdamW", "options": self.options.model_dump()}
-        (folder / OPTIMIZER_SETTINGS).write_text(json.dumps(settings, indent=1))
+        (folder / OPTIMIZER_SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     def load(self, folder: Path) -> bool:
         """Take up the state saved in `folder`; False when there is none, as in a checkpoint made without training.

@@ -232,7 +232,7 @@ class Trainer:
         with _explained(job), self._saving(job, metrics) as folder:
             self._policy.save_adapter(folder)
             self._optimizer.save(folder)
-            (folder / CANARY).write_text(canary.model_dump_json())
+            (folder / CANARY).write_text(canary.model_dump_json(), encoding="utf-8")
 
     def _carry(self, job: TrainJob, metrics: dict[str, float]) -> Iterator[TrainEvent]:
         """Nothing to train on: the start checkpoint becomes the new step, weights, optimizer state and canary
@@ -247,7 +247,7 @@ class Trainer:
             if canary is not None:
                 # The weights it comes from are its own, so before and after are the same.
                 same = [prompt.model_copy(update={"previous": prompt.expected}) for prompt in canary.prompts]
-                (folder / CANARY).write_text(Canary(prompts=same).model_dump_json())
+                (folder / CANARY).write_text(Canary(prompts=same).model_dump_json(), encoding="utf-8")
         held = self._holds
         if held is not None and held[0] == job.start.resolve():
             self._remember(job.destination, held[2])

@@ -69,7 +69,7 @@ class Gateway:
         await self.close()
 
     @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         try:
             yield
         finally:
@@ -117,7 +117,7 @@ class _RequireKey:
         return scheme.lower() == b"bearer" and secrets.compare_digest(key.strip(), self._expected)
 
 
-async def _health(request: Request) -> Response:
+async def _health(_: Request) -> Response:
     return _json(200, {"status": "ok"})
 
 
@@ -135,12 +135,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return _error(ApiError(error.status_code, error.detail, code="http_error"))
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
+async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _error(error)
 
 
-async def _own_error(request: Request, error: Exception) -> Response:
+async def _own_error(_: Request, error: Exception) -> Response:
     message = f"The gateway failed on this request ({type(error).__name__}); its log says where."
     return _error(ApiError(500, message, code="gateway_error", type="server_error"))
 

@@ -62,7 +62,3 @@ def _visible(found: tuple[Accelerator, ...], setting: str | None) -> tuple[Accel
             break
         wanted.append(match[0])
     return tuple(wanted)
-
-
-def _names(entry: str, gpu: Accelerator) -> bool:
-    return int(entry) == gpu.index if entry.isdigit() else gpu.uuid.startswith(entry)

@@ -53,7 +53,7 @@ def install_engine(
     again: Annotated[bool, typer.Option("--again", help="Make it anew, even if it is there.")] = False,
 ) -> None:
     """Make the environment that an engine runs in."""
-    from .environments_install import install
+    from .environments.install import install
 
     spec = _engine(name)
     try:
@@ -76,7 +76,7 @@ def examine_engine(
     python: Annotated[str | None, typer.Option(help="Examine this interpreter instead.")] = None,
 ) -> None:
     """Run an engine's interpreter, print versions and say what is wrong; exit with 1 if something is."""
-    from .environments_doctor import examine
+    from .environments.doctor import examine
 
     spec = _engine(name)
     try:
@@ -92,7 +92,7 @@ def examine_engine(
 
 def remove_engine(name: NameArgument, flavour: FlavourOption = None) -> None:
     """Remove an engine's environments, of all flavours unless one is given."""
-    from .environments_install import remove
+    from .environments.install import remove
 
     if not engine_folder(name).is_dir():
         _engine(name)

@@ -53,7 +53,7 @@ def check_port_is_ours(port: int, root_pid: int, *, name: str = "the server") ->
 
 def _first_outgoing_port() -> int:
     try:
-        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
     except (OSError, ValueError, IndexError):
         return 32_768
 

@@ -74,12 +74,10 @@ class SupervisedProcess:
         port: int,
         log_file: Path,
         name: str,
-        on_exit: Callable[[ProcessExit], None] | None,
     ) -> None:
         self._child = child
         self._plan = plan
-        self._on_exit = on_exit
-        self._stopping = self._ready = False
+        self._stopping = False
         self.name, self.port, self.log_file, self.pid = name, port, log_file, child.pid
         self._watch = asyncio.create_task(self._watch_exit(), name=f"watch {name}")
 
@@ -97,27 +95,24 @@ class SupervisedProcess:
         cwd: Path | None = None,
         cores: Sequence[int] = (),
         on_progress: Callable[[StartProgress], None] | None = None,
-        on_exit: Callable[[ProcessExit], None] | None = None,
     ) -> Self:
         """Run `plan` and wait until `GET health_path` on `port` answers 200 from a process of ours. It keeps to the CPU
         `cores` of these numbers, or to none in particular.
 
-        `on_progress` is called about twice a second meanwhile; `on_exit` once, when it has ended after having been
-        ready, whoever ended it. Raises ProcessFailed, with the end of the log, when it dies, when
-        `plan.ready_timeout_s` is over, or when a stranger answers on the port; nothing is left running then, nor when
-        the wait is cancelled.
+        `on_progress` is called about twice a second meanwhile. Raises ProcessFailed, with the end of the log, when it
+        dies, when `plan.ready_timeout_s` is over, or when a stranger answers on the port; nothing is left running then,
+        nor when the wait is cancelled.
         """
         env = {**plan.env, **plan.secret_env}
         child = spawn_tethered(
             plan.argv, env, log_file=log_file, cwd=cwd, stop_timeout_s=plan.stop_timeout_s, cores=cores
         )
-        process = cls(child, plan, port=port, log_file=log_file, name=name, on_exit=on_exit)
+        process = cls(child, plan, port=port, log_file=log_file, name=name)
         try:
             await process._wait_ready(on_progress)
         except BaseException:
             await process._abandon()
             raise
-        process._ready = True
         return process
 
     @property
@@ -166,13 +161,9 @@ class SupervisedProcess:
         while (code := self._child.poll()) is None:
             await asyncio.sleep(_WATCH_INTERVAL_S)
         self._child.let_go()
-        ended = ProcessExit(
+        return ProcessExit(
             name=self.name, code=code, expected=self._stopping, log_file=self.log_file, last_lines=self.log_tail()
         )
-        if self._on_exit is not None and self._ready:
-            # From the loop, so that an error in the callback is the loop's to report and not lost with this task.
-            asyncio.get_running_loop().call_soon(self._on_exit, ended)
-        return ended
 
     async def _wait_ready(self, on_progress: Callable[[StartProgress], None] | None) -> None:
         # Here, because a client that only starts its host has no use for it, and it takes a quarter of a second.
@@ -181,7 +172,7 @@ class SupervisedProcess:
         began = time.monotonic()
         reported = began
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)) as session:
-            while not await self._healthy(session):
+            while not await self._answers(session):
                 seconds = time.monotonic() - began
                 if seconds > self._plan.ready_timeout_s:
                     raise ProcessFailed(
@@ -198,6 +189,16 @@ class SupervisedProcess:
             await asyncio.to_thread(check_port_is_ours, self.port, self.pid, name=self.name)
         except ProcessFailed as error:
             raise ProcessFailed(f"{error} Its log ({self.log_file}) ends:\n{self.log_tail()}") from error
+
+    async def _answers(self, session: aiohttp.ClientSession) -> bool:
+        """Whether it is healthy. The question is dropped when it ends: a stranger on the port may never answer."""
+        asked = asyncio.create_task(self._healthy(session))
+        try:
+            await asyncio.wait({asked, self._watch}, return_when=asyncio.FIRST_COMPLETED)
+            return asked.done() and asked.result()
+        finally:
+            asked.cancel()
+            await asyncio.wait({asked})
 
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
         from aiohttp import ClientError

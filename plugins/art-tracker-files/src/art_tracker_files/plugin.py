@@ -57,5 +57,5 @@ def _folder(model: LoggedModel) -> Path:
 
 
 @cache
-def _lock(folder: Path) -> threading.Lock:
+def _lock(_folder: Path) -> threading.Lock:
     return threading.Lock()

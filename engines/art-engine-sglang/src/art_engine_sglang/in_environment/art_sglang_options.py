@@ -5,7 +5,7 @@ import argparse
 import art_sglang_serve  # noqa: F401  (on a CPU, SGLang can't be imported without it)
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
     """SGLang's own."""
     from sglang.srt.server_args import ServerArgs
 

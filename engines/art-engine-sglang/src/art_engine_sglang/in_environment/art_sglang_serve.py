@@ -10,14 +10,18 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 KEY_VARIABLE = "ART_SGLANG_API_KEY"
+# Operators are defined for as long as the library object lives that defined them.
+_kept: list[Any] = []
 
 
-def _keep_out_of_logs(secret):
+def _keep_out_of_logs(secret: str) -> None:
     make = logging.getLogRecordFactory()
 
-    def record(*args, **kwargs):
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make(*args, **kwargs)
         text = made.getMessage()
         if secret in text:
@@ -27,19 +31,19 @@ def _keep_out_of_logs(secret):
     logging.setLogRecordFactory(record)
 
 
-def _stand_in_for_cuda():
+def _stand_in_for_cuda() -> None:
     import torch
 
     # torchvision's own library is linked to CUDA and doesn't load; SGLang only needs these operators to be defined.
-    global _torchvision
-    _torchvision = torch.library.Library("torchvision", "DEF")
+    torchvision: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    _kept.append(torchvision)
     for name in ("nms", "qnms"):
-        _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
     # SGLang's LoRA code asks for pinned host memory without looking whether there is a device to pin it for.
-    def unpinned(make):
+    def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(make)
-        def made(*args, **kwargs):
+        def made(*args: Any, **kwargs: Any) -> Any:
             kwargs.pop("pin_memory", None)
             return make(*args, **kwargs)
 
@@ -47,17 +51,17 @@ def _stand_in_for_cuda():
 
     for name in ("tensor", "empty", "zeros", "ones", "full", "arange"):
         setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda self, *_args, **_kwargs: self
+    torch.Tensor.pin_memory = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
 
 
-def _with_dtype(arguments):
+def _with_dtype(arguments: list[str]) -> list[str]:
     """What dtype auto means on this CPU: bfloat16 only where it is multiplied in hardware, else it is far slower."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1" or "--dtype" not in arguments:
         return arguments
     place = arguments.index("--dtype") + 1
     if arguments[place] != "auto":
         return arguments
-    with open("/proc/cpuinfo") as file:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
         flags = next((line for line in file if line.startswith("flags")), "").split()
     chosen = "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
     print(f"art: dtype auto is {chosen} on this CPU", flush=True)
@@ -77,7 +81,7 @@ if __name__ != "__main__":
 if __name__ == "__main__":
     if "--probe" in sys.argv:
         import sglang
-        import sglang.srt.entrypoints.http_server
+        import sglang.srt.entrypoints.http_server  # noqa: F401  (whether it can be)
 
         print(sglang.__version__)
         sys.exit(0)

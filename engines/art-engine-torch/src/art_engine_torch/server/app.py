@@ -102,10 +102,10 @@ class InferenceApp:
                 401, "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.", code="invalid_api_key"
             )
 
-    async def _health(self, request: Request) -> Response:
+    async def _health(self, _: Request) -> Response:
         return Response(status_code=200 if self._engine.ready else 503)
 
-    async def _models(self, request: Request) -> Response:
+    async def _models(self, _: Request) -> Response:
         max_len = self._engine.scheduler.limits.max_len
         common = {"object": "model", "created": 0, "owned_by": "art-engine-torch"}
         base = {"id": self._served_name, **common, "root": self._served_name, "parent": None, "max_model_len": max_len}
@@ -310,22 +310,22 @@ class InferenceApp:
         await _done(self._engine.pause(abort=mode == "abort"))
         return _json({"status": "paused"})
 
-    async def _resume(self, request: Request) -> Response:
+    async def _resume(self, _: Request) -> Response:
         await _done(self._engine.resume())
         return _json({"status": "paused" if self._engine.paused else "resumed"})
 
-    async def _is_paused(self, request: Request) -> Response:
+    async def _is_paused(self, _: Request) -> Response:
         return _json({"is_paused": self._engine.paused})
 
-    async def _sleep(self, request: Request) -> Response:
+    async def _sleep(self, _: Request) -> Response:
         await _done(self._engine.sleep())
         return _json({"status": "asleep"})
 
-    async def _wake(self, request: Request) -> Response:
+    async def _wake(self, _: Request) -> Response:
         await _done(self._engine.wake())
         return _json({"status": "awake"})
 
-    async def _stats(self, request: Request) -> Response:
+    async def _stats(self, _: Request) -> Response:
         return _json(self._engine.statistics())
 
 

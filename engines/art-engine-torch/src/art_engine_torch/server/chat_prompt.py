@@ -26,7 +26,7 @@ class PromptBuilder:
     def __init__(self, folder: Path, *, chat_template: Path | None, vocab: int) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if chat_template is not None:
-            self.tokenizer.chat_template = chat_template.read_text()
+            self.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
         self._vocab = vocab
         ends = {self.tokenizer.eos_token_id}
         if (folder / "generation_config.json").is_file():

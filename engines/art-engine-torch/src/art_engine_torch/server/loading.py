@@ -52,7 +52,7 @@ def cpu_flags() -> frozenset[str]:
     path = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not path.exists():
         return frozenset()
-    line = next((line for line in path.read_text().splitlines() if line.startswith("flags")), "")
+    line = next((line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), "")
     return frozenset(line.partition(":")[2].split())
 
 

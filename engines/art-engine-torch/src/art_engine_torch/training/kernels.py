@@ -87,7 +87,8 @@ def _project(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+    gated = GatedSilu.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
+    return self.down_proj(gated)  # type: ignore[no-any-return]
 
 
 def _normalize(self: Any, x: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def use_single_steps(model: nn.Module) -> None:
     silu = type(ACT2FN["silu"])
     for module in model.modules():
         if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
-            module.forward = MethodType(_project, module)
+            module.forward = MethodType(_project, module)  # type: ignore[method-assign]
         elif isinstance(getattr(module, "act_fn", None), silu | nn.SiLU) and _is_gated(module):
             module.forward = MethodType(_gated, module)
         elif type(module).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm"):

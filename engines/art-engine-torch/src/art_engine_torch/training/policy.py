@@ -39,7 +39,7 @@ _UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scal
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _attention_mask: Tensor | None, *,
     scaling: float, tree_plan: Any, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     return tree_attention(query, key, value, tree_plan, scaling).transpose(1, 2), None
@@ -52,7 +52,7 @@ def compute_dtype(device: torch.device, wanted: str) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.exists() else ""
+    text = flags.read_text(encoding="utf-8") if flags.exists() else ""
     return torch.bfloat16 if "avx512_bf16" in text or "amx_bf16" in text else torch.float32
 
 
@@ -163,7 +163,9 @@ class TorchPolicy:
         )
         config = self._peft.peft_config[TRAINED].to_dict() | {"inference_mode": True}
         readable = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(readable, indent=2, sort_keys=True, default=str))
+        (folder / ADAPTER_CONFIG).write_text(
+            json.dumps(readable, indent=2, sort_keys=True, default=str), encoding="utf-8"
+        )
 
     @contextmanager
     def reference(self, folder: Path | None) -> Iterator[None]:

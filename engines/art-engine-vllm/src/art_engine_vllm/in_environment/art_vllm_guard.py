@@ -7,7 +7,12 @@ machine. Runs in vLLM's environment, with nothing of ART.
 import hashlib
 import os
 import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
 
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 _OPEN = ("/health", "/ping", "/version")
 
 
@@ -18,11 +23,11 @@ def _digest(text: str) -> bytes:
 class RequireKey:
     """Answers 401 to what has no or a wrong bearer token, once VLLM_API_KEY is set."""
 
-    def __init__(self, app):
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self.app = app
         self.expected = _digest(f"bearer {os.environ['VLLM_API_KEY']}")
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"] in _OPEN or self._has_key(scope):
             await self.app(scope, receive, send)
             return
@@ -34,7 +39,7 @@ class RequireKey:
         body = b'{"error": {"message": "The API key is missing or wrong.", "code": 401}}'
         await send({"type": "http.response.body", "body": body})
 
-    def _has_key(self, scope):
+    def _has_key(self, scope: Message) -> bool:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
         scheme, _, key = given.partition(" ")
         return secrets.compare_digest(_digest(f"{scheme.lower()} {key}"), self.expected)

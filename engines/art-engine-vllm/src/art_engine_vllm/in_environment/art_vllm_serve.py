@@ -10,7 +10,7 @@ import sys
 
 def _fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; without, it is several times slower than float32."""
-    with open("/proc/cpuinfo") as file:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
         flags = next((line for line in file if line.startswith("flags")), "").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 

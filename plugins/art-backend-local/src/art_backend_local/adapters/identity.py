@@ -53,7 +53,7 @@ def write_identity_adapter(folder: Path, base_model: Path, lora: LoraShape) -> N
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def save_step_zero(destination: Path, base_model: Path, lora: LoraShape) -> None:

@@ -149,7 +149,7 @@ def _by_address(control: ASGIApp, gateway: ASGIApp) -> ASGIApp:
     return app
 
 
-def _hold(path: Path, owner_pid: int | None) -> FileLock:
+def _hold(path: Path) -> FileLock:
     path.mkdir(parents=True, exist_ok=True)
     # A client that looks whether the path is locked has the lock for a moment.
     lock = lock_path(path, patience_s=1.0)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     raise_file_limit()
-    lock = _hold(arguments.path, arguments.owner_pid)
+    lock = _hold(arguments.path)
     try:
         # Not uvloop: with hundreds of busy connections it leaves new ones waiting for seconds.
         with asyncio.Runner() as runner:

@@ -82,10 +82,10 @@ class ControlApp:
 
         return answer
 
-    async def _status(self, request: Request) -> JSON:
+    async def _status(self, _: Request) -> JSON:
         return await asyncio.to_thread(host_status, self._state)
 
-    async def _session(self, request: Request) -> EventStream:
+    async def _session(self, _: Request) -> EventStream:
         async def work(emit: Emit) -> None:
             session = self._state.sessions.begin()
             try:
@@ -124,7 +124,7 @@ class ControlApp:
     async def _publish(self, request: Request) -> ASGIApp:
         given = await _read(request, PublishRequest)
 
-        async def work(emit: Emit) -> JSON:
+        async def work(_: Emit) -> JSON:
             self._session_of(given)
             return await publish_step(self._state.model(given.key), given)
 
@@ -189,7 +189,7 @@ class ControlApp:
         self._state.sessions.get(given.session).let_go(given.lease)
         return {}
 
-    async def _stop(self, request: Request) -> JSON:
+    async def _stop(self, _: Request) -> JSON:
         self._shut_down()
         return {}
 
@@ -219,7 +219,7 @@ async def _read(request: Request, kind: type[RequestT]) -> RequestT:
         raise ValueError(f"the host does not understand the client: {error}. Are their versions the same?") from error
 
 
-async def _misread(request: Request, error: Exception) -> Response:
+async def _misread(_: Request, error: Exception) -> Response:
     return _json(409, {"error": error_to_json(error)})
 
 

@@ -38,7 +38,7 @@ class AttachedServer:
         """None: the process is the user's."""
         return None
 
-    async def start(self, on_progress: OnProgress | None = None) -> EngineConnection:
+    async def start(self, _: OnProgress | None = None) -> EngineConnection:
         """Look whether it is there and takes our key. Raises ServerUnusable saying what is missing."""
         await self.close()
         self._given_up.clear()

@@ -31,7 +31,7 @@ class EventStream:
     def __init__(self, work: Callable[[Emit], Awaitable[Any]]) -> None:
         self._work = work
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         lines: asyncio.Queue[JSON | None] = asyncio.Queue()
         task = asyncio.create_task(self._run(lines))
         gone = asyncio.create_task(_disconnected(receive))

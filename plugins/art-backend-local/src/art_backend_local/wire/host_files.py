@@ -85,7 +85,7 @@ def write_host(path: Path, record: HostRecord) -> None:
     temporary = path / f".{HOST_FILE}.{uuid4().hex[:8]}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(asdict(record), file)
             file.flush()
             os.fsync(file.fileno())

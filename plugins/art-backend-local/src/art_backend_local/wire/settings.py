@@ -146,7 +146,7 @@ def _chat_template(given: Mapping[str, Any]) -> str | None:
     if path:
         file = Path(path).expanduser()
         try:
-            return file.read_text()
+            return file.read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError(f"_internal_config['chat_template_path']: {file} cannot be read: {error}") from error
     return text or None

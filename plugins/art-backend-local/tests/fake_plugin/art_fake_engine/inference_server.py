@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from .orders import logprob_of, order
+from .orders import held, logprob_of, order
 
 adapters = {}
 running = asyncio.Event()
@@ -20,7 +20,8 @@ async def load(request):
     body = await request.json()
     if order("refuse_load"):
         return JSONResponse("it was ordered to refuse", 500)
-    await asyncio.sleep(order("slow_load", 0))
+    print("loading", body["name"], flush=True)
+    await held("hold_load")
     if len(adapters) >= int(sys.argv[2]) or body["name"] in adapters:
         return JSONResponse(f"no place for {body['name']} beside {list(adapters)}", 400)
     stale = order("load_stale")
@@ -30,6 +31,7 @@ async def load(request):
 
 async def unload(request):
     name = (await request.json())["name"]
+    print("unloading", name, flush=True)
     return JSONResponse({}, 200 if adapters.pop(name, None) is not None else 404)
 
 
@@ -40,8 +42,9 @@ async def answer(request):
     value = adapters[body["model"]]
     await running.wait()
     content = str((body.get("messages") or [{}])[-1].get("content", ""))
-    if content.startswith("sleep "):
-        await asyncio.sleep(float(content.split()[1]))
+    if content == "hold":
+        print("holding", body["model"], flush=True)
+        await held("hold_answer")
     print("answered", body["model"], flush=True)
     choice = {
         "index": 0,

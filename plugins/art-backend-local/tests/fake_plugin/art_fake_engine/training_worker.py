@@ -55,13 +55,13 @@ async def jobs(request):
     async def events():
         try:
             groups = read_groups(job.groups_file)
-            print("job begun", flush=True)
+            print(f"job begun {job.model}@{job.step}", flush=True)
             yield line(event="started", num_sequences=len(groups), num_rows=1, packed_tokens=1, trained_tokens=1)
             if order("crash"):
                 print("the fake worker was ordered to crash", flush=True)
                 os._exit(9)
-            for _ in range(int(order("slow_train", 0) * 20)):
-                await asyncio.sleep(0.05)
+            while order("hold_train"):
+                await asyncio.sleep(0.02)
                 if await request.is_disconnected():
                     return
             yield line(event="progress", done=1, total=1)

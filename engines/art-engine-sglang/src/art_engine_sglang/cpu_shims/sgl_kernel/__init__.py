@@ -3,6 +3,9 @@
 Holds only the names that SGLang imports on the plain CPU path; calling one says what is missing.
 """
 
+from collections.abc import Callable
+from typing import NoReturn
+
 __version__ = "0.0.0+art"
 
 _NAMES = (
@@ -19,8 +22,8 @@ _NAMES = (
 )
 
 
-def _missing(name):
-    def kernel(*_args, **_kwargs):
+def _missing(name: str) -> Callable[..., NoReturn]:
+    def kernel(*_args: object, **_kwargs: object) -> NoReturn:
         raise NotImplementedError(
             f"sgl_kernel.{name} has no CPU build on the package index, and what you asked of SGLang needs it. Leave out"
             " speculative decoding and other special modes, or use a GPU."

@@ -24,9 +24,9 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from art_core.atomic_files import write_json_atomically
 from art_core.errors import ProcessFailed
 
-from .environments import EngineEnvironment, engine_folder
-from .environments_indexes import uv_settings
-from .spawning import last_lines, spawn_tethered
+from ..spawning import last_lines, spawn_tethered
+from .indexes import uv_settings
+from .places import EngineEnvironment, engine_folder
 
 INSTALL_LIMIT_S: Final = 3600.0
 _LOG: Final = "install.log"
@@ -153,7 +153,7 @@ def _versions(environment: EngineEnvironment, python: Path) -> dict[str, str]:
     child = spawn_tethered([str(python), "-I", "-c", _VERSIONS], log_file=log, stop_timeout_s=2.0)
     try:
         child.wait(120.0)
-        found = json.loads(log.read_text().splitlines()[-1])
+        found = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     finally:
         child.stop()
     return {name: found[name] for name in environment.environment.shown if name in found}

@@ -10,7 +10,8 @@ from typing import Final
 
 from art_engine_kit.environment import Flavour
 
-from .environments import EnginePython, EngineSpec, environment_spec, locate, machine_flavour
+from .locate import EnginePython, locate
+from .places import EngineSpec, environment_spec, machine_flavour
 
 _VERSIONS_LIMIT_S: Final = 120.0
 _PROBE_LIMIT_S: Final = 300.0

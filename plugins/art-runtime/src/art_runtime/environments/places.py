@@ -1,6 +1,6 @@
-"""Where an engine's interpreter is: the client's own, one the user runs, or an environment made for it in the cache.
+"""Which environment an engine has in which flavour, and where in ART's cache it lies, installed or not.
 
-Looks only at metadata and files; imports no engine, makes and removes nothing (see `environments_install`).
+Knows cards, hashes and files; finds no interpreter of the user's, and makes and removes nothing.
 """
 
 from __future__ import annotations
@@ -10,30 +10,33 @@ import importlib
 import json
 import os
 import platform
-import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import platformdirs
-from packaging.requirements import Requirement
 
 from art_core import ArtError, InferenceEngineSpec, TrainingEngineSpec
 from art_core.errors import PluginError, did_you_mean
 from art_core.registry import instantiate
 from art_engine_kit.environment import EnvironmentSpec, Flavour, FlavourSpec
 
-from .devices import accelerators
+from ..devices import accelerators
 
 EngineSpec = InferenceEngineSpec | TrainingEngineSpec
 MARKER = "environment.json"
 
 
 class EnvironmentMissing(ArtError, RuntimeError):
-    """An engine has no interpreter to run in yet; the message holds the one command that makes it."""
+    """An engine has no interpreter to run in yet; the message holds the one command that makes it.
+
+    `environment` is the one that is missing; None when installing can't help.
+    """
+
+    def __init__(self, message: str, environment: EngineEnvironment | None = None) -> None:
+        super().__init__(message)
+        self.environment = environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +75,6 @@ class EngineEnvironment:
         """The command that makes it."""
         flavour = "" if self.flavour == machine_flavour() else f" --flavour {self.flavour}"
         return f"art engines install {self.engine}{flavour}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnginePython:
-    """An interpreter that runs an engine, and why it is this one."""
-
-    path: str
-    why: str
 
 
 def cache_dir() -> Path:
@@ -144,67 +139,6 @@ def engine_for(spec: EngineSpec, flavour: Flavour | None = None) -> Any:
     It declares what it can do on such a machine, which may be more than its card says. Raises PluginError.
     """
     return instantiate(spec) if spec.environment is None else instantiate(spec, flavour=flavour or machine_flavour())
-
-
-def python_for(
-    spec: EngineSpec, *, python: str | Path | None = None, flavour: Flavour | None = None, auto_install: bool = False
-) -> str:
-    """The interpreter that an engine's launch plan is to run.
-
-    In this order: `python`, the user's own; this process's interpreter, when the engine needs no environment or is
-    importable here already; the environment in the cache. When that is missing, `auto_install` makes it, which takes
-    minutes and shows its progress, so call it in a thread. Raises EnvironmentMissing with the command to run.
-    """
-    return locate(spec, python=python, flavour=flavour, auto_install=auto_install).path
-
-
-def locate(
-    spec: EngineSpec, *, python: str | Path | None = None, flavour: Flavour | None = None, auto_install: bool = False
-) -> EnginePython:
-    """Like `python_for`, and says why it is this interpreter."""
-    if python is not None:
-        return EnginePython(path=_own_interpreter(spec.name, python), why="given by the user")
-    environment = environment_spec(spec)
-    if environment is None:
-        return EnginePython(path=sys.executable, why="this environment; the engine needs no other")
-    here = first_met(environment.provided_by)
-    if here is not None and flavour is None:
-        return EnginePython(path=sys.executable, why=f"this environment, which holds {here}")
-    wanted = environment_for(spec, flavour)
-    if wanted.python() is None and auto_install:
-        from .environments_install import install
-
-        install(wanted)
-    found = wanted.python()
-    if found is None:
-        raise EnvironmentMissing(
-            f"engine {spec.name} runs in an environment of its own, and that isn't installed yet (flavour"
-            f" {wanted.flavour}). Install it: {wanted.install_command}\n"
-            "Or give auto_install=True to have it done now, or python= with the interpreter of an environment of yours"
-            f" that holds {environment.provided_by[0]}."
-        )
-    return EnginePython(path=str(found), why=f"its environment, flavour {wanted.flavour}")
-
-
-def first_met(requirements: Iterable[str]) -> str | None:
-    """The first of these requirements that this process's environment meets, as "name version". Imports nothing."""
-    for line in requirements:
-        requirement = Requirement(line)
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            continue
-        if requirement.specifier.contains(version, prereleases=True):
-            return f"{requirement.name} {version}"
-    return None
-
-
-def _own_interpreter(engine: str, python: str | Path) -> str:
-    # Not resolved: a virtual environment's interpreter is a link, and what it links to knows nothing of it.
-    found = shutil.which(os.path.expanduser(python))
-    if found is None:
-        raise EnvironmentMissing(f"python={str(python)!r} for engine {engine} is no program that can be run here.")
-    return os.path.abspath(found)
 
 
 def _key(spec: FlavourSpec) -> str:
