@@ -1,7 +1,8 @@
 """How fast a step's trajectories become packed rows, and how full those are: `python benchmarks/tokenize_pack.py`.
 
-Makes 64 groups of 8 four-turn conversations with random token ids, as the gateway returns them, and times tokenizing
-and packing (CPU seconds of one thread, best of several runs). Prints the machine and the versions.
+Makes 64 groups of 8 four-turn conversations with random token ids, as the gateway returns them, and times writing the
+groups file, reading it, tokenizing and packing (CPU seconds of one thread, best of several runs). Prints the machine
+and the versions.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import numpy as np
 from openai.types.chat.chat_completion import Choice
 
 from art_core.trajectories import Trajectory, TrajectoryGroup
-from art_engine_kit.groups_file import write_groups
-from art_training_kit.groups_file import read_groups_fast
+from art_engine_kit.groups_file import read_records, write_groups
 from art_training_kit.packing import pack_rows
 from art_training_kit.row_assignment import sort_rows
+from art_training_kit.rows import TokenizedStep
 from art_training_kit.tokenize import tokenize_groups
 
 VOCABULARY = 49152
@@ -79,18 +80,21 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     groups = make_step(np.random.default_rng(0), arguments.groups, arguments.size, arguments.turns)
-    step = tokenize_groups(groups, vocabulary_size=VOCABULARY, max_length=arguments.row)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "step.groups"
+        writing = best_of(arguments.repeats, lambda: write_groups(file, groups))
+        reading = best_of(arguments.repeats, lambda: list(read_records(file)))
+        records, size = list(read_records(file)), file.stat().st_size
+
+    def tokenize() -> TokenizedStep:
+        return tokenize_groups(records, vocabulary_size=VOCABULARY, max_length=arguments.row)
+
+    step = tokenize()
     tokens = step.num_tokens
     packed = pack_rows(step.rows, arguments.row)
     lengths = [len(row) for row in packed]
     bound = sort_rows([row.token_ids[: row.trained[-1]] for row in step.rows]).tree_tokens
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "groups.json"
-        writing = best_of(2, lambda: file.write_bytes(write_groups(groups)))
-        reading = best_of(3, lambda: read_groups_fast(file))
-    tokenizing = best_of(
-        arguments.repeats, lambda: tokenize_groups(groups, vocabulary_size=VOCABULARY, max_length=arguments.row)
-    )
+    tokenizing = best_of(arguments.repeats, tokenize)
     packing = best_of(arguments.repeats, lambda: pack_rows(step.rows, arguments.row))
     result = {
         "tokens": tokens,
@@ -99,6 +103,7 @@ def main() -> None:
         "tokenize_and_pack_tokens_per_s": round(tokens / (tokenizing + packing)),
         "write_file_tokens_per_s": round(tokens / writing),
         "read_file_tokens_per_s": round(tokens / reading),
+        "file_bytes_per_token": round(size / tokens, 2),
         "rows": len(packed),
         "fill": round(sum(lengths) / (len(packed) * arguments.row), 4),
         "fill_without_last_row": round(sum(lengths[:-1]) / max(1, (len(packed) - 1) * arguments.row), 4),

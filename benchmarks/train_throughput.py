@@ -36,9 +36,9 @@ def measure(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from art_engine_kit.train_options import TrainOptions
     from art_engine_torch.training.policy import compute_dtype, load_policy
     from art_training_kit.allocator import keep_freed_memory
-    from art_training_kit.losses import LossOptions
     from art_training_kit.packing import pack_rows
     from art_training_kit.policy import PolicyRequest
     from art_training_kit.row_tensors import RowTensors
@@ -83,7 +83,7 @@ def measure(
 
         def step() -> None:
             for row in tensors:
-                row.loss(policy, LossOptions())[0].loss.backward()
+                row.loss(policy, TrainOptions())[0].loss.backward()
             for parameter in policy.adapter_parameters().values():
                 parameter.grad = None
 

@@ -73,7 +73,7 @@ def _groups(change: Callable[[Any], None]) -> Callable[[TrainJob], TrainJob]:
             for trajectory in group:
                 change(trajectory)
         changed = job.groups_file.with_suffix(".changed")
-        changed.write_bytes(write_groups(groups))
+        write_groups(changed, groups)
         return job.model_copy(update={"groups_file": changed})
 
     return before

@@ -105,7 +105,7 @@ def plain(value: Any) -> Any:
 @given(groups=st.lists(GROUPS, max_size=2))
 def test_a_job_file_gives_back_every_group(groups: list[TrajectoryGroup], tmp_path_factory: Any) -> None:
     file: Path = tmp_path_factory.getbasetemp() / "groups.json"
-    file.write_bytes(write_groups(groups))
+    write_groups(file, groups)
     assert plain(read_groups(file)) == plain(groups)
 
 

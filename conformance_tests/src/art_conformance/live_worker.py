@@ -15,6 +15,7 @@ import httpx
 
 from art_core import TrainingEngine, TrainingLaunch
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving
+from art_engine_kit.event_stream import EventLines
 from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
 from art_runtime import SupervisedProcess
 
@@ -47,9 +48,8 @@ class LiveWorker:
         ) as answer:
             if answer.status_code != 200:
                 raise JobRefused(answer.status_code, (await answer.aread()).decode(errors="replace"))
-            async for line in answer.aiter_lines():
-                if line.strip():
-                    yield read_event(line)
+            async for line in EventLines(answer.aiter_bytes()):
+                yield read_event(line)
 
     async def run(self, job: TrainJob) -> list[TrainEvent]:
         """Send a job and give all its events."""

@@ -118,7 +118,7 @@ class TrainingEngineSuite(Suite):
             folder = tmp_path / name
             folder.mkdir(exist_ok=True)
             groups_file = folder / f"groups-{step}.json"
-            groups_file.write_bytes(write_groups(groups))
+            write_groups(groups_file, groups)
             own = {key: settings.pop(key) for key in ("start", "reference", "adapter") if key in settings}
             return TrainJob(
                 model="conformance/agent",

@@ -12,7 +12,7 @@ import pytest
 from art_core import TrainingCapability, TrajectoryGroup
 from art_engine_kit.canary import read_canary
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest
-from art_engine_kit.training_wire import GradientStep, JobEnded, JobProgress, JobSaved, JobStarted
+from art_engine_kit.training_wire import GradientStep, JobEnded, JobProgress, JobSaved, JobStarted, KlReference
 
 from .live_worker import JobRefused, LiveWorker, working
 from .oracle import Oracle
@@ -205,11 +205,11 @@ class TrainingJobChecks(TrainingEngineSuite):
         tmp_path: Path,
     ) -> None:
         one_step = {"kl_penalty_coef": 0.1, "grad_accumulation_sequences": 1000}
-        same = await worker.train(job(groups, name="same", reference=start, **one_step))
+        same = await worker.train(job(groups, name="same", reference=KlReference(adapter=start), **one_step))
         assert same.metrics["loss/kl_policy_ref"] == pytest.approx(0.0, abs=1e-5)
         other = write_adapter(tmp_path / "reference", conformance_model, seed=77)
-        different = await worker.train(job(groups, name="other", reference=other, **one_step))
-        base = await worker.train(job(groups, name="base", reference=None, **one_step))
+        different = await worker.train(job(groups, name="other", reference=KlReference(adapter=other), **one_step))
+        base = await worker.train(job(groups, name="base", reference=KlReference(), **one_step))
         assert abs(different.metrics["loss/kl_policy_ref"]) > 1e-3
         assert abs(base.metrics["loss/kl_policy_ref"]) > 1e-4
 
@@ -217,7 +217,7 @@ class TrainingJobChecks(TrainingEngineSuite):
     async def test_undeclared_is_refused(self, worker: LiveWorker, job: Any, groups: list[TrajectoryGroup]) -> None:
         if Cap.KL_REFERENCE in worker.engine.capabilities:
             return  # the only capability that a job can ask for; TRN-113 holds it
-        failed = await worker.failing(job(groups, kl_penalty_coef=0.1))
+        failed = await worker.failing(job(groups, reference=KlReference(), kl_penalty_coef=0.1))
         assert failed.error_type == "UnsupportedCapability"
 
     @check(

@@ -20,6 +20,7 @@ from art_engine_kit.training_wire import (
     JobProgress,
     JobSaved,
     JobStarted,
+    KlReference,
     TrainEvent,
     TrainJob,
     read_event,
@@ -80,14 +81,25 @@ def test_a_job_survives_the_wire() -> None:
         step=3,
         start=Path("/c/0002"),
         destination=Path("/c/0003"),
-        groups_file=Path("/g.json"),
+        groups_file=Path("/step.groups"),
+        reference=KlReference(adapter=Path("/c/0000")),
         options=TrainOptions(kl_penalty_coef=0.1, kl_penalty_reference_step=0, kimi_k2_tau=0.5),
         adapter=AdapterOptions(peft_args={"r": 8}, chat_template="{{ messages }}"),
     )
     assert TrainJob.model_validate_json(job.model_dump_json()) == job
 
 
-@pytest.mark.parametrize("change", [{"step": 0}, {"kind": "sft"}, {"optons": {}}, {"start": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 0},
+        {"kind": "sft"},
+        {"optons": {}},
+        {"start": None},
+        {"reference": {"step": 1}},
+        {"options": {"kl_penalty_coef": 0.1}},
+    ],
+)
 def test_a_malformed_job_is_refused(change: dict[str, Any]) -> None:
     job = {"model": "p/a", "step": 1, "start": "/0", "destination": "/1", "groups_file": "/g"}
     TrainJob.model_validate(job)

@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from art_core.trajectories import Trajectory, TrajectoryGroup
 from art_engine_kit.checkpoint_folder import read_manifest, saving
+from art_engine_kit.group_records import record_of
 from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import WORKER_TOKEN, JobEnded, TrainJob, read_event
 from art_engine_torch.base_model import resolve_base_model
 from art_engine_torch.training.policy import load_policy
 from art_training_kit.advantages import balance_step
-from art_training_kit.losses import Entries, LossOptions, policy_loss
+from art_training_kit.losses import Entries, policy_loss
 from art_training_kit.packing import pack_rows
 from art_training_kit.policy import PolicyRequest
 from art_training_kit.row_tensors import RowTensors
@@ -100,10 +101,10 @@ def test_packed_loss_and_gradients_on_real_trajectories(
     groups, checkpoints = sampled
     policy = load_policy(PolicyRequest(base, dtype="float32"))
     policy.load_adapter(checkpoints / "0000")
-    step = tokenize_groups(groups, vocabulary_size=policy.vocabulary_size, max_length=2048)
+    step = tokenize_groups(map(record_of, groups), vocabulary_size=policy.vocabulary_size, max_length=2048)
     advantages, weights = balance_step(step.advantages, step.trained_tokens, 0.0)
     (packed,) = pack_rows(step.rows, 4096)
-    tensors, options = RowTensors.of(packed, advantages, weights, policy.device), LossOptions()
+    tensors, options = RowTensors.of(packed, advantages, weights, policy.device), TrainOptions()
     parameters = list(policy.adapter_parameters().values())
     ours, _ = tensors.loss(policy, options)
     mine = torch.autograd.grad(ours.loss, parameters)
@@ -181,7 +182,7 @@ def test_the_worker_process_trains_leaves_politely_and_another_resumes(
     groups, checkpoints = sampled
     process, client = worker
     file = tmp_path / "groups.json"
-    file.write_bytes(write_groups(groups))
+    write_groups(file, groups)
     for step in (1, 2):
         job = TrainJob(
             model="project/agent", step=step, start=checkpoints / f"{step - 1:04d}",

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from art_training_kit.losses import Entries, LossOptions, policy_loss
+from art_engine_kit.train_options import TrainOptions
+from art_training_kit.losses import Entries, clip_range, policy_loss
 
 
-def oracle(new: Any, old: Any, a: Any, w: Any, seq: Any, sampled: Any, ref: Any, o: LossOptions) -> tuple[float, Any]:
+def oracle(new: Any, old: Any, a: Any, w: Any, seq: Any, sampled: Any, ref: Any, o: TrainOptions) -> tuple[float, Any]:
     """Σ loss·w and its derivative towards each new logprob."""
     n = len(new)
     old = [new[i] if math.isnan(old[i]) else old[i] for i in range(n)]
@@ -80,7 +81,7 @@ def cases(draw: st.DrawFn) -> Any:
     seq = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
     sampled = draw(st.none() | f(-6, -0.01))
     ref = draw(st.none() | f(-6, -0.01))
-    options = LossOptions(
+    options = TrainOptions(
         loss_fn=draw(st.sampled_from(["cispo", "ppo"])),
         epsilon=draw(st.none() | st.floats(0.05, 1)),
         epsilon_high=draw(st.none() | st.floats(0.05, 5)),
@@ -117,22 +118,22 @@ def entries(**changes: Any) -> Entries:
 
 def test_on_policy_divergence_is_zero_and_missing_old_logprobs_count_as_on_policy() -> None:
     new = torch.tensor([-1.0, -2.0], requires_grad=True)
-    known = policy_loss(new, entries(), LossOptions())
-    unknown = policy_loss(new, entries(old_logprobs=torch.full((2,), math.nan)), LossOptions())
+    known = policy_loss(new, entries(), TrainOptions())
+    unknown = policy_loss(new, entries(old_logprobs=torch.full((2,), math.nan)), TrainOptions())
     assert float(known.kl_div) == 0
     assert torch.equal(known.loss, unknown.loss)
 
 
 def test_identical_reference_gives_kl_zero() -> None:
     new = torch.tensor([-1.0, -2.0], requires_grad=True)
-    sums = policy_loss(new, entries(reference_logprobs=new.detach().clone()), LossOptions(kl_penalty_coef=0.5))
+    sums = policy_loss(new, entries(reference_logprobs=new.detach().clone()), TrainOptions(kl_penalty_coef=0.5))
     assert abs(float(sums.kl_policy_ref)) < 1e-6
 
 
 def test_the_cap_touches_negative_advantages_only() -> None:
     new, options = (
         torch.zeros(2, requires_grad=True),
-        LossOptions(max_negative_advantage_importance_sampling_weight=0.5),
+        TrainOptions(max_negative_advantage_importance_sampling_weight=0.5),
     )
     old = torch.full((2,), -1.0)
     (slope,) = torch.autograd.grad(policy_loss(new, entries(old_logprobs=old), options).loss, new)
@@ -140,7 +141,7 @@ def test_the_cap_touches_negative_advantages_only() -> None:
 
 
 def test_default_clip_ranges() -> None:
-    assert LossOptions().clip_range() == (0.0, 5.0)
-    assert LossOptions(loss_fn="ppo").clip_range() == (0.8, 1.2)
-    assert LossOptions(loss_fn="ppo", epsilon=0.1).clip_range() == (0.9, 1.1)
-    assert LossOptions(epsilon_high=2.0).clip_range() == (0.0, 3.0)
+    assert clip_range(TrainOptions()) == (0.0, 5.0)
+    assert clip_range(TrainOptions(loss_fn="ppo")) == (0.8, 1.2)
+    assert clip_range(TrainOptions(loss_fn="ppo", epsilon=0.1)) == (0.9, 1.1)
+    assert clip_range(TrainOptions(epsilon_high=2.0)) == (0.0, 3.0)

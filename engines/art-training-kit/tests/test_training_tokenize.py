@@ -10,9 +10,9 @@ import pytest
 
 from art_core.errors import InvalidTrajectory
 from art_core.trajectories import History, Trajectory, TrajectoryGroup
-from art_engine_kit.groups_file import read_groups, write_groups
+from art_engine_kit.group_records import record_of
+from art_engine_kit.groups_file import read_groups, read_records, write_groups
 from art_training_kit.chat_template import ChatTemplate
-from art_training_kit.groups_file import read_groups_fast
 from art_training_kit.rows import TokenizedStep
 from art_training_kit.tokenize import tokenize_groups
 
@@ -23,7 +23,7 @@ def tokenize(*rewarded: tuple[Trajectory, float], **options: Any) -> TokenizedSt
     for trajectory, reward in rewarded:
         trajectory.reward = reward
     group = TrajectoryGroup([trajectory for trajectory, _ in rewarded])
-    return tokenize_groups([group], **({"vocabulary_size": 100, "max_length": 50} | options))
+    return tokenize_groups([record_of(group)], **({"vocabulary_size": 100, "max_length": 50} | options))
 
 
 def trajectory(*items: Any, **fields: Any) -> Trajectory:
@@ -77,7 +77,7 @@ def test_what_is_left_out_is_counted(make_choice: Make) -> None:
     assert not equal.rows
     assert equal.metrics["data/step_num_groups_trainable"] == 0
     assert equal.metrics["data/step_num_trajectories_zero_advantage"] == 3
-    assert not tokenize_groups([TrajectoryGroup([])], vocabulary_size=9, max_length=9).rows
+    assert not tokenize_groups([record_of(TrajectoryGroup([]))], vocabulary_size=9, max_length=9).rows
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,21 @@ def test_a_bad_choice_is_named_by_its_place(make_choice: Make, item: Make, match
     with pytest.raises(InvalidTrajectory, match=match) as error:
         tokenize((trajectory(make_choice([1], [2])), 0.0), (trajectory(item(make_choice)), 1.0))
     assert "trajectory_groups[0].trajectories[1]" in str(error.value)
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf, 0.5])
+def test_a_bad_logprob_is_named_by_its_choice(make_choice: Make, logprob: float) -> None:
+    first, second = make_choice([1], [2, 3]), make_choice([1, 2, 3, 4], [5, 6])
+    second.logprobs.content[0].logprob = logprob
+    with pytest.raises(InvalidTrajectory, match=r"trajectories\[0\]\.messages_and_choices\[2\] has a logprob"):
+        tokenize((trajectory(first, second), 1.0), (trajectory(make_choice([1], [2])), 0.0))
+
+
+def test_what_is_no_token_id_is_named_by_its_choice(make_choice: Make) -> None:
+    bad = make_choice([1], [2])
+    bad.token_ids = ["two"]
+    with pytest.raises(InvalidTrajectory, match=r"trajectories\[0\]\.messages_and_choices\[1\] holds what is no token"):
+        tokenize((trajectory(bad), 1.0), (trajectory(make_choice([1], [2])), 0.0))
 
 
 def test_ids_and_logprobs_must_be_one_for_one(make_choice: Make) -> None:
@@ -157,8 +172,9 @@ def test_a_template_that_moves_the_message_is_refused(make_choice: Make) -> None
 def test_rows_survive_being_written_and_read(make_groups: Make, tmp_path: Path) -> None:
     groups = make_groups()
     groups[0].trajectories[0].additional_histories.append(History(messages_and_choices=groups[1][0].choices()))
-    (tmp_path / "groups.json").write_bytes(write_groups(groups))
-    ways = (groups, read_groups(tmp_path / "groups.json"), read_groups_fast(tmp_path / "groups.json"))
+    file = tmp_path / "step.groups"
+    write_groups(file, groups)
+    ways = (map(record_of, groups), map(record_of, read_groups(file)), read_records(file))
     first, *others = (tokenize_groups(way, vocabulary_size=97, max_length=99) for way in ways)
     for other in others:
         assert other.metrics == first.metrics

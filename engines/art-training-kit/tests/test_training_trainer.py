@@ -14,11 +14,12 @@ import torch
 from art_core.errors import AdapterMismatch, CorruptCheckpoint, InvalidTrajectory, UnknownArgument
 from art_engine_kit.canary import read_canary
 from art_engine_kit.checkpoint_folder import read_manifest
+from art_engine_kit.group_records import record_of
 from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
-from art_engine_kit.training_wire import AdapterOptions, JobEnded, JobStarted, TrainJob
+from art_engine_kit.training_wire import AdapterOptions, JobEnded, JobStarted, KlReference, TrainJob
 from art_training_kit.advantages import balance_step
-from art_training_kit.losses import Entries, LossOptions, policy_loss
+from art_training_kit.losses import Entries, policy_loss
 from art_training_kit.packing import pack_rows
 from art_training_kit.row_tensors import RowTensors
 from art_training_kit.tokenize import tokenize_groups
@@ -32,10 +33,10 @@ def job(checkpoints: Path, make_groups: Make) -> Make:
     """Make the job of a step; keyword arguments are train options."""
 
     def make(
-        step: int = 1, groups: Any = None, adapter: Any = None, reference: Path | None = None, **options: Any
+        step: int = 1, groups: Any = None, adapter: Any = None, reference: KlReference | None = None, **options: Any
     ) -> TrainJob:
         file = checkpoints.parent / f"groups-{step}.json"
-        file.write_bytes(write_groups(make_groups(step) if groups is None else groups))
+        write_groups(file, make_groups(step) if groups is None else groups)
         return TrainJob(
             model="project/agent", step=step,
             start=checkpoints / f"{step - 1:04d}", destination=checkpoints / f"{step:04d}",
@@ -62,17 +63,17 @@ def test_packed_loss_and_gradients_equal_one_sequence_at_a_time(
 ) -> None:
     policy = small_policy()
     run(Trainer(policy), job(1))  # so that B is not zero
-    step = tokenize_groups(make_groups(5, turns=3), vocabulary_size=97, max_length=200)
+    step = tokenize_groups(map(record_of, make_groups(5, turns=3)), vocabulary_size=97, max_length=200)
     advantages, weights = balance_step(step.advantages, step.trained_tokens, 0.3)
     packed = pack_rows(step.rows, max(capacity, max(map(len, step.rows))))
     assert sum(map(len, packed)) < 0.8 * step.num_tokens
     parameters = list(policy.adapter_parameters().values())
     for options in (
-        LossOptions(),
-        LossOptions(
+        TrainOptions(),
+        TrainOptions(
             loss_fn="ppo", importance_sampling_level="geometric_average", kimi_k2_tau=0.1, mask_prob_ratio=True
         ),
-        LossOptions(importance_sampling_level="sequence", truncated_importance_sampling=1.1),
+        TrainOptions(importance_sampling_level="sequence", truncated_importance_sampling=1.1),
     ):
         losses = [RowTensors.of(row, advantages, weights, policy.device).loss(policy, options)[0] for row in packed]
         together = sum(loss.loss for loss in losses)
@@ -202,12 +203,16 @@ def test_nothing_to_train_carries_the_checkpoint(
 
 def test_identical_policies_have_divergence_zero(small_policy: Make, job: Make, checkpoints: Path) -> None:
     run(Trainer(small_policy()), job(1))
-    same = {"reference": checkpoints / "0001", "kl_penalty_coef": 0.1, "precalculate_logprobs": True}
+    same = {
+        "reference": KlReference(adapter=checkpoints / "0001"),
+        "kl_penalty_coef": 0.1,
+        "precalculate_logprobs": True,
+    }
     metrics = run(Trainer(small_policy()), job(2, **same))
     assert abs(metrics["loss/kl_policy_ref"]) < 1e-6
     assert abs(metrics["loss/kl_div"]) < 1e-6
     shutil.rmtree(checkpoints / "0002")
-    against_base = run(Trainer(small_policy()), job(2, kl_penalty_coef=0.1))
+    against_base = run(Trainer(small_policy()), job(2, reference=KlReference(), kl_penalty_coef=0.1))
     assert abs(against_base["loss/kl_policy_ref"]) > 1e-6
 
 
@@ -217,7 +222,7 @@ def test_identical_policies_have_divergence_zero(small_policy: Make, job: Make, 
         {"loss_fn": "ppo"},
         {"normalize_advantages": False},
         {"scale_rewards": False},
-        {"kl_penalty_coef": 5.0},
+        {"kl_penalty_coef": 5.0, "reference": KlReference()},
         {"epsilon": 0.01, "epsilon_high": 0.01},
         {"advantage_balance": 0.7},
         {"importance_sampling_level": "sequence"},
@@ -274,8 +279,6 @@ def test_settings_are_read_or_refused_by_name(small_policy: Make, job: Make) -> 
         run(trainer, job(1, adapter={"peft_args": {"r": 16}}))
     with pytest.raises(ValueError, match="packed_sequence_length is 100"):
         run(trainer, job(1, packed_sequence_length=100, adapter={"max_seq_length": 50}))
-    with pytest.raises(ValueError, match="kl_penalty_reference_step=3"):
-        run(trainer, job(1, kl_penalty_reference_step=3))
     run(trainer, job(1, adapter={"peft_args": {"r": 3, "random_state": 1}, "trainer_args": {"weight_decay": 0.0}}))
 
 

@@ -50,7 +50,7 @@ async def ready(client: httpx.AsyncClient) -> None:
 def body(checkpoints: Path, make_groups: Make) -> Callable[..., str]:
     def make(step: int = 1, groups: Any = None) -> str:
         file = checkpoints.parent / "groups.json"
-        file.write_bytes(write_groups(make_groups() if groups is None else groups))
+        write_groups(file, make_groups() if groups is None else groups)
         return TrainJob(
             model="project/agent", step=step,
             start=checkpoints / f"{step - 1:04d}", destination=checkpoints / f"{step:04d}",

@@ -9,6 +9,10 @@ import pytest
 from art_core import TrainResult, hookimpl, installed_plugins
 
 pytestmark = pytest.mark.slow
+STEP = [
+    "art_before_train", "art_checkpoint_saved", "art_before_publish_checkpoint", "art_checkpoint_published",
+    "art_after_train",
+]  # fmt: skip
 ENDS = {"art_after_train", "art_train_failed"}
 PUBLISH_ENDS = {"art_checkpoint_published", "art_checkpoint_publish_failed"}
 
@@ -107,10 +111,10 @@ async def the_next_step_goes_through(backend, policy, groups, checkpoints, heard
     heard.calls.clear()
     async with asyncio.timeout(60):
         result = await backend.train(policy, groups)
-    assert result.step == served + 1, "a cancelled step was left to be published, or one that is served is forgotten"
-    assert heard.calls[0] == "art_before_train"
-    assert heard.calls[-1] == "art_after_train"
-    assert await backend.list_steps(policy) == list(range(result.step + 1))
+    # A name that an engine held, if only for a moment, is never used again, so a number may be left out.
+    assert served < result.step <= served + 2
+    assert heard.calls == STEP, "a cancelled step was left for the next one to publish"
+    assert (await backend.list_steps(policy))[-1] == result.step == await backend.get_step(policy)
     heard.calls.clear()
     return result.step
 

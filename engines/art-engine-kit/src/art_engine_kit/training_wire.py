@@ -1,17 +1,19 @@
 """The wire between a backend and a training worker: one job in, a stream of events out.
 
 A worker is an HTTP server on the loopback interface: `GET /health` answers 503 until the base model is loaded and 200
-after; `POST /jobs` takes a `TrainJob` and answers with one JSON event a line until `ended` or `failed`. The bearer
-token comes to it in the environment variable `ART_WORKER_TOKEN`. A client that goes away cancels its job and nothing is
-saved. Knows no torch; trajectories travel in a file that the job names, so that nothing large crosses the wire.
+after; `POST /jobs` takes a `TrainJob` and answers with an event stream (`event_stream`) that ends with `ended` or
+`failed`. The bearer token comes to it in the environment variable `ART_WORKER_TOKEN`. Who says `ended` has saved:
+`destination` is then a whole checkpoint, with the weights and the optimizer's state of the start when there was nothing
+to train on. A client that goes away cancels its job, and nothing is saved. Knows no torch; trajectories travel in a
+file that the job names (`groups_file`), so that nothing large crosses the wire.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from .train_options import TrainOptions
 
@@ -30,12 +32,20 @@ class AdapterOptions(BaseModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
+class KlReference(BaseModel):
+    """The policy that KL is measured against: the base model, with the PEFT adapter in `adapter` if one is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter: Path | None = None
+
+
 class TrainJob(BaseModel):
     """One training step.
 
     `start` is the checkpoint to train from and `destination` the folder to save the new one to, which must not exist.
-    `groups_file` holds a list of trajectory groups as `write_groups` writes it. `reference` is the adapter folder of
-    the KL reference policy, None for the base model without adapter.
+    `groups_file` is what `groups_file.write_groups` wrote. `reference` is all that is said of the KL reference policy,
+    None for none: what the options say of it was for whoever made the job.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,9 +56,15 @@ class TrainJob(BaseModel):
     start: Path
     destination: Path
     groups_file: Path
-    reference: Path | None = None
+    reference: KlReference | None = None
     options: TrainOptions = TrainOptions()
     adapter: AdapterOptions = AdapterOptions()
+
+    @model_validator(mode="after")
+    def _penalty_has_a_reference(self) -> Self:
+        if self.options.kl_penalty_coef > 0 and self.reference is None:
+            raise ValueError("kl_penalty_coef is above 0 and the job names no reference to measure KL against")
+        return self
 
 
 class JobStarted(BaseModel):
@@ -88,7 +104,7 @@ class JobSaved(BaseModel):
 
 
 class JobEnded(BaseModel):
-    """The last event of a job that worked. With 0 gradient steps the checkpoint is the one it started from."""
+    """The last event of a job that worked, after `saved`. With 0 gradient steps the start was carried over."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 

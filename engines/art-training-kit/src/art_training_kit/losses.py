@@ -1,52 +1,18 @@
 """The policy losses: pure functions from logprobs to a loss, nothing else.
 
 They work on entries, one for each sampled token of each sequence, flat and in any order, so they know neither packing
-nor models. The formulas and defaults are those of the ART contract; each option's sentence below says what it does.
+nor models. The options are `TrainOptions` as they are, where a sentence says what each does; the formulas and defaults
+are those of the ART contract.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Level = Literal["token", "sequence", "average", "geometric_average"]
-
-
-@dataclass(frozen=True, slots=True)
-class LossOptions:
-    """Which loss, and how it treats the importance ratio ρ = exp(new - old).
-
-    `loss_fn`: CISPO is -clip(sg ρ, 1-ε, 1+ε_high) A log π; PPO is -min(ρA, clip(ρ, 1-ε, 1+ε_high) A). `epsilon`,
-    `epsilon_high`: None means 1 and 4 for CISPO, 0.2 for both in PPO; a given `epsilon` alone leaves PPO's upper
-    bound equal to it. `importance_sampling_level`: ρ of each token; of its whole sequence, exp(mean difference); or
-    the two's arithmetic or geometric mean. `max_negative_advantage_importance_sampling_weight` caps ρ where A < 0.
-    `mask_prob_ratio` sets ρ to 0 outside (1-ε, 1+ε_high). `kimi_k2_tau`: A -= τ (new - old), no gradient.
-    `kl_penalty_coef`: A += coef (mean KL - KL), KL = new - reference of the token, no gradient.
-    `truncated_importance_sampling` multiplies the loss by min(ρ, bound), no gradient.
-    """
-
-    loss_fn: Literal["cispo", "ppo"] = "cispo"
-    epsilon: float | None = None
-    epsilon_high: float | None = None
-    importance_sampling_level: Level = "token"
-    max_negative_advantage_importance_sampling_weight: float | None = None
-    mask_prob_ratio: bool = False
-    kimi_k2_tau: float | None = None
-    kl_penalty_coef: float = 0.0
-    truncated_importance_sampling: float | None = None
-
-    def clip_range(self) -> tuple[float, float]:
-        """(1 - ε, 1 + ε_high) with the loss's own defaults filled in."""
-        if self.loss_fn == "ppo":
-            low = 0.2 if self.epsilon is None else self.epsilon
-            high = low if self.epsilon_high is None else self.epsilon_high
-        else:
-            low = 1.0 if self.epsilon is None else self.epsilon
-            high = 4.0 if self.epsilon_high is None else self.epsilon_high
-        return 1.0 - low, 1.0 + high
+from art_engine_kit.train_options import ImportanceLevel, TrainOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +47,31 @@ class LossSums:
     count: int
 
 
-def policy_loss(new_logprobs: Tensor, entries: Entries, options: LossOptions) -> LossSums:
+def clip_range(options: TrainOptions) -> tuple[float, float]:
+    """(1 - ε, 1 + ε_high) with the loss's own defaults filled in: 1 and 4 for CISPO; 0.2 for both in PPO, where a given
+    ε alone is the upper bound's too.
+    """
+    if options.loss_fn == "ppo":
+        low = 0.2 if options.epsilon is None else options.epsilon
+        high = low if options.epsilon_high is None else options.epsilon_high
+    else:
+        low = 1.0 if options.epsilon is None else options.epsilon
+        high = 4.0 if options.epsilon_high is None else options.epsilon_high
+    return 1.0 - low, 1.0 + high
+
+
+def policy_loss(new_logprobs: Tensor, entries: Entries, options: TrainOptions) -> LossSums:
     """Σ loss·w over entries, of which every one is a trained token; the mean is this over their number.
 
-    `new_logprobs` has shape [E] and carries the gradient.
+    CISPO is -clip(sg ρ, 1-ε, 1+ε_high) A log π; PPO is -min(ρA, clip(ρ, 1-ε, 1+ε_high) A). `new_logprobs` has shape [E]
+    and carries the gradient.
     """
     new = new_logprobs
     fixed = new.detach()
     old = torch.where(entries.old_logprobs.isnan(), fixed, entries.old_logprobs)
     difference = new - old
     ratio = _ratio(difference, entries.sequence, options.importance_sampling_level)
-    low, high = options.clip_range()
+    low, high = clip_range(options)
     advantages = entries.advantages
     cap = options.max_negative_advantage_importance_sampling_weight
     if cap is not None:
@@ -116,7 +96,7 @@ def policy_loss(new_logprobs: Tensor, entries: Entries, options: LossOptions) ->
     return LossSums((loss * entries.weights).sum(), divergence.sum(), kl_policy_ref, new.numel())
 
 
-def _ratio(difference: Tensor, sequence: Tensor, level: Level) -> Tensor:
+def _ratio(difference: Tensor, sequence: Tensor, level: ImportanceLevel) -> Tensor:
     if level == "token":
         return difference.exp()
     sequences = int(sequence.max()) + 1

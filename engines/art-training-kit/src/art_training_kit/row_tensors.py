@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from art_engine_kit.train_options import TrainOptions
+
 from .logprobs import next_token_logprobs
-from .losses import Entries, LossOptions, LossSums, policy_loss
+from .losses import Entries, LossSums, policy_loss
 from .packing import PackedRow
 from .policy import Policy
 
@@ -68,7 +70,7 @@ class RowTensors:
         chosen, entropy = next_token_logprobs(hidden, policy.output_weight, self.target_parent, self.targets)
         return chosen[self.entry_target], entropy[self.target_parent[self.entry_target]]
 
-    def loss(self, policy: Policy, options: LossOptions) -> tuple[LossSums, Tensor]:
+    def loss(self, policy: Policy, options: TrainOptions) -> tuple[LossSums, Tensor]:
         """The loss sums, carrying gradients, and Σ entropy·w."""
         new, entropy = self.logprobs(policy)
         return policy_loss(new, self.entries, options), (entropy * self.entries.weights).sum()

@@ -29,15 +29,23 @@ from art_engine_kit.checkpoint_folder import (
     read_manifest,
     saving,
 )
+from art_engine_kit.groups_file import read_records
 from art_engine_kit.train_options import TrainOptions
-from art_engine_kit.training_wire import GradientStep, JobEnded, JobProgress, JobSaved, JobStarted, TrainEvent, TrainJob
+from art_engine_kit.training_wire import (
+    GradientStep,
+    JobEnded,
+    JobProgress,
+    JobSaved,
+    JobStarted,
+    KlReference,
+    TrainEvent,
+    TrainJob,
+)
 
 from .adapter_settings import check_peft_args
 from .advantages import balance_step
 from .canaries import CanaryMaker
 from .chat_template import ChatTemplate
-from .groups_file import read_groups_fast
-from .losses import LossOptions
 from .optimizer import OPTIMIZER_SETTINGS, AdapterOptimizer, OptimizerOptions
 from .packing import PackedRow, pack_rows
 from .policy import Policy
@@ -77,7 +85,6 @@ class Trainer:
         options = job.options
         optimizer_options = OptimizerOptions.of(job.adapter.trainer_args)
         check_peft_args(job.adapter.peft_args, job.start)
-        reference = _reference_of(job)
         step = self._tokenize(job)
         advantages, weights = balance_step(step.advantages, step.trained_tokens, options.advantage_balance)
         if not advantages.any():
@@ -97,7 +104,7 @@ class Trainer:
             plot_rows(packed, advantages, weights, job.destination.parent.parent / "plots" / f"step-{job.step:04d}.png")
         self._load(job.start, optimizer_options)
         canary = CanaryMaker(self._policy, rows)
-        tensors = self._prepare(packed, advantages, weights, options, reference, cancelled)
+        tensors = self._prepare(packed, advantages, weights, options, job.reference, cancelled)
         window = options.grad_accumulation_sequences or 1
         total = -(-len(tensors) // window)
         samples: list[dict[str, float]] = []
@@ -131,7 +138,7 @@ class Trainer:
             )
         template = ChatTemplate(self._policy.tokenizer, job.adapter.chat_template, job.adapter.chat_template_kwargs)
         step = tokenize_groups(
-            read_groups_fast(job.groups_file),
+            read_records(job.groups_file),
             vocabulary_size=self._policy.vocabulary_size,
             max_length=min(options.packed_sequence_length or limit, limit, self._policy.max_length),
             scale_rewards=options.scale_rewards and options.normalize_advantages,
@@ -175,7 +182,7 @@ class Trainer:
         advantages: npt.NDArray[np.float64],
         weights: npt.NDArray[np.float64],
         options: TrainOptions,
-        reference: tuple[Path | None] | None,
+        reference: KlReference | None,
         cancelled: Callable[[], bool],
     ) -> list[RowTensors]:
         tensors = [RowTensors.of(row, advantages, weights, self._policy.device) for row in packed]
@@ -183,7 +190,7 @@ class Trainer:
             fresh = self._logprobs(tensors, cancelled)
             tensors = [row.with_recalculated(values) for row, values in zip(tensors, fresh, strict=True)]
         if reference is not None:
-            with self._policy.reference(reference[0]):
+            with self._policy.reference(reference.adapter):
                 known = self._logprobs(tensors, cancelled)
             tensors = [row.with_reference(values) for row, values in zip(tensors, known, strict=True)]
         return tensors
@@ -203,13 +210,12 @@ class Trainer:
         `part`.
         """
         assert self._optimizer is not None
-        loss_options = _loss_options(options)
         count = sum(len(row.entry_target) for row in part)
         sums = {"loss/train": 0.0, "loss/entropy": 0.0, "loss/kl_div": 0.0, "loss/kl_policy_ref": 0.0}
         self._optimizer.clear_gradients()
         for done, row in enumerate(part, start=1):
             _stop_if(cancelled)
-            loss, entropy = row.loss(self._policy, loss_options)
+            loss, entropy = row.loss(self._policy, options)
             (loss.loss / count).backward()  # type: ignore[no-untyped-call]
             sums["loss/train"] += float(loss.loss.detach())
             sums["loss/entropy"] += float(entropy)
@@ -285,22 +291,6 @@ def _explained(job: TrainJob) -> Iterator[None]:
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise JobCancelled("the client went away, so the job was stopped between two rows; nothing was saved")
-
-
-def _reference_of(job: TrainJob) -> tuple[Path | None] | None:
-    """The KL reference: (None,) is the base alone, None no reference at all."""
-    folder = job.reference or job.options.kl_ref_adapter_path
-    if folder is None and job.options.kl_penalty_reference_step is not None:
-        raise ValueError(
-            f"kl_penalty_reference_step={job.options.kl_penalty_reference_step} came without that step's folder:"
-            " the backend has to"
-            " resolve it into the job's `reference`."
-        )
-    return (folder,) if folder is not None or job.options.kl_penalty_coef > 0 else None
-
-
-def _loss_options(options: TrainOptions) -> LossOptions:
-    return LossOptions(**{name: getattr(options, name) for name in LossOptions.__dataclass_fields__})
 
 
 def _totals(tokens: int, trained: int, packed: int, gradient_steps: int) -> dict[str, float]:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Protocol, TypeVar
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from art_engine_kit.event_stream import Emit, EventStream, has_key
 from art_engine_kit.training_wire import JobFailed, TrainEvent, TrainJob
 
 from .trainer import JobCancelled
@@ -28,7 +30,6 @@ from .trainer import JobCancelled
 _log = logging.getLogger("art_training_kit.worker")
 
 _T = TypeVar("_T")
-_DISCONNECT_POLL_S = 0.5
 _TRACEBACK_CHARACTERS = 6000
 
 
@@ -77,9 +78,8 @@ class Worker:
             return JSONResponse({"status": "loading"}, 503)
         return JSONResponse({"status": "training" if self._busy else "idle"})
 
-    async def _jobs(self, request: Request) -> Response:
-        given = request.headers.get("authorization", "")
-        if self._token and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+    async def _jobs(self, request: Request) -> ASGIApp:
+        if self._token and not has_key(request.scope, self._token):
             return JSONResponse({"error": "the bearer token is missing or wrong"}, 401)
         if self._runner is None:
             return JSONResponse({"error": self._load_error or "the base model is still loading; ask /health"}, 503)
@@ -90,41 +90,31 @@ class Worker:
         if self._busy:
             return JSONResponse({"error": "a job is running; a worker takes one at a time"}, 409)
         self._busy = True
-        return StreamingResponse(self._events(request, self._runner, job), media_type="application/x-ndjson")
+        return EventStream(partial(self._run, self._runner, job))
 
-    async def _events(self, request: Request, runner: JobRunner, job: TrainJob) -> AsyncIterator[str]:
-        """One line an event. When the client is gone the job is told, and the worker is free once it has stopped."""
+    async def _run(self, runner: JobRunner, job: TrainJob, emit: Emit) -> None:
+        """Run the job in a thread. One whose client is gone is told, and the worker is free once it has stopped."""
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[TrainEvent | None] = asyncio.Queue()
         gone = threading.Event()
+
+        def tell(event: TrainEvent) -> None:
+            loop.call_soon_threadsafe(emit, event.model_dump_json())
 
         def work() -> None:
             try:
                 for event in runner.run(job, gone.is_set):
-                    loop.call_soon_threadsafe(queue.put_nowait, event)
+                    tell(event)
             except JobCancelled as error:
                 _log.warning("step %d of %s: %s", job.step, job.model, error)
             except Exception as error:
                 _log.exception("step %d of %s failed", job.step, job.model)
                 trace = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
-                failed = JobFailed(error_type=type(error).__name__, message=str(error), traceback=trace)
-                loop.call_soon_threadsafe(queue.put_nowait, failed)
+                tell(JobFailed(error_type=type(error).__name__, message=str(error), traceback=trace))
             finally:
                 loop.call_soon_threadsafe(self._finished)
-                loop.call_soon_threadsafe(queue.put_nowait, None)
 
-        threading.Thread(target=work, name=f"job-{job.step}", daemon=True).start()
         try:
-            while True:
-                try:
-                    event = await asyncio.wait_for(queue.get(), _DISCONNECT_POLL_S)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return
-                    continue
-                if event is None:
-                    return
-                yield event.model_dump_json() + "\n"
+            await _in_daemon_thread(work)
         finally:
             gone.set()
 

@@ -7,7 +7,6 @@ sequences along.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +19,8 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from art_engine_kit.event_stream import client_gone, has_key
 
 from .api_answers import AnswerForm, ChunkWriter, whole_answer
 from .api_errors import ApiError, bad_request
@@ -94,10 +95,7 @@ class InferenceApp:
         return guarded
 
     def _check_key(self, request: Request) -> None:
-        if self._api_key is None:
-            return
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._api_key}".encode()):
+        if self._api_key is not None and not has_key(request.scope, self._api_key):
             raise ApiError(
                 401, "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.", code="invalid_api_key"
             )
@@ -234,7 +232,7 @@ class InferenceApp:
         news: asyncio.Queue[tuple[int, SequenceUpdate]],
     ) -> list[SequenceUpdate]:
         results: dict[int, SequenceUpdate] = {}
-        gone = asyncio.ensure_future(_disconnected(request))
+        gone = asyncio.ensure_future(client_gone(request.receive))
         try:
             while len(results) < len(form.prompts) * form.samples:
                 following = asyncio.ensure_future(news.get())
@@ -362,11 +360,6 @@ def _text_field(body: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise bad_request(f"{name} must be a non-empty string.", name)
     return value
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
 
 
 async def _done(future: Any) -> None:

@@ -19,11 +19,13 @@ import orjson
 from pydantic import BaseModel
 
 from art_core.errors import BackendUnreachable
+from art_engine_kit.event_stream import EventLines, LineTooLong
 from art_runtime import Child
 
 from ..wire.errors import error_from_json, unreachable
 from ..wire.host_files import HostRecord
 from ..wire.messages import PREFIX
+from ..wire.told_work import followed
 from .host_start import find_host, start_host
 
 JSON = dict[str, Any]
@@ -83,17 +85,12 @@ class ControlClient:
                 data=request.model_dump_json(),
                 timeout=aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S),
             ) as response:
-                async for line in response.content:
-                    event = orjson.loads(line)
-                    if "error" in event:
-                        raise error_from_json(event["error"])
-                    if event["event"] == "done":
-                        return event["result"] or {}
-                    if event["event"] != "alive":
-                        on_event(event)
-        except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+                result = await followed(response.content.iter_any(), on_event)
+        except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError, LineTooLong) as error:
             raise unreachable(self.path, repr(error)) from error
-        raise unreachable(self.path, "its answer ended early")
+        if result is None:
+            raise unreachable(self.path, "its answer ended early")
+        return result
 
     async def hang_up(self) -> None:
         """Close this event loop's connection; the host lets go of what the client held. It may be opened again."""
@@ -153,7 +150,6 @@ class ControlClient:
             record.url,
             headers={"Authorization": f"Bearer {record.token}", "Content-Type": "application/json"},
             connector=aiohttp.TCPConnector(limit=0),
-            read_bufsize=2**20,
         )
         started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         listening = asyncio.create_task(self._listen(http, started), name=f"session with the host of {self.path}")
@@ -171,7 +167,7 @@ class ControlClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S)
         # An event loop that ends cancels its tasks, so this one closes the connections, whoever forgot to.
         async with http, http.post(f"{PREFIX}/session", data=b"{}", timeout=timeout) as response:
-            async for line in response.content:
+            async for line in EventLines(response.content.iter_any()):
                 event = orjson.loads(line)
                 if event["event"] == "session":
                     started.set_result(event["id"])

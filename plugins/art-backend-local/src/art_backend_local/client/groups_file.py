@@ -5,13 +5,13 @@ step.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
 from art_core import TrajectoryGroup
-from art_core.atomic_files import write_atomically
 from art_engine_kit.groups_file import write_groups
 
 
@@ -21,20 +21,34 @@ async def groups_file(folder: Path, groups: Sequence[TrajectoryGroup]) -> AsyncI
 
     Raises OSError naming the folder when there is no room for it.
     """
-    file = folder / f"{uuid4().hex}.json"
+    file, left = folder / f"{uuid4().hex}.groups", threading.Event()
+    writing = asyncio.create_task(asyncio.to_thread(_write, file, groups, left), name=f"write {file}")
     try:
-        await asyncio.to_thread(_write, file, list(groups))
-    except OSError as error:
-        raise OSError(
-            f"the step's trajectories could not be written to {folder}: {error}. Nothing was trained and the step"
-            " before is still served. Free some space there and train the step again."
-        ) from error
-    try:
+        try:
+            await asyncio.shield(writing)
+        except OSError as error:
+            raise OSError(
+                f"the step's trajectories could not be written to {folder}: {error}. Nothing was trained and the step"
+                " before is still served. Free some space there and train the step again."
+            ) from error
         yield file
     finally:
+        # Whoever was cancelled meanwhile waits for the thread, which stops at the next group, and leaves nothing.
+        left.set()
+        await asyncio.gather(writing, return_exceptions=True)
         file.unlink(missing_ok=True)
 
 
-def _write(file: Path, groups: list[TrajectoryGroup]) -> None:
+class _Left(Exception):
+    """Nobody waits for the file any more."""
+
+
+def _write(file: Path, groups: Sequence[TrajectoryGroup], left: threading.Event) -> None:
+    def wanted() -> Iterator[TrajectoryGroup]:
+        for group in groups:
+            if left.is_set():
+                raise _Left
+            yield group
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, write_groups(groups))
+    write_groups(file, wanted())

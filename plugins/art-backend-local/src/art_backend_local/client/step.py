@@ -88,7 +88,7 @@ class HostStep:
     async def train_and_save(self) -> SavedStep[LocalTrainResult]:
         """The host trains, and tells how far it is."""
         options = self._options
-        reference, options = await find_reference(self._registry, self._model, options, own_steps=self._own_steps)
+        reference = await find_reference(self._registry, self._model, options, own_steps=self._own_steps)
         self._discard = True
         async with groups_file(self._folder / "jobs", self._groups) as file:
             request = TrainRequest(**self._held, groups_file=file, options=options, reference=reference)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -22,10 +21,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from art_core import ArtError, ModelKey
+from art_engine_kit.event_stream import has_key
 
 from ..adapters.copies import fork_checkpoint
 from ..wire.errors import error_to_json
-from ..wire.event_stream import Emit, EventStream
 from ..wire.messages import (
     PREFIX,
     BeginRequest,
@@ -40,6 +39,7 @@ from ..wire.messages import (
     StepsRequest,
     TrainRequest,
 )
+from ..wire.told_work import Emit, told
 from .host_state import HostState
 from .sessions import Session
 from .status import host_status
@@ -85,7 +85,7 @@ class ControlApp:
     async def _status(self, _: Request) -> JSON:
         return await asyncio.to_thread(host_status, self._state)
 
-    async def _session(self, _: Request) -> EventStream:
+    async def _session(self, _: Request) -> ASGIApp:
         async def work(emit: Emit) -> None:
             session = self._state.sessions.begin()
             try:
@@ -95,7 +95,7 @@ class ControlApp:
             finally:
                 self._state.sessions.end(session)
 
-        return EventStream(work)
+        return told(work)
 
     async def _register(self, request: Request) -> ASGIApp:
         given = await _read(request, RegisterRequest)
@@ -110,7 +110,7 @@ class ControlApp:
                 "pending": await model.pending(),
             }
 
-        return EventStream(work)
+        return told(work)
 
     async def _train(self, request: Request) -> ASGIApp:
         given = await _read(request, TrainRequest)
@@ -119,7 +119,7 @@ class ControlApp:
             self._session_of(given)
             return await train_step(self._state, given, emit)
 
-        return EventStream(work)
+        return told(work)
 
     async def _publish(self, request: Request) -> ASGIApp:
         given = await _read(request, PublishRequest)
@@ -128,7 +128,7 @@ class ControlApp:
             self._session_of(given)
             return await publish_step(self._state.model(given.key), given)
 
-        return EventStream(work)
+        return told(work)
 
     async def _begin(self, request: Request) -> JSON:
         given = await _read(request, BeginRequest)
@@ -200,11 +200,10 @@ class ControlApp:
 class _RequireToken:
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
-        self._expected = f"Bearer {token}".encode()
+        self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if secrets.compare_digest(given, self._expected):
+        if has_key(scope, self._token):
             await self._app(scope, receive, send)
         else:
             await _json(401, {"error": {"type": "BackendUnreachable", "message": "the control token is wrong"}})(

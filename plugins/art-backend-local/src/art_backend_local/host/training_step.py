@@ -6,21 +6,25 @@ Publishing is a call of its own, since the client's plugins may refuse between t
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
-from pathlib import Path
 from typing import Any
 
-from art_core import CheckpointRef, TrainingCapability, require
-from art_core.errors import CheckpointNotFound, PublicationFailed
+from art_core import TrainingCapability, require
+from art_core.errors import CheckpointNotFound, PublicationFailed, TrainingFailed
 from art_engine_kit.adapter_files import check_adapter
-from art_engine_kit.checkpoint_folder import MANIFEST, saving
-from art_engine_kit.training_wire import JobEnded, JobSaved, TrainJob
+from art_engine_kit.training_wire import JobEnded, KlReference, TrainJob
 from art_runtime import StartProgress
 
 from ..servers.training_server import TrainingServer
-from ..wire.messages import BeginRequest, PublishRequest, PutAsideRequest, ReleaseRequest, TrainRequest
+from ..wire.messages import (
+    BeginRequest,
+    OwnStep,
+    PublishRequest,
+    PutAsideRequest,
+    ReleaseRequest,
+    TrainRequest,
+)
 from ..wire.settings import works_at_once
 from .device_turns import inference_aside
 from .host_state import HostState, status_event
@@ -121,8 +125,7 @@ async def _train(
     state: HostState, model: HostedModel, worker: TrainingServer, step: int, request: TrainRequest, emit: Emit
 ) -> JSON:
     registration = state.requests[request.key]
-    options = request.options
-    if options.kl_penalty_coef > 0 or request.reference is not None or options.kl_penalty_reference_step is not None:
+    if request.reference is not None:
         require(
             TrainingCapability.KL_REFERENCE,
             worker.engine.capabilities,
@@ -146,7 +149,7 @@ async def _train(
             destination=model.ref(step).path,
             groups_file=request.groups_file,
             reference=reference,
-            options=options,
+            options=request.options,
             adapter=registration.settings.adapter,
         )
         server = model.server
@@ -157,42 +160,34 @@ async def _train(
         await worker.ensure_running(lambda progress: emit(status_event(progress)))
         emit({"event": "job", "step": step, "start": start.step})
         metrics: dict[str, float] = {}
-        saved = False
         async with aclosing(worker.run(job)) as events:
             async for event in events:
                 emit(event.model_dump(mode="json"))
-                saved = saved or isinstance(event, JobSaved)
                 if isinstance(event, JobEnded):
                     metrics = event.metrics
-        if not saved:
-            await asyncio.to_thread(_carry, start, job, metrics)
-    await model.on_disk()
+    if step not in await model.on_disk():
+        raise TrainingFailed(
+            f"the training worker {worker.engine.name} said that step {step} of {model.key} had ended and left no whole"
+            f" checkpoint in {job.destination}, which is a fault of that engine. The step before is still served."
+        )
     return {"step": step, "path": str(job.destination), "metrics": metrics}
 
 
-async def _reference(model: HostedModel, request: TrainRequest) -> Path | None:
-    if request.options.kl_penalty_reference_step is not None:
-        step = request.options.kl_penalty_reference_step
+async def _reference(model: HostedModel, request: TrainRequest) -> KlReference | None:
+    """The reference with its folder."""
+    given = request.reference
+    if isinstance(given, OwnStep):
         there = await model.on_disk()
-        if step not in there:
+        if given.step not in there:
             raise CheckpointNotFound(
-                f"kl_penalty_reference_step={step}: {model.key} has no whole checkpoint of that step; there:"
+                f"kl_penalty_reference_step={given.step}: {model.key} has no whole checkpoint of that step; there:"
                 f" {', '.join(map(str, there)) or 'none'}."
             )
-        return there[step]
-    if request.reference is not None:
-        await asyncio.to_thread(check_adapter, request.reference, model.base_shapes)
-    return request.reference
+        return KlReference(adapter=there[given.step])
+    if given is not None and given.adapter is not None:
+        await asyncio.to_thread(check_adapter, given.adapter, model.base_shapes)
+    return given
 
 
 def _step_of(request: TrainRequest) -> set[int]:
-    step = request.options.kl_penalty_reference_step
-    return set() if step is None else {step}
-
-
-def _carry(start: CheckpointRef, job: TrainJob, metrics: dict[str, float]) -> None:
-    """The engine had nothing to train on and saved nothing: the start checkpoint becomes the new step as it is."""
-    with saving(job.destination, step=job.step, base_model="", engine="local", metrics=metrics) as folder:
-        for file in start.path.iterdir():
-            if file.is_file() and file.name != MANIFEST:
-                shutil.copyfile(file, folder / file.name)
+    return {request.reference.step} if isinstance(request.reference, OwnStep) else set()

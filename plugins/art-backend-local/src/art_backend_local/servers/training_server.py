@@ -18,6 +18,7 @@ import aiohttp
 
 from art_core import LaunchPlan, TrainingEngine, TrainingLaunch
 from art_core.errors import ProcessFailed, TrainingFailed
+from art_engine_kit.event_stream import EventLines
 from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
 from art_runtime import StartProgress, SupervisedProcess
 
@@ -29,7 +30,6 @@ JSON = dict[str, Any]
 SILENCE_LIMIT_S = 1800.0
 # A cancelled job leaves between two rows.
 BUSY_LIMIT_S = 600.0
-_MAX_LINE = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +94,18 @@ class TrainingServer:
             raise ProcessFailed("the training worker was not started.")
         ended = False
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_LIMIT_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
         url, body = f"{process.base_url}/jobs", job.model_dump_json()
         try:
             async with (
-                aiohttp.ClientSession(timeout=timeout, read_bufsize=_MAX_LINE) as http,
+                aiohttp.ClientSession(timeout=timeout) as http,
                 http.post(url, data=body, headers=headers) as response,
             ):
                 if response.status != 200:
                     reason = (await response.text())[:2000]
                     raise TrainingFailed(f"the training worker refused the job: HTTP {response.status}: {reason}")
-                async for line in response.content:
+                lines = EventLines(response.content.iter_any())
+                while (line := await _next(lines)) is not None:
                     event = read_event(line)
                     ended = isinstance(event, JobFailed | JobEnded)
                     if isinstance(event, JobFailed):
@@ -187,6 +188,12 @@ class TrainingServer:
             " served, and the next step starts a new worker. The end of its log"
             f" ({process.log_file}):\n{process.log_tail()}"
         )
+
+
+async def _next(lines: EventLines) -> bytes | None:
+    """The next event's line, None at the end. A worker that only says that it is there says nothing."""
+    async with asyncio.timeout(SILENCE_LIMIT_S):
+        return await anext(lines, None)
 
 
 def _job_error(event: JobFailed) -> Exception:

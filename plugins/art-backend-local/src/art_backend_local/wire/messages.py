@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from art_core import ModelKey
 from art_engine_kit.train_options import TrainOptions
+from art_engine_kit.training_wire import KlReference
 
 from .settings import ModelSettings
 
@@ -65,12 +66,20 @@ class BeginRequest(HeldRequest):
     """Hold the model for a training step, until it is released or the session ends."""
 
 
+class OwnStep(BaseModel):
+    """A step of the model's own, whose folder the host knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+
+
 class TrainRequest(HeldRequest):
-    """Train one step on the groups in `groups_file`. `reference` is the KL reference's adapter folder."""
+    """Train one step on the groups in `groups_file`. `reference` is the KL reference policy, None for none."""
 
     groups_file: Path
     options: TrainOptions
-    reference: Path | None
+    reference: OwnStep | KlReference | None
 
 
 class PublishRequest(HeldRequest):

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from art_engine_kit.checkpoint_folder import saving
+from art_engine_kit.checkpoint_folder import read_manifest, saving
 from art_engine_kit.groups_file import read_groups
 from art_engine_kit.training_wire import WORKER_TOKEN, TrainJob
 
@@ -44,6 +44,12 @@ def train(job, poison):
     return float(tensors[name][0, 0])
 
 
+def carry(job):
+    with saving(job.destination, step=job.step, base_model="fake", engine="fake") as folder:
+        for name in read_manifest(job.start).files:
+            (folder / name).write_bytes((job.start / name).read_bytes())
+
+
 async def jobs(request):
     if request.headers.get("authorization") != f"Bearer {TOKEN}":
         return JSONResponse({}, 401)
@@ -54,6 +60,9 @@ async def jobs(request):
 
     async def events():
         try:
+            while order("only_alive"):
+                yield line(event="alive")
+                await asyncio.sleep(0.05)
             groups = read_groups(job.groups_file)
             print(f"job begun {job.model}@{job.step}", flush=True)
             yield line(event="started", num_sequences=len(groups), num_rows=1, packed_tokens=1, trained_tokens=1)
@@ -69,7 +78,12 @@ async def jobs(request):
                 yield line(event="failed", error_type="OSError", message=order("fail"))
                 return
             if order("nothing_to_train"):
+                carry(job)
+                yield line(event="saved", path=str(job.destination))
                 yield line(event="ended", metrics={"data/step_num_gradient_steps": 0})
+                return
+            if order("save_nothing"):
+                yield line(event="ended", metrics={"data/step_num_gradient_steps": 1})
                 return
             loss = train(job, order("poison"))
             yield line(event="gradient_step", index=0, total=1, metrics={"loss/train": loss})
