@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from art_core.atomic_files import write_json_atomically
 from art_core.errors import CheckpointInUse, NotRegistered, UnknownArgument
 from art_core.history import HISTORY, best_step
 
-from .dev import InternalModelConfig, check_internal_config
+from .dev import InternalModelConfig, read_internal_config
 from .metrics import trajectory_metrics, warn_of_non_finite, with_sections
 from .train_config import TrainConfig
 
@@ -86,8 +87,9 @@ class Model(BaseModel):
             check_name(fields["name"], what="model name")
         if "project" in fields:
             check_name(fields["project"], what="project")
-        if isinstance(fields.get("base_path"), Path):
-            fields["base_path"] = str(fields["base_path"])
+        for path in ("base_path", "base_model"):
+            if isinstance(fields.get(path), os.PathLike):
+                fields[path] = os.fspath(fields[path])
         super().__init__(**fields)
 
     # the backend and its endpoint
@@ -239,13 +241,13 @@ class TrainableModel(Model):
     _internal_config: InternalModelConfig | None = PrivateAttr(None)
 
     def __init__(self, *, _internal_config: InternalModelConfig | None = None, **fields: Any) -> None:
-        check_internal_config(_internal_config or {})
+        config = read_internal_config(_internal_config or {})
         super().__init__(**fields)
-        self._internal_config = _internal_config
+        self._internal_config = config
 
     @property
     def internal_config(self) -> Mapping[str, Any]:
-        """The settings of `_internal_config`, empty when none were given."""
+        """The settings of `_internal_config` as they were read, empty when none were given."""
         return dict(self._internal_config or {})
 
     async def register(self, backend: Backend) -> None:

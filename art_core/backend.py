@@ -24,7 +24,8 @@ class PolicyModel(Protocol):
 
     `base_model` is a name that a plugin resolves, a folder of weights, or a PEFT adapter folder to start from.
     `base_path` is where the model's own files lie, under `ModelKey.folder`; a Registration may move it.
-    `internal_config` holds `art.dev.InternalModelConfig`.
+    `internal_config` holds `art.dev.InternalModelConfig`: names and values were judged when the model was made
+    (`art.dev.read_internal_config`), so that a backend refuses only what it can't do.
     """
 
     name: str

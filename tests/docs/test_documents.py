@@ -28,6 +28,7 @@ import pytest
 from art_core import InferenceLaunch, PluginRegistry, hookspecs
 from art_core.publication import PublicationStage
 from art_core.registry import instantiate
+from art_engine_kit.adapter_config import HARMLESS, PLAIN_INITS, REFUSED, AdapterConfig
 from art_engine_kit.options_table import options_table
 from art_engine_kit.train_options import TrainOptions
 
@@ -178,6 +179,15 @@ def test_the_page_of_options_is_the_options() -> None:
     assert options_table() in page.read_text(), "put in what `python -m art_engine_kit.options_table` prints"
     assert list(table_of(page, "option")) == list(TrainOptions.model_fields)
     assert all(field.description for field in TrainOptions.model_fields.values())
+
+
+def test_the_page_of_adapters_has_every_setting_of_pefts() -> None:
+    rows = table_of(ROOT / "docs" / "adapters.md", "setting")
+    fates = {name: row for names, row in rows.items() for name in re.findall(r"\w+", names)}
+    assert set(fates) == {*AdapterConfig.model_fields, *HARMLESS, *REFUSED, "init_lora_weights"}
+    for names, beginning in ((HARMLESS, "passed over"), (REFUSED, "refused unless off")):
+        assert {name for name, row in fates.items() if row[0].startswith(beginning)} == set(names)
+    assert all(f"`{init}`" in fates["init_lora_weights"][0] for init in PLAIN_INITS)
 
 
 def test_the_page_of_publication_has_every_stage() -> None:

@@ -11,20 +11,35 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
 
 from art_core import InferenceEngine, InferenceLaunch, installed_plugins, resolve_base_model
 from art_core.errors import EngineRefused
+from art_engine_kit.adapter_config import AdapterConfig
+from art_engine_kit.adapter_files import write_adapter as write_pairs
+from art_engine_kit.base_shapes import linear_shapes
+from art_engine_kit.plain_adapter import plain_adapter
 
 from .oracle import Agreement, Oracle, agreement, oracle_for
 from .serving import LiveEngine, Sample, port_for_a_server, start_engine
-from .tiny_model import write_adapter
+from .tiny_model import MODULES, write_adapter
 
 MODEL = "smollm2-135m-instruct"
 ONE, TWO = "served/agent@1", "served/agent@2"
 ASK: list[Any] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+# Adapters whose scale, rank or choice of modules is not the plain one, by what PEFT calls it.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"r": 16, "use_rslora": True},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 2.0, "down_proj": 64.0, r"layers\.1\..*": 4.0}},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2, "v_proj": 16, "gate_proj": 3}},
+    "all of them": {"use_rslora": True, "rank_pattern": {"k_proj": 3}, "alpha_pattern": {"k_proj": 1.0, "o_proj": 5.0}},
+    "a pattern for target_modules": {"target_modules": r"model\.layers\.[02468]\..*(v|up|o)_proj"},
+    "v_proj alone": {"target_modules": ("v_proj",)},
+    "some layers": {"target_modules": ("q_proj", "gate_proj"), "layers_to_transform": (0, 3)},
+}
 
 
 class ServedWeights:
@@ -149,9 +164,42 @@ class ServedWeights:
             true = oracle.logprobs(sample.prompt_ids, sample.ids, adapters[ONE])
             assert agreement(sample.logprobs, true).mean < self.mean_limit
 
+    async def test_adapters_scaled_and_cut_otherwise_are_served_as_peft_computes_them(
+        self, live: LiveEngine, oracle: Oracle, weights: Path, tmp_path: Path
+    ) -> None:
+        shapes = linear_shapes(weights)
+        for number, (kind, settings) in enumerate(OTHERWISE.items()):
+            folder = write_scaled_adapter(tmp_path / str(number), weights, settings)
+            handed = plain_adapter(folder, shapes, tmp_path / f"{number}-handed")
+            assert handed != folder
+            name = f"served/otherwise-{number}@1"
+            await live.load(name, handed)
+            samples = await live.chat(name, messages=ASK, max_tokens=24, n=4, temperature=1.0, ignore_eos=True)
+            found = self.held(oracle, samples, folder, f"{live.engine.name}, {kind}")
+            without = oracle.judge(samples[:1], None)
+            assert without.mean > 5 * found.mean, f"the adapter with {kind} can't be told from the base: {without}"
+            await live.unload(name)
+
     async def test_an_adapter_of_another_rank_is_refused_with_its_reason(
         self, live: LiveEngine, weights: Path, tmp_path: Path
     ) -> None:
         folder = write_adapter(tmp_path / "rank", weights, seed=3, rank=64)
         with pytest.raises(EngineRefused, match=r"rank|64"):
             await live.load("served/rank@1", folder)
+
+
+def write_scaled_adapter(folder: Path, base_model: Path, settings: dict[str, Any]) -> Path:
+    """Write a random adapter with a config of PEFT's, and give its folder. Each module adds about the same whatever its
+    rank and scale are, so that one served at another scale is off by as much.
+    """
+    whole: dict[str, Any] = {"r": 8, "lora_alpha": 16.0, "target_modules": MODULES, **settings}
+    config = AdapterConfig(**whole)
+    shapes, rng, pairs = linear_shapes(base_model), np.random.default_rng(9), {}
+    for module in config.modules(shapes):
+        (out_features, in_features), rank = shapes[module], config.rank(module)
+        a = rng.standard_normal((rank, in_features)) / np.sqrt(in_features)
+        b = rng.standard_normal((out_features, rank)) * 0.1 / np.sqrt(rank) / config.scaling(module)
+        pairs[module] = a.astype(np.float32), b.astype(np.float32)
+    folder.mkdir()
+    write_pairs(folder, config, pairs)
+    return folder

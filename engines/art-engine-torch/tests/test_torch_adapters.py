@@ -57,10 +57,10 @@ def test_a_whole_adapter_is_read_with_its_scaling(adapter: Path) -> None:
 
 
 def test_missing_things_are_missing(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterMissing, match="no adapter folder"):
+    with pytest.raises(AdapterMissing, match=r"no adapter folder .*nowhere"):
         read(tmp_path / "nowhere")
-    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
-    with pytest.raises(AdapterMissing, match="pickle"):
+    (adapter / WEIGHTS).unlink()
+    with pytest.raises(AdapterMissing, match=r"adapter_model\.safetensors: the weights are missing"):
         read(adapter)
     (adapter / CONFIG).unlink()
     with pytest.raises(AdapterMissing, match=CONFIG):
@@ -84,16 +84,17 @@ def test_weights_without_tensors(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"r": 64}, "largest rank this server takes, 16"),
-        ({"r": 3}, "instead of"),
-        ({"r": 0}, "rank"),
-        ({"r": "four"}, "rank"),
+        ({"r": 64}, "rank 64, but the engine holds adapters up to rank 16"),
+        ({"r": 3}, r"has shape \[4, 64\] where \[3, 64\] is needed"),
+        ({"r": 0}, "r: must be greater than or equal to 1"),
+        ({"r": "four"}, "r: must be a valid integer"),
         ({"lora_alpha": None}, "lora_alpha"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 8}}, "8 being its rank"),
+        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern: must be a valid integer"),
     ],
 )
 def test_configurations_that_are_not_served(
@@ -115,7 +116,7 @@ def test_configurations_that_are_no_json_object(adapter: Path, content: bytes) -
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_values_that_are_not_finite(adapter: Path, side: str, value: float) -> None:
     change_weights(adapter, lambda tensors: tensors[key_of(tensors, side)].view(-1)[-1:].fill_(value))
-    with pytest.raises(AdapterRefused, match="NaN or infinite"):
+    with pytest.raises(AdapterRefused, match=r"1 of \d+ values that are not finite \(NaN or infinite\)"):
         read(adapter)
 
 
@@ -138,17 +139,17 @@ def test_a_wrong_width(adapter: Path, side: str) -> None:
 
 def test_half_a_pair(adapter: Path) -> None:
     change_weights(adapter, lambda tensors: tensors.__delitem__(key_of(tensors, "B")))
-    with pytest.raises(AdapterRefused, match="only lora_A of layer 1's q_proj"):
+    with pytest.raises(AdapterRefused, match=r"only lora_A for model\.layers\.1\.self_attn\.q_proj"):
         read(adapter)
 
 
 def test_unknown_modules_and_layers(adapter: Path) -> None:
-    with pytest.raises(AdapterRefused, match="1 layers"):
+    with pytest.raises(AdapterRefused, match=r"layers\.1\..*does not have. Is it an adapter of another base model"):
         read(adapter, layers=1)
 
     def rename(tensors: dict[str, torch.Tensor]) -> None:
-        key = key_of(tensors, "A")
-        tensors[key.replace("self_attn.q_proj", "self_attn.rotary")] = tensors.pop(key)
+        for key in (key_of(tensors, "A"), key_of(tensors, "B")):
+            tensors[key.replace("self_attn.q_proj", "self_attn.rotary")] = tensors.pop(key)
 
     change_weights(adapter, rename)
     with pytest.raises(AdapterRefused, match="rotary"):

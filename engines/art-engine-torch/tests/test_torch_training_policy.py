@@ -202,12 +202,14 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(base: Path, tmp_path: P
         with pytest.raises(AdapterMismatch, match=match):
             policy.load_adapter(bad)
 
-    refused("has the shape", state | {name: torch.zeros(4, 7)})
+    odd = {f"base_model.model.odd.lora_{side}.weight": torch.zeros(2) for side in "AB"}
+    refused(r"q_proj.lora_A has shape \[4, 7\]", state | {name: torch.zeros(4, 7)})
     refused("not finite", state | {name: torch.full_like(state[name], float("nan"))})
-    refused("it lacks", {k: v for k, v in state.items() if k != name})
-    refused("which the base has not", state | {"base_model.model.odd.lora_A.weight": torch.zeros(2)})
-    refused("which the base has not", target_modules=["no_such_proj"])
-    refused("none of its target_modules", {}, target_modules=["no_such_proj"])
+    refused("has only lora_B for .*q_proj", {k: v for k, v in state.items() if k != name})
+    refused("lacks weights for .*q_proj", {k: v for k, v in state.items() if name.partition(".lora")[0] not in k})
+    refused("'odd', a module that its base model does not have", state | odd)
+    refused("which the target_modules of its config do not name", target_modules=["no_such_proj"])
+    refused("no LoRA weights", {}, target_modules=["no_such_proj"])
     refused("use_dora", use_dora=True)
     refused("lm_head", target_modules=["lm_head"])
     policy.load_adapter(good)

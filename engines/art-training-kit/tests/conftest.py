@@ -23,6 +23,7 @@ from art_training_kit.packing import PackedRow
 from art_training_kit.tree_attention import plan_attention, tree_attention
 
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, LAYERS, RANK = 97, 32, 4, 2, 2, 3
+LORA = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q", "k", "v"]}
 
 
 class SmallPolicy:
@@ -81,7 +82,7 @@ class SmallPolicy:
 
     def save_adapter(self, folder: Path) -> None:
         save_file({k: v.detach() for k, v in self.adapter_parameters().items()}, folder / ADAPTER_WEIGHTS)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps({"r": RANK, "lora_alpha": RANK}))
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(LORA))
 
     @contextmanager
     def reference(self, folder: Path | None) -> Iterator[None]:
@@ -105,7 +106,7 @@ def first_checkpoint(checkpoints: Path) -> Path:
             state[f"{layer}.{name}.B"] = torch.zeros(wide, RANK)
     with saving(checkpoints / "0000", step=0, base_model="small-base", engine="small") as folder:
         save_file(state, folder / ADAPTER_WEIGHTS)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps({"r": RANK, "lora_alpha": RANK}))
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(LORA))
     return checkpoints / "0000"
 
 

@@ -277,9 +277,22 @@ def test_settings_are_read_or_refused_by_name(small_policy: Make, job: Make) -> 
         run(trainer, job(1, adapter={"peft_args": {"rank": 3}}))
     with pytest.raises(AdapterMismatch, match="r=16"):
         run(trainer, job(1, adapter={"peft_args": {"r": 16}}))
+    with pytest.raises(AdapterMismatch, match="use_rslora=True"):
+        run(trainer, job(1, adapter={"peft_args": {"use_rslora": True}}))
+    with pytest.raises(AdapterMismatch, match="target_modules"):
+        run(trainer, job(1, adapter={"peft_args": {"target_modules": ["q", "v"]}}))
     with pytest.raises(ValueError, match="packed_sequence_length is 100"):
         run(trainer, job(1, packed_sequence_length=100, adapter={"max_seq_length": 50}))
-    run(trainer, job(1, adapter={"peft_args": {"r": 3, "random_state": 1}, "trainer_args": {"weight_decay": 0.0}}))
+    run(
+        trainer,
+        job(
+            1,
+            adapter={
+                "peft_args": {"r": 3, "random_state": 1, "target_modules": ["v", "k", "q"]},
+                "trainer_args": {"weight_decay": 0.0},
+            },
+        ),
+    )
 
 
 def test_too_long_trajectories_are_left_out_whole_and_counted(small_policy: Make, job: Make, make_groups: Make) -> None:

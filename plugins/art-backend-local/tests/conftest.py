@@ -16,6 +16,7 @@ import psutil
 import pytest
 from openai import AsyncOpenAI
 
+from art.dev import read_internal_config
 from art_core import Trajectory, TrajectoryGroup, hookimpl, installed_plugins
 from art_engine_kit.checkpoint_folder import read_manifest
 
@@ -27,7 +28,7 @@ class Policy:
 
     def __init__(self, name="m", *, base_model, project="p", config=None):
         self.name, self.project, self.entity, self.base_model = name, project, None, str(base_model)
-        self.internal_config = config or {}
+        self.internal_config = read_internal_config(config or {})
 
 
 @pytest.fixture(scope="session")

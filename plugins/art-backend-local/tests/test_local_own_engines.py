@@ -74,32 +74,41 @@ async def test_steps_are_published_to_a_server_started_by_the_cards_line(
     users_server, base, make_policy, client, tmp_path
 ):
     name, server = users_server
-    policy, oracle = make_policy(), Oracle(base)
+    # One that servers take as it is, and one that SGLang would serve at a quarter of its strength.
+    policies, oracle = (
+        [make_policy(), make_policy("rs", config={"peft_args": {"use_rslora": True, "r": 16}})],
+        Oracle(base),
+    )
     options = {"inference_engine": name, "training_engine": "torch", "show_progress": False, "in_process": True}
     async with LocalBackend(
         path=tmp_path / "art", inference_url=server.base_url, inference_api_key=KEY, **options
     ) as backend:
-        asked = client(await backend.register(policy))
-        for step in (0, 1, 2):
-            answers = await asyncio.gather(
-                *(
-                    asked.chat.completions.create(
-                        model="m", messages=MESSAGES, max_tokens=8, seed=seed, extra_body={"ignore_eos": True}
+        for policy in policies:
+            asked = client(await backend.register(policy))
+            for step in (0, 1, 2):
+                answers = await asyncio.gather(
+                    *(
+                        asked.chat.completions.create(
+                            model=policy.name,
+                            messages=MESSAGES,
+                            max_tokens=8,
+                            seed=seed,
+                            extra_body={"ignore_eos": True},
+                        )
+                        for seed in range(4)
                     )
-                    for seed in range(4)
                 )
-            )
-            folder = step_folder(tmp_path / "art" / policy.project / "models/m/checkpoints", step)
-            for answer in answers:
-                assert answer.model == f"m@{step}"
-                choice = answer.choices[0]
-                true = oracle.logprobs(choice.prompt_token_ids, choice.token_ids, folder)
-                assert agreement([entry.logprob for entry in choice.logprobs.content], true).mean < 1e-3
-            attempts = [
-                Trajectory(messages_and_choices=[*MESSAGES, answer.choices[0]], reward=float(number % 2))
-                for number, answer in enumerate(answers)
-            ]
-            await backend.train(policy, [TrajectoryGroup(attempts)], learning_rate=1e-2)
+                folder = step_folder(tmp_path / "art" / policy.project / "models" / policy.name / "checkpoints", step)
+                for answer in answers:
+                    assert answer.model == f"{policy.name}@{step}"
+                    choice = answer.choices[0]
+                    true = oracle.logprobs(choice.prompt_token_ids, choice.token_ids, folder)
+                    assert agreement([entry.logprob for entry in choice.logprobs.content], true).mean < 1e-3
+                attempts = [
+                    Trajectory(messages_and_choices=[*MESSAGES, answer.choices[0]], reward=float(number % 2))
+                    for number, answer in enumerate(answers)
+                ]
+                await backend.train(policy, [TrajectoryGroup(attempts)], learning_rate=1e-2)
     assert server.running, "a server of the user's is not ours to end"
 
 

@@ -13,7 +13,6 @@ from openai import APIStatusError, NotFoundError
 from safetensors.numpy import load_file, save_file
 
 from art_backend_local.adapters.identity import write_identity_adapter
-from art_backend_local.wire.lora_shape import LoraShape
 from art_core import BackendCapability, installed_plugins
 from art_core.errors import (
     AdapterMismatch,
@@ -22,6 +21,7 @@ from art_core.errors import (
     UnknownArgument,
     UnsupportedCapability,
 )
+from art_engine_kit.lora_shape import LoraShape
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

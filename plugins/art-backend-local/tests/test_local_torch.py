@@ -292,6 +292,60 @@ async def test_a_kl_reference_is_a_step_an_adapter_folder_or_the_base(torch_back
         await torch_backend.train(policy, groups, kl_penalty_coef=0.1, kl_penalty_reference_step=77)
 
 
+FP32 = {"engine_args": {"dtype": "float32"}, "init_args": {"dtype": "float32"}}
+
+
+def ordinary_adapter(base, folder, **settings):
+    """An adapter that PEFT made and saved, with dropout as most have, whose effect is clear."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": "all-linear"} | settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True, "r": 16},
+        {"rank_pattern": {"q_proj": 9, "down_proj": 2}, "alpha_pattern": {"v_proj": 1, "q_proj": 20}},
+        {"target_modules": ["v_proj"], "use_rslora": True},
+    ],
+    ids=["rsLoRA", "patterns", "v_proj"],
+)
+async def test_a_start_from_an_ordinary_adapter_is_served_and_trained_as_peft_computes_it(
+    torch_backend, make_policy, client, tiny, checkpoints, tmp_path, settings
+):
+    folder = ordinary_adapter(tiny, tmp_path / "adapter", **settings)
+    policy = make_policy(base_model=folder, config=FP32)
+    asked = client(await torch_backend.register(policy))
+    there = [folder]
+    for step in (0, 1, 2):
+        (choice,) = (await attempt(asked)).choices()
+        assert choice.policy_version == step
+        served = [entry.logprob for entry in choice.logprobs.content]
+        expected = peft_logprobs(tiny, there[-1], choice)
+        assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < 1e-3
+        await torch_backend.train(policy, await gather(asked), learning_rate=1e-2)
+        there.append(checkpoints(torch_backend) / f"{step + 1:04d}")
+
+
+async def test_a_model_with_rslora_is_served_at_its_strength(torch_backend, make_policy, client, tiny, checkpoints):
+    policy = make_policy(config=FP32 | {"peft_args": {"use_rslora": True, "r": 16}})
+    asked = client(await torch_backend.register(policy))
+    for step in (0, 1, 2):
+        (choice,) = (await attempt(asked)).choices()
+        served = [entry.logprob for entry in choice.logprobs.content]
+        expected = peft_logprobs(tiny, checkpoints(torch_backend) / f"{step:04d}", choice)
+        assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < 1e-3
+        await torch_backend.train(policy, await gather(asked), learning_rate=1e-2)
+
+
 async def test_smollm2_is_trained_and_served(torch_backend, make_policy, client, checkpoints):
     from art_core import installed_plugins, resolve_base_model
 

@@ -1,154 +1,179 @@
-"""Holds a PEFT adapter folder against its base model before any engine sees it: config, names, shapes, rank, values.
+"""Reads a PEFT adapter folder, judges whether it fits its base model, and writes one.
 
-An engine takes a wrong width or a NaN without a word and is poisoned by it, so this is the gate. Knows files and numpy;
-imports neither PEFT nor torch.
+An engine takes a wrong width or a NaN without a word and is poisoned by it, so this is the gate: whoever serves or
+trains an adapter reads it here. Knows files and numpy; imports neither PEFT nor torch.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save_file
 
 from art_core.errors import AdapterMismatch
 
+from .adapter_bin import ADAPTER_BIN, read_adapter_bin
+from .adapter_config import AdapterConfig, read_adapter_config
 from .base_shapes import LinearShapes
-from .checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .checkpoint_folder import ADAPTER_WEIGHTS
+from .raw_tensor import KINDS, RawTensor
 
+PEFT_PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-_KINDS: dict[str, Any] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-_BF16_EXPONENT = 0x7F80
+Float32 = NDArray[np.float32]
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config. Raises AdapterMismatch when it is missing, broken or not LoRA's."""
-    file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise AdapterMismatch(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise AdapterMismatch(f"{file}: peft_type is {kind!r}; only LoRA adapters are served and trained.")
-    return config
+class Pair(NamedTuple):
+    """The two matrices of one module, as they are in the file: A [rank, in features], B [out features, rank]."""
+
+    a: RawTensor
+    b: RawTensor
 
 
-def base_model_of_adapter(folder: Path) -> str:
-    """The base model's name or folder that a PEFT adapter says it is for. Raises AdapterMismatch when it says none."""
-    name = read_adapter_config(folder).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise AdapterMismatch(
-            f"{folder / ADAPTER_CONFIG} does not say its base model (base_model_name_or_path). Put the base model's"
-            " name or folder there."
-        )
-    return name
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder's content; `pairs` are by the module's path in the base model."""
+
+    folder: Path
+    config: AdapterConfig
+    pairs: Mapping[str, Pair]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules."""
+        return max(self.config.rank(module) for module in self.pairs)
 
 
-def check_adapter(folder: Path, base_shapes: LinearShapes, *, max_rank: int | None = None) -> None:
-    """Raise AdapterMismatch, naming the file, module and shapes, unless the adapter in `folder` fits.
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter's config and weights, from adapter_model.safetensors or from PEFT's older adapter_model.bin.
 
-    `base_shapes` are `base_weights.linear_shapes` of the base model. Reads the whole adapter: call it off the event
-    loop.
+    Raises AdapterMismatch, naming file and tensor, for what is no whole LoRA adapter. Its cause is a FileNotFoundError
+    where a file is not there. Reads the whole adapter: call it off the event loop.
     """
     config = read_adapter_config(folder)
-    if config.get("use_dora") or config.get("modules_to_save"):
-        what = "use_dora" if config.get("use_dora") else "modules_to_save"
-        raise AdapterMismatch(
-            f"the adapter in {folder} uses {what}, which is not a plain LoRA adapter and is not served."
-        )
-    rank = config.get("r")
-    if not isinstance(rank, int) or rank < 1:
-        raise AdapterMismatch(f"{folder / ADAPTER_CONFIG}: r is {rank!r}, not a rank.")
-    ranks = {rank, *(config.get("rank_pattern") or {}).values()}
-    if max_rank is not None and max(ranks) > max_rank:
-        raise AdapterMismatch(
-            f"the adapter in {folder} has rank {max(ranks)}, but the engine holds adapters up to rank {max_rank}. Train"
-            " with a smaller peft_args['r'], or start the engine with a larger max_lora_rank."
-        )
-    sides: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, tensor in _read_tensors(folder):
+    file = weights_file(folder)
+    found: dict[str, dict[str, RawTensor]] = {}
+    for name, tensor in _read_tensors(file):
         match = _KEY.fullmatch(name)
         if match is None:
             raise AdapterMismatch(
-                f"{folder / ADAPTER_WEIGHTS}: {name!r} is no LoRA weight; expected"
-                " 'base_model.model.<module>.lora_A.weight' or lora_B."
+                f"{file}: {name!r} is no LoRA weight of a linear layer; expected"
+                " 'base_model.model.<module>.lora_A.weight' or lora_B. Such an adapter is not served; train one"
+                " without."
             )
-        shape = tuple(tensor["shape"])
-        _check_shape(folder, match["module"], match["side"], shape, base_shapes, ranks)
-        _check_finite(folder, name, tensor)
-        sides.setdefault(match["module"], {})[match["side"]] = shape
-    if not sides:
-        raise AdapterMismatch(f"{folder / ADAPTER_WEIGHTS} holds no tensors, so there is nothing to serve.")
-    for module, there in sides.items():
-        if len(there) != 2:
+        if tensor.kind not in KINDS:
             raise AdapterMismatch(
-                f"the adapter in {folder} has only lora_{next(iter(there))} for {module}; A and B go together."
+                f"{file}: {name} is {tensor.kind}; expected one of {', '.join(KINDS)}. Save it in one of these."
             )
-        if there["A"][0] != there["B"][1]:
-            raise AdapterMismatch(
-                f"the adapter in {folder}: {module} has lora_A of shape {list(there['A'])} and lora_B of shape"
-                f" {list(there['B'])}, whose ranks differ."
-            )
+        found.setdefault(match["module"], {})[match["side"]] = tensor
+    if not found:
+        raise AdapterMismatch(f"{file} holds no LoRA weights (no tensors), so there is nothing to serve.")
+    for module, sides in found.items():
+        if len(sides) != 2:
+            raise AdapterMismatch(f"{file} has only lora_{next(iter(sides))} for {module}; A and B go together.")
+    pairs = {module: Pair(sides["A"], sides["B"]) for module, sides in found.items()}
+    return Adapter(folder, config, pairs)
 
 
-def _check_shape(
-    folder: Path, module: str, side: str, shape: tuple[int, ...], base_shapes: LinearShapes, ranks: set[int]
-) -> None:
-    if module not in base_shapes:
+def check_adapter(folder: Path, base_shapes: LinearShapes, *, max_rank: int | None = None) -> Adapter:
+    """Read the adapter in `folder` and give it, once it is known to fit: see `read_adapter` and `judge_adapter`."""
+    adapter = read_adapter(folder)
+    judge_adapter(adapter, base_shapes, max_rank=max_rank)
+    return adapter
+
+
+def judge_adapter(adapter: Adapter, base_shapes: LinearShapes, *, max_rank: int | None = None) -> None:
+    """Raise AdapterMismatch, naming module and shapes, unless an adapter fits its base and holds only finite values.
+
+    `base_shapes` are `base_shapes.linear_shapes` of the base model; `max_rank` is the largest rank that will be taken.
+    """
+    folder, config = adapter.folder, adapter.config
+    strangers = [module for module in adapter.pairs if module not in base_shapes]
+    if strangers:
         raise AdapterMismatch(
-            f"the adapter in {folder} has weights for {module!r}, a module that its base model does not have. Is it an"
-            " adapter of another base model?"
+            f"the adapter in {folder} has weights for {strangers[0]!r}, a module that its base model does not have. Is"
+            " it an adapter of another base model?"
         )
-    out_features, in_features = base_shapes[module]
-    # A is [r, in], B is [out, r].
-    width, rank_at, expected = (1, 0, f"[r, {in_features}]") if side == "A" else (0, 1, f"[{out_features}, r]")
-    if len(shape) != 2 or shape[width] != (in_features if side == "A" else out_features):
+    _check_modules(adapter, config.modules(base_shapes))
+    if max_rank is not None and adapter.rank > max_rank:
         raise AdapterMismatch(
-            f"the adapter in {folder} does not fit its base model: {module}.lora_{side} has shape {list(shape)} where"
-            f" {expected} is needed."
+            f"the adapter in {folder} has rank {adapter.rank}, but the engine holds adapters up to rank {max_rank}."
+            " Train with a smaller peft_args['r'], or start the engine with a larger max_lora_rank."
         )
-    if shape[rank_at] not in ranks:
-        raise AdapterMismatch(
-            f"the adapter in {folder}: {module}.lora_{side} has shape {list(shape)}, but its config says rank"
-            f" {', '.join(map(str, sorted(ranks)))}."
-        )
+    # A sum that tells whether all of a matrix is finite may overflow by itself.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for module, pair in adapter.pairs.items():
+            rank, (out_features, in_features) = config.rank(module), base_shapes[module]
+            for side, tensor, wanted in (("A", pair.a, (rank, in_features)), ("B", pair.b, (out_features, rank))):
+                if tensor.shape != wanted:
+                    raise AdapterMismatch(
+                        f"the adapter in {folder} does not fit: {module}.lora_{side} has shape {list(tensor.shape)}"
+                        f" where {list(wanted)} is needed, {rank} being its rank by the config. Is it an adapter of"
+                        " another base model?"
+                    )
+                _check_finite(adapter, f"{module}.lora_{side}", tensor.float32())
 
 
-def _read_tensors(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+def weights_file(folder: Path) -> Path:
+    """The file of an adapter's weights: adapter_model.safetensors, or adapter_model.bin where only that is there."""
     file = folder / ADAPTER_WEIGHTS
-    if not file.exists() and (folder / "adapter_model.bin").exists():
+    older = folder / ADAPTER_BIN
+    return older if older.exists() and not file.exists() else file
+
+
+def write_adapter(folder: Path, config: AdapterConfig, pairs: Mapping[str, tuple[Float32, Float32]]) -> None:
+    """Write an adapter's two files into an existing folder: A and B by the module's path in the base model."""
+    tensors: dict[str, Any] = {}
+    for module, (a, b) in pairs.items():
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config.write(folder)
+
+
+def _check_modules(adapter: Adapter, wanted: list[str]) -> None:
+    """The modules that the weights are for must be those that the config names, or PEFT would pass some over."""
+    beyond = sorted(adapter.pairs.keys() - set(wanted))
+    if beyond:
         raise AdapterMismatch(
-            f"{folder} holds adapter_model.bin, which can run code when it is read. Save it as safetensors:"
-            " PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
+            f"the adapter in {adapter.folder} has weights for {beyond[0]}, which the target_modules of its config do"
+            " not name, so PEFT would pass them over. Add it to target_modules, or take the weights out."
         )
+    missing = [module for module in wanted if module not in adapter.pairs]
+    if missing:
+        raise AdapterMismatch(
+            f"the adapter in {adapter.folder} lacks weights for {missing[0]}, which the target_modules of its config"
+            f" name ({len(missing)} missing). Is it an adapter of another base model?"
+        )
+
+
+def _read_tensors(file: Path) -> list[tuple[str, RawTensor]]:
+    if file.name == ADAPTER_BIN:
+        return read_adapter_bin(file)
     try:
-        return list(deserialize(file.read_bytes()))  # type: ignore[no-untyped-call]
+        tensors: list[tuple[str, dict[str, Any]]] = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
+    except FileNotFoundError as error:
+        raise AdapterMismatch(f"{file.parent} has no {ADAPTER_WEIGHTS}: the weights are missing.") from error
     except (OSError, SafetensorError) as error:
-        raise AdapterMismatch(f"{file} cannot be read, so it is missing, empty or cut short: {error}") from error
-
-
-def _check_finite(folder: Path, name: str, tensor: dict[str, Any]) -> None:
-    kind = _KINDS.get(tensor["dtype"])
-    if kind is None:
         raise AdapterMismatch(
-            f"{folder / ADAPTER_WEIGHTS}: {name} is {tensor['dtype']}; expected one of {', '.join(_KINDS)}."
-        )
-    values = np.frombuffer(tensor["data"], kind)
-    # numpy has no bfloat16: such a number is not finite exactly when all bits of its exponent are set.
-    bf16 = tensor["dtype"] == "BF16"
-    wrong = (values & _BF16_EXPONENT) == _BF16_EXPONENT if bf16 else ~np.isfinite(values)
-    count = int(np.count_nonzero(wrong))
+            f"{file} is not a whole safetensors file, it is empty or cut short: {error}. Copy or save it again."
+        ) from error
+    return [(name, RawTensor(t["dtype"], tuple(t["shape"]), t["data"])) for name, t in tensors]
+
+
+def _check_finite(adapter: Adapter, name: str, values: Float32) -> None:
+    if np.isfinite(np.add.reduce(values, axis=None)):
+        return
+    count = int(np.count_nonzero(~np.isfinite(values)))
     if count:
         raise AdapterMismatch(
-            f"{folder / ADAPTER_WEIGHTS}: {name} has {count} of {values.size} values that are not finite (NaN or"
+            f"{weights_file(adapter.folder)}: {name} has {count} of {values.size} values that are not finite (NaN or"
             " infinite). The step diverged: a lower learning rate or gradient clipping helps."
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,7 @@ from art_core.errors import BaseModelNotFound
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # No LoRA engine puts an adapter on the table of embeddings by "all-linear", nor on the output matrix.
-_NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe")
+NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe")
 
 LinearShapes = Mapping[str, tuple[int, int]]
 
@@ -43,27 +43,39 @@ def linear_shapes(base_model: Path) -> dict[str, tuple[int, int]]:
 
 
 def select_modules(shapes: LinearShapes, targets: str | Iterable[str]) -> list[str]:
-    """The modules that `target_modules` names, as PEFT reads it: a list of name endings, "all-linear", or a regular
-    expression for the whole path.
+    """The modules that a new adapter's `target_modules` names, as PEFT reads it: see `named_modules`.
 
     Raises ValueError naming a target that fits no module, with the names that there are.
     """
-    linear = [module for module in shapes if module.rpartition(".")[2] not in _NOT_LINEAR]
-    if targets == "all-linear":
-        return linear
+    linear = [module for module in shapes if not _is_an_end(module)]
     if isinstance(targets, str):
-        chosen = [module for module in linear if re.fullmatch(targets, module)]
+        chosen = named_modules(linear, targets)
         missing = [] if chosen else [targets]
     else:
-        wanted = list(targets)
-        chosen = [m for m in linear if any(m == target or m.endswith(f".{target}") for target in wanted)]
-        missing = [t for t in wanted if not any(m == t or m.endswith(f".{t}") for m in linear)]
+        wanted = tuple(targets)
+        chosen = named_modules(linear, wanted)
+        missing = [target for target in wanted if not named_modules(linear, (target,))]
     if missing:
         there = ", ".join(sorted({module.rpartition(".")[2] for module in linear})) or "none"
         raise ValueError(
             f"target_modules names {', '.join(map(repr, missing))}, which the base model has not; it has: {there}."
         )
     return chosen
+
+
+def named_modules(modules: Iterable[str], targets: str | Collection[str]) -> list[str]:
+    """Those of `modules` that `targets` names, as PEFT reads it: a list of whole paths or endings of paths,
+    "all-linear", or a regular expression for the whole path.
+    """
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear":
+            return [module for module in modules if not _is_an_end(module)]
+        return [module for module in modules if re.fullmatch(targets, module)]
+    return [m for m in modules if m in targets or any(m.endswith(f".{target}") for target in targets)]
+
+
+def _is_an_end(module: str) -> bool:
+    return module.rpartition(".")[2] in NOT_LINEAR
 
 
 def _weight_files(base_model: Path) -> list[Path]:

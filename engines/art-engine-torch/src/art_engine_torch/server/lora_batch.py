@@ -24,7 +24,8 @@ FUSED: Final = {
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
-    """One loaded adapter. `down[layer, module]` is [in, rank], `up[layer, module]` [rank, out], scaling folded in.
+    """One loaded adapter. `down[layer, module]` is [in, r], `up[layer, module]` [r, out], scaling folded in; `rank` is
+    the largest r.
 
     `uid` is never used again in a process: a cache keyed by it cannot mix two adapters of one name.
     """
@@ -72,8 +73,9 @@ class LoraStack:
                     end = column + widths[module][1]
                     for adapter in adapters:
                         if (layer, module) in adapter.down:
-                            down[:, row : row + adapter.rank] = adapter.down[layer, module]
-                            up[row : row + adapter.rank, column:end] = adapter.up[layer, module]
+                            own = row + adapter.down[layer, module].shape[1]
+                            down[:, row:own] = adapter.down[layer, module]
+                            up[row:own, column:end] = adapter.up[layer, module]
                         row += adapter.rank
                     column = end
                 self._stacks[layer, name] = _Stack(down, up, len(modules))

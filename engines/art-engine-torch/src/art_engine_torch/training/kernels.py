@@ -77,9 +77,10 @@ class RmsNorm(torch.autograd.Function):
 
 
 def _project(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if self.disable_adapters:
-        return self.base_layer(x)  # type: ignore[no-any-return]
     (name,) = self.active_adapters
+    # A reference may be for other modules than the trained adapter.
+    if self.disable_adapters or name not in self.lora_A:
+        return self.base_layer(x)  # type: ignore[no-any-return]
     return LoraProjection.apply(  # type: ignore[no-untyped-call, no-any-return]
         x, self.base_layer.weight, self.base_layer.bias,
         self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name],

@@ -6,20 +6,21 @@ and write adapters; knows no loss, no optimizer and no job.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from art_core.errors import AdapterMismatch, UnknownArgument
-from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from art_engine_kit.adapter_config import AdapterConfig
+from art_engine_kit.adapter_files import PEFT_PREFIX, check_adapter, weights_file
+from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS
 from art_training_kit.policy import PolicyRequest
 from art_training_kit.tree_attention import plan_attention, tree_attention
 
@@ -98,11 +99,12 @@ class TorchPolicy:
         self._base = model.requires_grad_(False).eval()
         self._config = model.config.get_text_config()
         self._linears = {
-            name: (module.in_features, module.out_features)
+            name: (module.out_features, module.in_features)
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
         }
         self._peft: Any = None
+        self._configs: dict[str, AdapterConfig] = {}
         self._reference_loaded: tuple[Path, bytes] | None = None
         self._checkpointing = gradient_checkpointing
         self._checkpointing_now = False
@@ -161,11 +163,7 @@ class TorchPolicy:
             folder / ADAPTER_WEIGHTS,
             metadata={"format": "pt"},
         )
-        config = self._peft.peft_config[TRAINED].to_dict() | {"inference_mode": True}
-        readable = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        (folder / ADAPTER_CONFIG).write_text(
-            json.dumps(readable, indent=2, sort_keys=True, default=str), encoding="utf-8"
-        )
+        self._configs[TRAINED].write(folder)
 
     @contextmanager
     def reference(self, folder: Path | None) -> Iterator[None]:
@@ -175,7 +173,7 @@ class TorchPolicy:
             with self._peft.disable_adapter():
                 yield
             return
-        state = (folder, (folder / ADAPTER_WEIGHTS).read_bytes())
+        state = (folder, weights_file(folder).read_bytes())
         if self._reference_loaded != state:
             self._install(folder, REFERENCE)
             self._reference_loaded = state
@@ -188,17 +186,14 @@ class TorchPolicy:
     def _install(self, folder: Path, name: str) -> None:
         from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
-        config = LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = False
-        _check_config(config, folder)
-        state = load_file(folder / ADAPTER_WEIGHTS)
         # All of it is held against the base first: PEFT, failing half-way, would leave the model half changed.
-        _check_state(self._shapes_for(config), state, folder, self.base_model)
+        adapter = check_adapter(folder, self._linears)
+        config = LoraConfig(**adapter.config.to_peft() | {"inference_mode": False})
         if self._peft is None:
             self._peft = PeftModel(self._base, config, adapter_name=name)
         elif name not in self._peft.peft_config:
             self._peft.add_adapter(name, config)
-        elif _shape(self._peft.peft_config[name]) != _shape(config):
+        elif self._configs[name].shape != adapter.config.shape:
             other = TRAINED if name == REFERENCE else REFERENCE
             if other in self._peft.peft_config:
                 self._peft.set_adapter(other)
@@ -207,24 +202,18 @@ class TorchPolicy:
             else:
                 self._base = self._peft.unload()
                 self._peft = PeftModel(self._base, config, adapter_name=name)
-        self._peft.peft_config[name] = config
+        self._configs[name] = adapter.config
+        state = {
+            f"{PEFT_PREFIX}{module}.lora_{side}.weight": torch.from_numpy(tensor.float32())
+            for module, pair in adapter.pairs.items()
+            for side, tensor in (("A", pair.a), ("B", pair.b))
+        }
         set_peft_model_state_dict(self._peft, state, adapter_name=name)
         for parameter_name, parameter in self._peft.named_parameters():
             if f".{name}." in parameter_name and "lora_" in parameter_name:
                 parameter.data = parameter.data.to(self.device, torch.float32)
                 parameter.requires_grad_(name == TRAINED)
         use_single_steps(self._peft)
-
-    def _shapes_for(self, config: Any) -> dict[str, tuple[int, int]]:
-        """The tensors that an adapter of this configuration has, by PEFT's names in files."""
-        from peft.tuners.tuners_utils import check_target_module_exists
-
-        shapes: dict[str, tuple[int, int]] = {}
-        for module, (wide_in, wide_out) in self._linears.items():
-            if check_target_module_exists(config, module):
-                shapes[f"base_model.model.{module}.lora_A.weight"] = (config.r, wide_in)
-                shapes[f"base_model.model.{module}.lora_B.weight"] = (wide_out, config.r)
-        return shapes
 
     def _require_adapter(self) -> None:
         if self._peft is None:
@@ -261,53 +250,3 @@ def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
     heads = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     attention = heads * (3 * config.num_attention_heads + 4 * config.num_key_value_heads)
     return int(config.num_hidden_layers * (6 * hidden + 3 * wide + 2 * attention) * dtype.itemsize)
-
-
-def _check_config(config: Any, folder: Path) -> None:
-    if not config.target_modules:
-        raise AdapterMismatch(f"The adapter in {folder} names no target_modules.")
-    for field, plain in (
-        ("bias", "none"),
-        ("use_dora", False),
-        ("modules_to_save", None),
-        ("lora_dropout", 0.0),
-        ("rank_pattern", {}),
-    ):
-        value = getattr(config, field, plain)
-        if value and value != plain:
-            raise AdapterMismatch(
-                f"The adapter in {folder} has {field}={value!r}; the torch training engine trains plain LoRA only."
-            )
-    if "lm_head" in (config.target_modules or ()):
-        raise AdapterMismatch(
-            f"The adapter in {folder} adapts lm_head; the torch training engine keeps the output matrix frozen."
-        )
-
-
-def _check_state(expected: Mapping[str, tuple[int, int]], state: Mapping[str, Tensor], folder: Path, base: str) -> None:
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or extra:
-        which = f"it lacks {missing[0]}" if missing else f"it has {extra[0]}, which the base has not"
-        raise AdapterMismatch(
-            f"The adapter in {folder} does not fit {base}: {which} ({len(missing)} missing, {len(extra)} too many)."
-        )
-    if not expected:
-        raise AdapterMismatch(f"The adapter in {folder} does not fit {base}: none of its target_modules is there.")
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise AdapterMismatch(
-                f"The adapter in {folder} does not fit {base}: {name} has the shape {tuple(tensor.shape)}, not"
-                f" {tuple(expected[name])}."
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterMismatch(f"The adapter in {folder} holds values that are not finite, in {name}.")
-
-
-def _shape(config: Any) -> tuple[Any, ...]:
-    targets = config.target_modules
-    return (
-        config.r,
-        config.lora_alpha,
-        config.use_rslora,
-        frozenset(targets) if not isinstance(targets, str) else targets,
-    )

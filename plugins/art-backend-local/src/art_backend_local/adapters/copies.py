@@ -12,14 +12,8 @@ from uuid import uuid4
 
 from art_core import ModelKey
 from art_core.errors import CheckpointError, CheckpointNotFound
-from art_engine_kit.checkpoint_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    read_manifest,
-    saving,
-    step_folder,
-    whole_steps,
-)
+from art_engine_kit.adapter_files import weights_file
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, read_manifest, saving, step_folder, whole_steps
 
 
 def fork_checkpoint(path: Path, source: ModelKey, target: ModelKey, *, not_after_step: int | None) -> int:
@@ -65,8 +59,8 @@ def copy_adapter(checkpoint: Path, destination: Path) -> Path:
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}-{uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            shutil.copyfile(checkpoint / name, temporary / name)
+        for file in (checkpoint / ADAPTER_CONFIG, weights_file(checkpoint)):
+            shutil.copyfile(file, temporary / file.name)
         temporary.replace(destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

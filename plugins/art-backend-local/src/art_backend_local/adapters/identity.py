@@ -1,25 +1,21 @@
 """Step 0: an adapter that changes nothing (A random, B zero), so that the untrained model is served like any other
 step.
 
-Knows PEFT's file format and the initialisation of LoRA; imports neither PEFT nor torch.
+Knows the initialisation of LoRA; imports neither PEFT nor torch.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
+from art_engine_kit.adapter_config import AdapterConfig
+from art_engine_kit.adapter_files import Float32, write_adapter
 from art_engine_kit.base_shapes import SEVEN_PROJECTIONS, LinearShapes, linear_shapes, select_modules
-from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving
-
-from ..wire.lora_shape import LoraShape
-
-PEFT_PREFIX = "base_model.model."
+from art_engine_kit.checkpoint_folder import saving
+from art_engine_kit.lora_shape import LoraShape
 
 
 def write_identity_adapter(folder: Path, base_model: Path, lora: LoraShape) -> None:
@@ -30,30 +26,20 @@ def write_identity_adapter(folder: Path, base_model: Path, lora: LoraShape) -> N
     shapes = linear_shapes(base_model)
     targets = _targets(shapes, lora)
     generator = np.random.default_rng(lora.random_state)
-    tensors: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+    pairs: dict[str, tuple[Float32, Float32]] = {}
     for module in select_modules(shapes, targets):
         out_features, in_features = shapes[module]
         bound = 1 / math.sqrt(in_features)
         a = generator.uniform(-bound, bound, (lora.r, in_features)).astype(np.float32)
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = np.zeros((out_features, lora.r), np.float32)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model),
-        "r": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": lora.use_rslora,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        pairs[module] = a, np.zeros((out_features, lora.r), np.float32)
+    config = AdapterConfig(
+        base_model_name_or_path=str(base_model),
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        use_rslora=lora.use_rslora,
+        target_modules=targets,
+    )
+    write_adapter(folder, config, pairs)
 
 
 def save_step_zero(destination: Path, base_model: Path, lora: LoraShape) -> None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from art_core import ModelKey, PluginRegistry, PolicyModel, resolve_base_model
-from art_core.errors import AdapterMismatch, BaseModelNotFound
-from art_engine_kit.adapter_files import base_model_of_adapter, read_adapter_config
+from art_core.errors import BaseModelNotFound
+from art_engine_kit.adapter_config import base_model_of_adapter
+from art_engine_kit.lora_shape import check_asked
 from art_runtime.environments import python_for
 
 from ..wire.messages import RegisterRequest
@@ -43,8 +44,9 @@ async def registration_request(
     """Everything the host needs to serve and train the model.
 
     Raises BaseModelNotFound; AdapterMismatch, naming module and shapes, when base_model is an adapter folder that does
-    not fit its base; UnknownArgument and ValueError for `_internal_config`; EnvironmentMissing with the command that
-    makes an engine's environment. Nothing is started before these are known.
+    not fit its base or what `peft_args` asks; ValueError and UnsupportedCapability for what of `_internal_config` this
+    backend can't do; EnvironmentMissing with the command that makes an engine's environment. Nothing is started before
+    these are known.
     """
     ModelKey(model.project, model.name)
     settings = read_settings(model.internal_config)
@@ -96,16 +98,12 @@ def _pythons(
 
 
 def _fitting(settings: ModelSettings, adapter: Path, base: Path) -> ModelSettings:
-    """The settings with room for the adapter's rank, once it is known to fit its base."""
+    """The settings with room for the adapter's rank, once it is known to fit its base and what `peft_args` asks."""
     # Only a start from an adapter needs numpy in the client.
     from art_engine_kit.adapter_files import check_adapter
     from art_engine_kit.base_shapes import linear_shapes
 
-    check_adapter(adapter, linear_shapes(base))
-    rank = read_adapter_config(adapter)["r"]
-    if settings.adapter.peft_args.get("r", rank) != rank:
-        raise AdapterMismatch(
-            f"peft_args asks for r={settings.adapter.peft_args['r']}, but the adapter {adapter} to start from has rank"
-            f" {rank}. Leave r out."
-        )
-    return settings.model_copy(update={"max_lora_rank": max(settings.max_lora_rank, rank)})
+    shapes = linear_shapes(base)
+    fitting = check_adapter(adapter, shapes)
+    check_asked(settings.adapter.peft_args, fitting.config, where=adapter, modules=shapes)
+    return settings.model_copy(update={"max_lora_rank": max(settings.max_lora_rank, fitting.rank)})

@@ -22,7 +22,8 @@ from art_engine_kit.checkpoint_folder import remove_unfinished
 from art_runtime import StartProgress, accelerators
 from art_runtime.environments import engine_for
 
-from ..adapters.start import save_starting_point
+from ..adapters.served_copies import forget_served_copies
+from ..adapters.start import check_settings, save_starting_point
 from ..servers.attached_server import AttachedServer
 from ..servers.devices import cores_of_replicas, devices_of, devices_of_replicas
 from ..servers.inference_server import InferenceServer, ServerConfig, StartedServer
@@ -70,6 +71,7 @@ class HostState:
         async with self._locks[f"model {request.key}"]:
             model = self.models.get(request.key)
             if model is not None and model.server.broken is None:
+                await asyncio.to_thread(check_settings, model.folder, request, model.base_shapes)
                 self._check_same(self.requests[request.key], request)
                 model.take_settings(request.settings)
                 self.requests[request.key] = request
@@ -123,7 +125,9 @@ class HostState:
         shapes = await asyncio.to_thread(linear_shapes, request.base_folder)
         for left in await asyncio.to_thread(remove_unfinished, folder / "checkpoints"):
             _log.info("removed %s, which a killed writer had left", left)
-        await asyncio.to_thread(save_starting_point, folder, request, shapes)
+        await asyncio.to_thread(forget_served_copies, folder)
+        for sentence in await asyncio.to_thread(save_starting_point, folder, request, shapes):
+            self.report(sentence)
         # Both load the base at the same time; who asks for inference need not wait for the trainer.
         self._start_worker_early(request)
         server = await self._server_for(request, emit)

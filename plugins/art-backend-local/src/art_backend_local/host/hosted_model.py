@@ -21,6 +21,7 @@ from art_engine_kit.base_shapes import LinearShapes
 from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest, step_folder, whole_steps
 from art_engine_kit.served_steps import ServedSteps
 
+from ..adapters.served_copies import forget_served_copy, served_folder
 from ..servers.replicas import Replicas
 from ..wire.settings import ModelSettings
 from .training_hold import TrainingTurn
@@ -178,6 +179,7 @@ class HostedModel:
         except ArtError as error:
             if self.server.up:
                 self.report(f"{self.key}@{step} could not be unloaded: {error}")
+        await asyncio.to_thread(forget_served_copy, self.ref(step).path, self.folder)
 
     async def delete(self, steps: list[int]) -> list[int]:
         """Delete steps from disk, unloading idle ones. Raises CheckpointInUse before anything is deleted."""
@@ -237,7 +239,8 @@ class HostedModel:
         fingerprint = await asyncio.to_thread(_fingerprint, checkpoint.path)
         async with self.server.adapters_lock:
             await self.server.make_room()
-            await self.server.load(checkpoint.adapter_name, checkpoint.path, fingerprint)
+            folder = await asyncio.to_thread(served_folder, checkpoint.path, self.base_shapes, self.folder)
+            await self.server.load(checkpoint.adapter_name, folder, fingerprint)
 
     async def verify(self, checkpoint: CheckpointRef) -> None:
         """Publisher: the engine answers under its name, and as this checkpoint."""
@@ -253,6 +256,7 @@ class HostedModel:
         """Publisher: undo `load`."""
         async with self.server.adapters_lock:
             await self.server.unload(checkpoint.adapter_name)
+            await asyncio.to_thread(forget_served_copy, checkpoint.path, self.folder)
 
     async def _load_on_demand(self, step: int) -> None:
         await self.on_disk()

@@ -1,7 +1,7 @@
-"""Reads a model's `_internal_config`: what goes to the inference engine, what to the trainer, what to the new adapter.
+"""Sorts a model's `_internal_config`: what goes to the inference engine, what to the trainer, what to the new adapter.
 
-Knows the names of `art.dev.InternalModelConfig` and refuses all others. Knows no engine: what an engine takes as its
-arguments is the engine's to say.
+The names and values were judged when the model was made (`art.dev`); here only what this backend can't do is refused.
+Knows no engine: what an engine takes as its arguments is the engine's to say.
 """
 
 from __future__ import annotations
@@ -14,16 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from art_core import InferenceCapability
-from art_core.errors import UnknownArgument, UnsupportedCapability
+from art_core.errors import UnsupportedCapability
+from art_engine_kit.lora_shape import LoraShape
 from art_engine_kit.training_wire import AdapterOptions
 
-from .lora_shape import LoraShape
-
-_KNOWN = (
-    "init_args", "engine_args", "peft_args", "trainer_args", "trainer_gpu_ids", "inference_gpu_ids",
-    "rollout_weights_mode", "chat_template", "chat_template_path", "chat_template_kwargs",
-)  # fmt: skip
-_MAPPINGS = ("init_args", "engine_args", "peft_args", "trainer_args", "chat_template_kwargs")
 DEFAULT_MAX_LORA_RANK = 16
 
 
@@ -67,89 +61,51 @@ class ModelSettings(BaseModel):
 
 
 def read_settings(config: Mapping[str, Any] | None) -> ModelSettings:
-    """Read `_internal_config`. Raises UnknownArgument for a name that nothing reads and ValueError for a bad value."""
-    given = dict(config or {})
-    for name in given:
-        if name not in _KNOWN:
-            raise UnknownArgument(name, where="_internal_config", known=_KNOWN)
-    for name in _MAPPINGS:
-        if not isinstance(given.get(name) or {}, Mapping):
-            raise ValueError(f"_internal_config[{name!r}] must be a dictionary, not {given[name]!r}.")
-    engine_args, init_args = dict(given.get("engine_args") or {}), dict(given.get("init_args") or {})
-    trainer_args, peft_args = dict(given.get("trainer_args") or {}), dict(given.get("peft_args") or {})
+    """Sort an `_internal_config` that was read already. Raises UnsupportedCapability or ValueError for what this
+    backend can't do.
+    """
+    left = dict(config or {})
+    engine_args, init_args = dict(left.pop("engine_args", {})), dict(left.pop("init_args", {}))
+    trainer_args, peft_args = dict(left.pop("trainer_args", {})), dict(left.pop("peft_args", {}))
     lora = LoraShape.of(peft_args)
-    trainer_gpu_ids, inference_gpu_ids = _devices(given, "trainer_gpu_ids"), _devices(given, "inference_gpu_ids")
-    _check_modes(trainer_gpu_ids, inference_gpu_ids, given.get("rollout_weights_mode") or "lora")
-    max_seq_length = init_args.pop("max_seq_length", None) or trainer_args.pop("max_seq_length", None)
-    lengths = {} if max_seq_length is None else {"max_seq_length": int(max_seq_length)}
-    return ModelSettings(
-        inference_dtype=str(engine_args.pop("dtype", "auto")),
-        training_dtype=str(init_args.pop("dtype", "auto")),
-        max_model_len=engine_args.pop("max_model_len", None),
-        max_lora_rank=int(engine_args.pop("max_lora_rank", max(DEFAULT_MAX_LORA_RANK, lora.r))),
-        engine_args=engine_args,
-        init_args=init_args,
-        trainer_gpu_ids=trainer_gpu_ids,
-        inference_gpu_ids=inference_gpu_ids,
-        adapter=AdapterOptions(
-            peft_args=peft_args,
-            trainer_args=trainer_args,
-            chat_template=_chat_template(given),
-            chat_template_kwargs=dict(given.get("chat_template_kwargs") or {}),
-            **lengths,
-        ),
-    )
-
-
-def _devices(given: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-    ids = given.get(name)
-    if ids is None:
-        return None
-    if not isinstance(ids, list | tuple) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(
-            f"_internal_config[{name!r}] must be a list of at least one GPU index such as [0], not {ids!r}."
-        )
-    return tuple(ids)
-
-
-def _check_modes(trainer: tuple[int, ...] | None, inference: tuple[int, ...] | None, weights_mode: str) -> None:
-    if (trainer is None) != (inference is None):
-        missing = "inference_gpu_ids" if inference is None else "trainer_gpu_ids"
-        raise ValueError(
-            f"_internal_config: dedicated mode needs trainer_gpu_ids and inference_gpu_ids both; {missing} is missing."
-            " Give both, or neither to share the device."
-        )
-    if trainer is not None and inference is not None and set(trainer) & set(inference):
-        both = sorted(set(trainer) & set(inference))
-        raise ValueError(
-            f"_internal_config: GPU {both} is in trainer_gpu_ids and in inference_gpu_ids; they must be disjoint."
-        )
-    if weights_mode not in ("lora", "merged"):
-        raise ValueError(f"_internal_config['rollout_weights_mode'] must be 'lora' or 'merged', not {weights_mode!r}.")
-    if weights_mode == "merged":
-        if trainer is None:
-            raise ValueError(
-                "_internal_config: rollout_weights_mode='merged' needs dedicated mode (trainer_gpu_ids and"
-                " inference_gpu_ids)."
-            )
+    if left.pop("rollout_weights_mode", "lora") == "merged":
         raise UnsupportedCapability(
             "local",
             "rollout_weights_mode='merged'",
             "Leave it out: rollouts then use the LoRA adapter itself ('lora').",
         )
+    lengths = [args.pop("max_seq_length", None) for args in (init_args, trainer_args)]
+    max_seq_length = next((length for length in lengths if length is not None), None)
+    settings = ModelSettings(
+        inference_dtype=engine_args.pop("dtype", "auto"),
+        training_dtype=init_args.pop("dtype", "auto"),
+        max_model_len=engine_args.pop("max_model_len", None),
+        max_lora_rank=engine_args.pop("max_lora_rank", max(DEFAULT_MAX_LORA_RANK, lora.r)),
+        engine_args=engine_args,
+        init_args=init_args,
+        trainer_gpu_ids=left.pop("trainer_gpu_ids", None),
+        inference_gpu_ids=left.pop("inference_gpu_ids", None),
+        adapter=AdapterOptions(
+            peft_args=peft_args,
+            trainer_args=trainer_args,
+            chat_template=_chat_template(left.pop("chat_template", None), left.pop("chat_template_path", None)),
+            chat_template_kwargs=left.pop("chat_template_kwargs", {}),
+            **({} if max_seq_length is None else {"max_seq_length": max_seq_length}),
+        ),
+    )
+    for name in left:
+        raise UnsupportedCapability("local", f"_internal_config[{name!r}]", "Leave it out.")
+    return settings
 
 
-def _chat_template(given: Mapping[str, Any]) -> str | None:
-    text, path = given.get("chat_template"), given.get("chat_template_path")
-    if text and path:
-        raise ValueError("_internal_config: give chat_template (the text) or chat_template_path (a file), not both.")
-    if path:
-        file = Path(path).expanduser()
-        try:
-            return file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"_internal_config['chat_template_path']: {file} cannot be read: {error}") from error
-    return text or None
+def _chat_template(text: str | None, path: str | None) -> str | None:
+    if path is None:
+        return text or None
+    file = Path(path).expanduser()
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"_internal_config['chat_template_path']: {file} cannot be read: {error}") from error
 
 
 def works_at_once(settings: ModelSettings, declared: Collection[object], *, has_gpu: bool, attached: bool) -> bool:
