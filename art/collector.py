@@ -1,4 +1,4 @@
-"""Lets Python's cyclic garbage collector run less often while rollouts are gathered.
+"""Lets Python's cyclic garbage collector do less while rollouts are gathered.
 
 A sampled token with its logprob is several objects, and rollouts keep all of them, so at the default settings the
 collector goes through everything gathered so far again and again: more than half of the client's time, in pauses of up
@@ -11,12 +11,15 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-# New containers before a pass over the youngest (a millisecond or two), then such passes before one over all others.
-# The old are gone through about every five million containers, so that what a long gathering leaves in cycles goes too.
-RELAXED = (5_000, 1_000, 1)
+# New containers before a pass over the youngest (a millisecond or two); the others are not gone through meanwhile.
+RELAXED = (5_000, 1_000_000, 1_000_000)
+# After so many passes over the youngest, ten million containers, the next gathering begins with a pass over all, so
+# that what gatherings leave in cycles goes too. The trajectories of the step before are usually gone by then.
+YOUNG_PASSES_BEFORE_A_FULL_ONE = 2_000
 
 _gatherings = 0
 _before = (0, 0, 0)
+_passes_at_full_one = (0, 0)
 
 
 @contextmanager
@@ -31,10 +34,27 @@ def fewer_collections() -> Generator[None]:
         _before = gc.get_threshold()
         if 0 < _before[0] < RELAXED[0]:
             gc.set_threshold(*RELAXED)
+    if gc.get_threshold() == RELAXED:
+        _collect_if_due()
     _gatherings += 1
     try:
         yield
     finally:
         _gatherings -= 1
         if not _gatherings and gc.get_threshold() == RELAXED:
+            # Everything gathered counts as young, and the first pass at the old thresholds would go through all of it.
+            # To freeze and unfreeze makes it old without a pass; what the user has frozen would be unfrozen with it.
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.set_threshold(*_before)
+
+
+def _collect_if_due() -> None:
+    global _passes_at_full_one
+    young, _, full = (generation["collections"] for generation in gc.get_stats())
+    if full != _passes_at_full_one[1]:
+        _passes_at_full_one = (young, full)
+    elif young - _passes_at_full_one[0] >= YOUNG_PASSES_BEFORE_A_FULL_ONE:
+        gc.collect()
+        _passes_at_full_one = (young, full + 1)

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from art_core import ArtError, PendingTrajectoryGroup, RolloutError, Trajectory, TrajectoryGroup
-from art_core.pending_group import close_unstarted
-from art_core.trajectories import pending_group
+from art_core.pending_group import close_unstarted, outcome_of
+from art_core.trajectories import pending_group, read_attempt
 
 from .collector import fewer_collections
 from .progress import RolloutProgress
@@ -25,7 +25,7 @@ GroupOrPending: TypeAlias = TrajectoryGroup | Awaitable[TrajectoryGroup]
 AfterEachResult: TypeAlias = TrajectoryGroup | list[TrajectoryGroup] | None
 AfterEach: TypeAlias = Callable[[TrajectoryGroup], AfterEachResult | Awaitable[AfterEachResult]]
 SHOWN_EXCEPTIONS = 3
-STARTED_AT_ONCE = 32
+STARTED_AT_ONCE = 8
 
 
 class RolloutsFailed(ArtError):
@@ -144,39 +144,44 @@ async def _finish_group(
     if isinstance(group, PendingTrajectoryGroup):
         finished = group.group_of(await _run_rollouts(group, tolerance, progress))
     else:
-        finished = await _await_group(group)
+        finished = _sound(await _await_group(group))
         progress.expect(len(finished) + len(finished.exceptions))
-        for trajectory in finished:
-            progress.rollout(trajectory.stamp_policy_versions())
+        for result in (*finished, *finished.exceptions):
+            progress.rollout(result)
         for error in finished.exceptions:
-            progress.rollout(error)
             tolerance.count(error, progress.total)
     if after_each is None:
         return [finished]
-    try:
-        kept = after_each(finished)
-        if inspect.isawaitable(kept):
-            kept = await kept
-        return _as_list(kept)
-    except Exception as error:
-        progress.exceptions += 1
-        tolerance.count(error, progress.total)
-        warnings.warn(
-            f"after_each raised {type(error).__name__}: {error}; its group is left out", RuntimeWarning, stacklevel=2
-        )
-        return []
+    kept = await outcome_of(_kept(finished, after_each))
+    if isinstance(kept, list):
+        return kept
+    progress.exceptions += 1
+    tolerance.count(kept, progress.total)
+    warnings.warn(f"after_each raised {RolloutError.of(kept)}; its group is left out", RuntimeWarning, stacklevel=2)
+    return []
 
 
 async def _await_group(group: TrajectoryGroup | Awaitable[TrajectoryGroup]) -> TrajectoryGroup:
-    if isinstance(group, TrajectoryGroup):
-        return group
-    try:
-        finished = await group
-    except Exception as error:
-        return TrajectoryGroup([error])
+    finished = group if isinstance(group, TrajectoryGroup) else await outcome_of(group)
+    if isinstance(finished, BaseException):
+        return TrajectoryGroup([finished])
     if not isinstance(finished, TrajectoryGroup):
         raise TypeError(f"an awaitable of groups must give a TrajectoryGroup, not {type(finished).__name__}")
     return finished
+
+
+def _sound(group: TrajectoryGroup) -> TrajectoryGroup:
+    """The group itself, or one whose unsound trajectories are exceptions."""
+    results = [read_attempt(trajectory) for trajectory in group]
+    if all(isinstance(result, Trajectory) for result in results):
+        return group
+    others = {name: getattr(group, name) for name in ("exceptions", "metadata", "metrics", "logs")}
+    return TrajectoryGroup(results, **others)
+
+
+async def _kept(group: TrajectoryGroup, after_each: AfterEach) -> list[TrajectoryGroup]:
+    kept = after_each(group)
+    return _as_list(await kept if inspect.isawaitable(kept) else kept)
 
 
 async def _run_rollouts(
@@ -223,7 +228,12 @@ async def _all_or_cancel(work: Sequence[Coroutine[Any, Any, T]], sizes: Sequence
                 await asyncio.sleep(0)  # those just begun have begun their own
                 if failed:
                     failed[0].result()
-        return list(await asyncio.gather(*tasks))
+        # Unlike asyncio.gather, this leaves it to us to cancel them, and doesn't raise a KeyboardInterrupt again.
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if failed:
+            failed[0].result()
+        return [task.result() for task in tasks]
     finally:
         left = [task for task in tasks if not task.done()]
         for task in left:

@@ -16,15 +16,14 @@ from urllib.parse import SplitResult
 
 import httptools
 
+from .pacing import WakingPace
+
 if TYPE_CHECKING:
     from ssl import SSLContext
 
 # Servers queue a limited number of connections that they have not accepted yet (2048 for uvicorn); one more is dropped
 # and costs its client a second.
 CONNECTING_AT_ONCE = 256
-# Whoever waits for an answer does something with it, on the event loop. When thousands arrive at once they are handed
-# out a few at a time, so that the loop can do other things in between.
-HANDED_OUT_AT_ONCE = 32
 
 
 @dataclass(slots=True)
@@ -129,6 +128,7 @@ class KeepAlivePool:
         self._resolved: str | None = None
         self._connecting = asyncio.Semaphore(CONNECTING_AT_ONCE)
         self._answered: deque[tuple[asyncio.Future[Answer], Answer]] = deque()
+        self._pace = WakingPace()
         self.connections: set[_Connection] = set()
 
     async def post(self, head: bytes, body: bytes, *, connect_s: float | None, answer_s: float | None) -> Answer:
@@ -143,6 +143,7 @@ class KeepAlivePool:
         try:
             connection.send(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body), waiter)
             answer = await waiter
+            self._pace.woke(loop.time())
         except BaseException:
             connection.close()
             raise
@@ -155,13 +156,13 @@ class KeepAlivePool:
         return answer
 
     def hand_out(self, waiter: asyncio.Future[Answer], answer: Answer) -> None:
-        """Give a waiter its answer in a later round of the event loop."""
+        """Give a waiter its answer in a later round of the event loop, a few in each."""
         if not self._answered:
             waiter.get_loop().call_soon(self._hand_out_some)
         self._answered.append((waiter, answer))
 
     def _hand_out_some(self) -> None:
-        for _ in range(min(HANDED_OUT_AT_ONCE, len(self._answered))):
+        for _ in range(min(self._pace.at_once(), len(self._answered))):
             waiter, answer = self._answered.popleft()
             if not waiter.done():
                 waiter.set_result(answer)

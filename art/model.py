@@ -29,8 +29,9 @@ from art_core import (
 )
 from art_core.atomic_files import write_json_atomically
 from art_core.errors import CheckpointInUse, NotRegistered, UnknownArgument
-from art_core.history import HISTORY, best_step
+from art_core.history import HISTORY
 
+from .best_step import best_step
 from .dev import InternalModelConfig, read_internal_config
 from .metrics import trajectory_metrics, warn_of_non_finite, with_sections
 from .train_config import TrainConfig

@@ -65,16 +65,6 @@ def read_history(path: Path | str) -> list[dict[str, Any]]:
     return records
 
 
-def best_step(path: Path, metric: str) -> int | None:
-    """The step at which a metric was highest, the latest of equals; None when it was never logged as a number."""
-    found = [
-        (float(record[metric]), int(record["step"]))
-        for record in read_history(path)
-        if isinstance(record.get(metric), int | float) and math.isfinite(record[metric])
-    ]
-    return max(found)[1] if found else None
-
-
 def _append(path: Path, line: bytes) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:

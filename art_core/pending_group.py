@@ -8,24 +8,26 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from .trajectories import Trajectory, TrajectoryGroup
+
+T = TypeVar("T")
 
 
 class PendingTrajectoryGroup:
     """A group whose trajectories are still being made. Awaiting it runs them all at once.
 
     Nothing runs before it is awaited. When the awaiting task is cancelled, so are the attempts. `read` turns what an
-    attempt returned into its trajectory, or into the error that it isn't one; `group_of` makes the finished group.
+    attempt gave into its trajectory, or into the error that it isn't one; `group_of` makes the finished group.
     """
 
     def __init__(
         self,
         items: Sequence[Any],
         *,
-        read: Callable[[Any], Trajectory | Exception],
+        read: Callable[[Any], Trajectory | BaseException],
         group_of: Callable[[Iterable[Trajectory | BaseException]], TrajectoryGroup],
     ) -> None:
         self._items = list(items)
@@ -64,18 +66,30 @@ class PendingTrajectoryGroup:
             self.close()
 
     async def _guarded(self, item: Any) -> Trajectory | BaseException:
-        if not isinstance(item, Awaitable):
-            result: Trajectory | BaseException = item
-            return result
-        try:
-            return self._read(await item)
-        except Exception as error:
-            return error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            return error  # something within the attempt was cancelled, not the attempt
+        return self._read(await outcome_of(item) if isinstance(item, Awaitable) else item)
+
+
+async def outcome_of(awaitable: Awaitable[T]) -> T | BaseException:
+    """What an awaitable gives, or whatever it raised; only KeyboardInterrupt is raised here, and our own cancellation.
+
+    It runs in a task of its own, so that one that cancels the task it runs in doesn't cancel ours.
+    """
+    try:
+        return await asyncio.ensure_future(_caught(awaitable))
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return error
+
+
+async def _caught(awaitable: Awaitable[T]) -> T | BaseException:
+    try:
+        return await awaitable
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        return error
 
 
 def close_unstarted(item: object) -> None:

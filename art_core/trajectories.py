@@ -7,15 +7,18 @@ tokens being trained, of backends or of engines. The openai package is imported 
 from __future__ import annotations
 
 import math
+import reprlib
 import time
 import traceback
 from collections.abc import Awaitable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
+from numbers import Integral
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypedDict, Unpack, cast, overload
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -40,7 +43,23 @@ else:
 Messages: TypeAlias = list[Message]
 MessagesAndChoices: TypeAlias = list[MessageOrChoice]
 Tools: TypeAlias = list[Tool]
-MetadataValue: TypeAlias = float | int | str | bool | None
+
+
+def _as_number(value: Any) -> float | int | bool:
+    """What `float()` takes as one number, as Python's own: a scalar of numpy or torch, a fraction, a decimal."""
+    try:
+        number = float(value)
+    except Exception as error:
+        raise ValueError(f"{reprlib.repr(value)} is not one number") from error
+    return value if isinstance(value, bool) else int(value) if isinstance(value, Integral) else number
+
+
+def _as_scalar(value: Any) -> MetadataValue:
+    return value if value is None or isinstance(value, str) else _as_number(value)
+
+
+Number: TypeAlias = Annotated[float | int | bool, BeforeValidator(_as_number)]
+MetadataValue: TypeAlias = Annotated[float | int | str | bool | None, BeforeValidator(_as_scalar)]
 
 
 def is_choice(item: object) -> bool:
@@ -90,7 +109,7 @@ def _write_item(item: Any) -> Any:
 class History(BaseModel):
     """One conversation: an agent that runs several, or rewrites its own, has additional ones beside the first."""
 
-    model_config = ConfigDict(extra="forbid", defer_build=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", defer_build=True, ser_json_inf_nan="constants", validate_assignment=True)
 
     messages_and_choices: MessagesAndChoices = Field(default_factory=list)
     tools: Tools | None = None
@@ -123,10 +142,10 @@ class Trajectory(History):
     """
 
     additional_histories: list[History] = Field(default_factory=list)
-    reward: float = 0.0
+    reward: Annotated[float, BeforeValidator(_as_number)] = 0.0
     initial_policy_version: int | None = None
     final_policy_version: int | None = None
-    metrics: dict[str, float | int | bool] = Field(default_factory=dict)
+    metrics: dict[str, Number] = Field(default_factory=dict)
     metadata: dict[str, MetadataValue] = Field(default_factory=dict)
     logs: list[str] = Field(default_factory=list)
     start_time: datetime = Field(default_factory=lambda: datetime.now(UTC))
@@ -190,7 +209,9 @@ class RolloutError(BaseModel):
     @classmethod
     def of(cls, error: BaseException) -> RolloutError:
         """Keep the type's name, the message and the traceback."""
-        return cls(type=type(error).__name__, message=str(error), traceback="".join(traceback.format_exception(error)))
+        # As str() gives it, and in words where str() itself raises.
+        message = str(traceback.TracebackException(type(error), error, None))
+        return cls(type=type(error).__name__, message=message, traceback="".join(traceback.format_exception(error)))
 
     def __str__(self) -> str:
         return f"{self.type}: {self.message}"
@@ -200,6 +221,13 @@ def _read_exception(error: Any) -> Any:
     return RolloutError.of(error) if isinstance(error, BaseException) else error
 
 
+class _GroupFields(TypedDict, total=False):
+    exceptions: Iterable[BaseException | RolloutError]
+    metadata: dict[str, MetadataValue] | None
+    metrics: dict[str, Number] | None
+    logs: list[str] | None
+
+
 class TrajectoryGroup(BaseModel):
     """Attempts at one scenario, whose rewards are compared with each other.
 
@@ -207,35 +235,23 @@ class TrajectoryGroup(BaseModel):
     `art.gather_trajectory_groups` runs; an awaitable that raises becomes one of `exceptions`.
     """
 
-    model_config = ConfigDict(extra="forbid", defer_build=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", defer_build=True, ser_json_inf_nan="constants", validate_assignment=True)
 
     trajectories: list[Trajectory] = Field(default_factory=list)
     exceptions: list[RolloutError] = Field(default_factory=list)
     metadata: dict[str, MetadataValue] = Field(default_factory=dict)
-    metrics: dict[str, float | int | bool] = Field(default_factory=dict)
+    metrics: dict[str, Number] = Field(default_factory=dict)
     logs: list[str] = Field(default_factory=list)
 
     if TYPE_CHECKING:
 
         @overload
         def __new__(
-            cls,
-            trajectories: Iterable[Trajectory | BaseException] = ...,
-            *,
-            exceptions: Iterable[BaseException | RolloutError] = ...,
-            metadata: dict[str, MetadataValue] | None = ...,
-            metrics: dict[str, float | int | bool] | None = ...,
-            logs: list[str] | None = ...,
+            cls, trajectories: Iterable[Trajectory | BaseException] = ..., **fields: Unpack[_GroupFields]
         ) -> TrajectoryGroup: ...
         @overload
         def __new__(  # type: ignore[misc]
-            cls,
-            trajectories: Iterable[Awaitable[Trajectory]],
-            *,
-            exceptions: Iterable[BaseException | RolloutError] = ...,
-            metadata: dict[str, MetadataValue] | None = ...,
-            metrics: dict[str, float | int | bool] | None = ...,
-            logs: list[str] | None = ...,
+            cls, trajectories: Iterable[Awaitable[Trajectory]], **fields: Unpack[_GroupFields]
         ) -> PendingTrajectoryGroup: ...
         def __new__(cls, trajectories: Any = (), **fields: Any) -> Any: ...
         def __init__(self, trajectories: Any = (), **fields: Any) -> None: ...
@@ -284,14 +300,38 @@ class TrajectoryGroup(BaseModel):
 def pending_group(attempts: Iterable[Any], **fields: Any) -> PendingTrajectoryGroup:
     """Attempts that have not been run; `fields` are the finished group's metadata, metrics and logs."""
     return PendingTrajectoryGroup(
-        list(attempts), read=_read_attempt, group_of=lambda results: TrajectoryGroup(results, **fields)
+        list(attempts), read=read_attempt, group_of=lambda results: TrajectoryGroup(results, **fields)
     )
 
 
-def _read_attempt(result: Any) -> Trajectory | TypeError:
-    if not isinstance(result, Trajectory):
-        return TypeError(f"a rollout must return a Trajectory, not {type(result).__name__}")
-    return result.stamp_policy_versions()
+def read_attempt(result: Any) -> Trajectory | BaseException:
+    """The trajectory that an attempt gave, stamped, or why it gave none that can be learnt from."""
+    if isinstance(result, Trajectory):
+        problems = unsound_values(result)
+        return InvalidTrajectory(problems[0][2]) if problems else result.stamp_policy_versions()
+    if isinstance(result, BaseException):
+        return result
+    return TypeError(f"a rollout must return a Trajectory, not {type(result).__name__}")
+
+
+def unsound_values(item: Trajectory | TrajectoryGroup) -> list[tuple[str, Any, str]]:
+    """Make Python's own numbers of what was set inside `metrics` and `metadata`, where nothing checks it.
+
+    Gives the field, the name in it and what is wrong of each value that can't be kept, and of a reward that isn't
+    finite.
+    """
+    problems: list[tuple[str, Any, str]] = []
+    for field, read in (("metrics", _as_number), ("metadata", _as_scalar)):
+        values = getattr(item, field)
+        for name, value in values.items():
+            try:
+                values[name] = read(value)
+            except ValueError as error:
+                problems.append((field, name, f"{field}[{name!r}] cannot be kept: {error}"))
+    if isinstance(item, Trajectory) and not math.isfinite(item.reward):
+        wrong = f"reward is {item.reward}: a reward must be a finite number, since every advantage of its group is"
+        problems.append(("reward", None, f"{wrong} computed from it. Set it, or drop the trajectory."))
+    return problems
 
 
 def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
@@ -310,20 +350,16 @@ def check_groups(groups: Sequence[TrajectoryGroup]) -> None:
                 f"trajectory_groups[{g}] is a {type(group).__name__}, not a TrajectoryGroup;"
                 " wrap it as art.TrajectoryGroup([...])."
             )
+        for _, _, problem in unsound_values(group):
+            raise InvalidTrajectory(f"trajectory_groups[{g}].{problem}")
         for t, trajectory in enumerate(group):
-            if not math.isfinite(trajectory.reward):
-                raise InvalidTrajectory(
-                    f"trajectory_groups[{g}].trajectories[{t}].reward is {trajectory.reward}: a reward must be a finite"
-                    " number, since every advantage of its group is computed from it. Set it, or drop the trajectory."
-                )
+            for _, _, problem in unsound_values(trajectory):
+                raise InvalidTrajectory(f"trajectory_groups[{g}].trajectories[{t}].{problem}")
             for history in trajectory.histories():
                 for i, item in enumerate(history.messages_and_choices):
-                    _check_item(item, f"trajectory_groups[{g}].trajectories[{t}]: item {i}")
-
-
-def _check_item(item: Any, where: str) -> None:
-    # A list takes anything that is appended to it, after its model was validated.
-    try:
-        _read_item(item)
-    except ValueError as error:
-        raise InvalidTrajectory(f"{where} cannot be used: {error}") from error
+                    try:
+                        _read_item(item)  # a list takes anything that is appended to it
+                    except ValueError as error:
+                        raise InvalidTrajectory(
+                            f"trajectory_groups[{g}].trajectories[{t}]: item {i} cannot be used: {error}"
+                        ) from error

@@ -1,12 +1,12 @@
 """How many 4-turn rollouts a second the client gathers against a mock endpoint, beside raw keep-alive clients.
 
-    python benchmarks/gather.py [--rollouts 2000 10000] [--repeats 3] [--json FILE]
+    python benchmarks/gather.py [--rollouts 2000 10000] [--repeats 3] [--tokens 8] [--json FILE]
 
-The endpoint is a process of its own, pinned to another core, and answers at once with eight tokens, their ids and
-logprobs. Every contestant runs in a fresh process pinned to the first core, all rollouts at once, each rollout four
-requests one after the other whose conversation grows. Contestants take turns; medians are printed, with the lag of the
-event loop: how late a task that sleeps 5 ms wakes up. "own" is the part of it in which this process had the processor,
-which tells the client's own stalls from those of a busy machine.
+The endpoint is a process of its own, pinned to another core, and answers at once with eight tokens (or `--tokens`),
+their ids and logprobs. Every contestant runs in a fresh process pinned to the first core, all rollouts at once, each
+rollout four requests one after the other whose conversation grows. Contestants take turns; medians are printed, with
+the lag of the event loop: how late a task that sleeps 5 ms wakes up. "own" is the part of it in which this process had
+the processor, which tells the client's own stalls from those of a busy machine.
 
 - art: `art.gather_trajectory_groups` of rollouts that use `model.openai_client()` and keep every choice
 - aiohttp: one aiohttp session without connection limit, `json.loads` of each answer, nothing kept
@@ -30,27 +30,35 @@ from typing import Any
 TURNS = 4
 GROUP = 8
 HEARTBEAT_S = 0.005
-ANSWER = {
-    "id": "chatcmpl-1",
-    "object": "chat.completion",
-    "created": 1,
-    "model": "m@3",
-    "choices": [
-        {
-            "index": 0,
-            "finish_reason": "stop",
-            "message": {"role": "assistant", "content": "I would go left."},
-            "token_ids": list(range(8)),
-            "prompt_token_ids": list(range(60)),
-            "policy_version": 3,
-            "logprobs": {
-                "content": [{"token": "a", "logprob": -0.1, "bytes": [97], "top_logprobs": []} for _ in range(8)],
-                "refusal": None,
-            },
-        }
-    ],
-    "usage": {"prompt_tokens": 60, "completion_tokens": 8, "total_tokens": 68},
-}
+TOKENS = 8
+
+
+def answer_of(tokens: int) -> dict[str, Any]:
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m@3",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "I would go left."},
+                "token_ids": list(range(tokens)),
+                "prompt_token_ids": list(range(60)),
+                "policy_version": 3,
+                "logprobs": {
+                    "content": [
+                        {"token": "a", "logprob": -0.1, "bytes": [97], "top_logprobs": []} for _ in range(tokens)
+                    ],
+                    "refusal": None,
+                },
+            }
+        ],
+        "usage": {"prompt_tokens": 60, "completion_tokens": tokens, "total_tokens": 60 + tokens},
+    }
+
+
 OPENING = [
     {"role": "system", "content": "You walk through a maze. Say where you go."},
     {"role": "user", "content": "There is a door to the left and a stair to the right."},
@@ -68,10 +76,8 @@ def pin(core: int) -> None:
 
 
 class Server(asyncio.Protocol):
-    body = json.dumps(ANSWER).encode()
-    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-
-    def __init__(self) -> None:
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
         self.received = b""
         self.transport: Any = None
 
@@ -96,9 +102,12 @@ def whole_message(data: bytes) -> tuple[int, int] | None:
     return (start, end) if len(data) >= end else None
 
 
-async def serve() -> None:
+async def serve(tokens: int) -> None:
     pin(1)
-    server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0, backlog=16384)
+    body = json.dumps(answer_of(tokens)).encode()
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Server(answer), "127.0.0.1", 0, backlog=16384)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -129,12 +138,12 @@ async def art_rollouts(port: int, count: int) -> list[Any]:
     )
 
 
-def check_groups(groups: list[Any], count: int) -> None:
+def check_groups(groups: list[Any], count: int, tokens: int) -> None:
     assert sum(map(len, groups)) == count
     for group in groups:
         for trajectory in group:
             assert len(trajectory.choices()) == TURNS
-            assert trajectory.choices()[0].token_ids == list(range(8))
+            assert trajectory.choices()[0].token_ids == list(range(tokens))
             assert trajectory.final_policy_version == 3
 
 
@@ -207,7 +216,7 @@ CONTESTANTS: dict[str, Callable[[int, int], Awaitable[Any]]] = {
 }
 
 
-async def measure(name: str, port: int, count: int) -> dict[str, float]:
+async def measure(name: str, port: int, count: int, tokens: int) -> dict[str, float]:
     await CONTESTANTS[name](port, GROUP)  # imports and first-use work
     lags: list[float] = []
     own_lags: list[float] = []
@@ -227,7 +236,7 @@ async def measure(name: str, port: int, count: int) -> dict[str, float]:
     await asyncio.sleep(2 * HEARTBEAT_S)
     beating.cancel()
     if kept is not None:
-        check_groups(kept, count)
+        check_groups(kept, count, tokens)
     lags.sort()
     own_lags.sort()
     return {
@@ -245,6 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, nargs="+", default=[2000, 10_000])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each answer")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
@@ -252,28 +262,28 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if options.serve:
-        asyncio.run(serve())
+        asyncio.run(serve(options.tokens))
     elif options.measure:
         pin(0)
         name, port, count = options.measure
-        print(json.dumps(asyncio.run(measure(name, int(port), int(count)))))
+        print(json.dumps(asyncio.run(measure(name, int(port), int(count), options.tokens))))
     else:
-        compare(options.rollouts, options.repeats, options.json)
+        compare(options.rollouts, options.repeats, options.tokens, options.json)
 
 
-def compare(counts: list[int], repeats: int, file: str | None) -> None:
+def compare(counts: list[int], repeats: int, tokens: int, file: str | None) -> None:
     figures = {}
     for count in counts:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
         for _ in range(repeats):
             for name in CONTESTANTS:
-                runs[name].append(one_run(name, count))
+                runs[name].append(one_run(name, count, tokens))
         medians = {
             name: {key: statistics.median(run[key] for run in each) for key in each[0]} for name, each in runs.items()
         }
         figures[count] = medians
         print(
-            f"\n{count} rollouts at once, {TURNS} turns each, median of {repeats};"
+            f"\n{count} rollouts at once, {TURNS} turns of {tokens} tokens each, median of {repeats};"
             f" load average {os.getloadavg()[0]:.1f}"
         )
         print(
@@ -293,13 +303,14 @@ def compare(counts: list[int], repeats: int, file: str | None) -> None:
             json.dump(figures, out, indent=1)
 
 
-def one_run(name: str, count: int) -> dict[str, float]:
-    server = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
+def one_run(name: str, count: int, tokens: int) -> dict[str, float]:
+    script = [sys.executable, __file__, "--tokens", str(tokens)]
+    server = subprocess.Popen([*script, "--serve"], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         port = server.stdout.readline().strip()
         done = subprocess.run(
-            [sys.executable, __file__, "--measure", name, port, str(count)],
+            [*script, "--measure", name, port, str(count)],
             capture_output=True,
             text=True,
             timeout=300,

@@ -2,7 +2,8 @@
 
 Makes 64 groups of 8 four-turn conversations with random token ids, as the gateway returns them, and times writing the
 groups file, reading it, tokenizing and packing (CPU seconds of one thread, best of several runs). Prints the machine
-and the versions.
+and the versions. `--shapes` packs steps of other shapes instead: prompts and answers long and short, continuations,
+equal and random lengths.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from measuring.step_shapes import SHAPES
 from openai.types.chat.chat_completion import Choice
 
 from art_core.trajectories import Trajectory, TrajectoryGroup
 from art_engine_kit.groups_file import read_records, write_groups
 from art_training_kit.packing import pack_rows
-from art_training_kit.row_assignment import sort_rows
-from art_training_kit.rows import TokenizedStep
+from art_training_kit.prefix_tree import sort_rows
+from art_training_kit.rows import TokenizedStep, TokenRow
 from art_training_kit.tokenize import tokenize_groups
 
 VOCABULARY = 49152
@@ -69,6 +71,37 @@ def best_of(repeats: int, function: Callable[[], Any]) -> float:
     return min(times)
 
 
+def packing_of(rows: list[TokenRow], capacity: int) -> dict[str, float]:
+    """How many packed rows, how full, and how many tokens are left of all; each beside what counting allows."""
+    lengths = [len(row) for row in pack_rows(rows, capacity)]
+    tokens = sum(map(len, rows))
+    least = sort_rows([row.token_ids[: row.trained[-1]] for row in rows]).least_tokens(capacity)
+    return {
+        "rows": len(lengths),
+        "rows_at_least": -(-least // capacity),
+        "fill": round(sum(lengths) / (len(lengths) * capacity), 4),
+        "fill_without_last_row": round(sum(lengths[:-1]) / max(1, (len(lengths) - 1) * capacity), 4),
+        "tokens_left": round(sum(lengths) / tokens, 4),
+        "tokens_left_at_least": round(least / tokens, 4),
+    }
+
+
+def compare_shapes(repeats: int, *, as_json: bool) -> None:
+    """Pack a step of each shape and print what became of it."""
+    found = []
+    for shape in SHAPES:
+        rows = shape.rows()
+        seconds = best_of(repeats, lambda rows=rows, shape=shape: pack_rows(rows, shape.capacity))  # type: ignore[misc]
+        found.append({"shape": shape.name, **packing_of(rows, shape.capacity), "pack_ms": round(seconds * 1000, 1)})
+    if as_json:
+        print(json.dumps(found))
+        return
+    columns = ("rows", "rows_at_least", "fill", "tokens_left", "tokens_left_at_least", "pack_ms")
+    print(f"{'shape':30}" + "".join(f"{name:>22}" for name in columns))
+    for each in found:
+        print(f"{each['shape']:30}" + "".join(f"{each[name]:22,}" for name in columns))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,8 +110,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--row", type=int, default=8192, help="tokens of a packed row")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with --shapes a list of them")
+    parser.add_argument("--shapes", action="store_true", help="only pack, steps of many shapes")
     arguments = parser.parse_args()
+    if arguments.shapes:
+        compare_shapes(arguments.repeats, as_json=arguments.json)
+        return
     groups = make_step(np.random.default_rng(0), arguments.groups, arguments.size, arguments.turns)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "step.groups"
@@ -91,9 +128,6 @@ def main() -> None:
 
     step = tokenize()
     tokens = step.num_tokens
-    packed = pack_rows(step.rows, arguments.row)
-    lengths = [len(row) for row in packed]
-    bound = sort_rows([row.token_ids[: row.trained[-1]] for row in step.rows]).tree_tokens
     tokenizing = best_of(arguments.repeats, tokenize)
     packing = best_of(arguments.repeats, lambda: pack_rows(step.rows, arguments.row))
     result = {
@@ -104,11 +138,7 @@ def main() -> None:
         "write_file_tokens_per_s": round(tokens / writing),
         "read_file_tokens_per_s": round(tokens / reading),
         "file_bytes_per_token": round(size / tokens, 2),
-        "rows": len(packed),
-        "fill": round(sum(lengths) / (len(packed) * arguments.row), 4),
-        "fill_without_last_row": round(sum(lengths[:-1]) / max(1, (len(packed) - 1) * arguments.row), 4),
-        "tokens_left": round(sum(lengths) / tokens, 4),
-        "tokens_left_at_least": round(bound / tokens, 4),
+        **packing_of(step.rows, arguments.row),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
         "python": platform.python_version(),
         "numpy": version("numpy"),

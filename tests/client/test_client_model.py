@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import art
+from art.best_step import best_step
 from art.dev import InternalModelConfig
 from art.train_config import TrainConfig
 from art_core import PluginRegistry, hookimpl, installed_plugins
@@ -415,3 +416,11 @@ async def test_nothing_is_deleted_when_the_best_is_not_known(model, backend):
     with pytest.warns(RuntimeWarning, match=r"has no 'val/reward'.*none was deleted"):
         assert await model.delete_checkpoints() == []
     assert backend.steps == [0, 1, 2]
+
+
+def test_best_step_is_the_latest_of_equals(tmp_path):
+    path = tmp_path / "history.jsonl"
+    for step, reward in ((1, 0.5), (2, 0.9), (3, 0.9), (4, math.nan), (5, 0.1)):
+        append_history(path, {"val/reward": reward}, step=step, split="val")
+    assert best_step(path, "val/reward") == 3
+    assert best_step(path, "val/nothing") is None

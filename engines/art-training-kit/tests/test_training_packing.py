@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from art_training_kit.packing import PackedRow, pack_rows
-from art_training_kit.row_assignment import sort_rows
+from art_training_kit.prefix_tree import sort_rows
 from art_training_kit.rows import TokenRow
 from art_training_kit.tree_attention import block_mask, plan_attention, tree_attention
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from openai.types.chat.chat_completion import Choice
 
 from art_core import History, Trajectory, TrajectoryGroup, announce, installed_plugins
-from art_core.history import append_history, best_step
+from art_core.history import append_history
 from art_tracker_files import read_history, read_trajectories
 
 
@@ -215,14 +215,6 @@ def test_a_torn_line_costs_only_itself(tmp_path):
     append_history(path, {"train/reward": 3.0}, step=3, split="train")
     with pytest.warns(RuntimeWarning, match="line 2 of .* is not whole"):
         assert [record["step"] for record in read_history(path)] == [1, 3]
-
-
-def test_best_step_is_the_latest_of_equals(tmp_path):
-    path = tmp_path / "history.jsonl"
-    for step, reward in ((1, 0.5), (2, 0.9), (3, 0.9), (4, math.nan), (5, 0.1)):
-        append_history(path, {"val/reward": reward}, step=step, split="val")
-    assert best_step(path, "val/reward") == 3
-    assert best_step(path, "val/nothing") is None
 
 
 FULL_DISK = """

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from .row_assignment import Order, assign_evenly, sort_rows
+from .prefix_tree import Order, sort_rows
+from .row_assignment import assign_evenly
 from .rows import Floats, Ints, TokenRow
 
 
@@ -128,9 +130,9 @@ def _lay_out(
             shifts.append(positions[0])
             counts.append(len(trained))
         else:
-            cuts = np.searchsorted(trained, np.asarray(depths[1:], dtype=np.int32) + 1).tolist()
+            cuts = trained.searchsorted(np.array([depth + 1 for depth in depths[1:]], dtype=np.int32)).tolist()
             shifts.extend(p - d for p, d in zip(positions, depths, strict=True))
-            counts.extend(np.diff([0, *cuts, len(trained)]).tolist())
+            counts.extend(end - start for start, end in pairwise([0, *cuts, len(trained)]))
     while depths:
         close(depths[-1], path_end, len(depths) - 1, total)
         path_end = depths[-1]
@@ -171,9 +173,10 @@ def _predictions(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Each (parent, token) once: returns parents, targets, target_parent and the prediction of each entry."""
     entries_at = np.bincount(parent_of_entry, minlength=total)
-    used = entries_at > 0
-    parents = np.flatnonzero(used)
-    compact = (np.cumsum(used) - 1)[parent_of_entry]
+    parents = np.flatnonzero(entries_at)
+    index_of = np.empty(total, dtype=np.int64)
+    index_of[parents] = np.arange(len(parents))
+    compact = index_of[parent_of_entry]
     # Only where branches leave from one position can two entries meet, and those are few.
     alone = entries_at[parent_of_entry] == 1
     crowd = np.flatnonzero(~alone)
