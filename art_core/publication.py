@@ -133,7 +133,7 @@ async def publish(
                 raise
             raise PublicationFailed(
                 f"{checkpoint.inference_name} was not published: to {verb} it failed, because {_reason(error)}."
-                f" The step served before is still served.{unload_problem}",
+                f" What was served before still is.{unload_problem}",
                 stage=verb,
             ) from error
         publication.advance(reached, time.perf_counter() - start)

@@ -115,7 +115,7 @@ async def test_a_stage_that_fails_leaves_the_old_step_served(
     message = str(caught.value)
     assert message.startswith(f"agent@2 was not published: to {stage} it failed, because ")
     assert str(error) in message
-    assert "The step served before is still served." in message
+    assert "What was served before still is." in message
     assert ". The step served before" in message
     assert ".. " not in message
 

@@ -17,7 +17,10 @@ from art_core import BackendCapability, installed_plugins
 from art_core.errors import (
     AdapterMismatch,
     BaseModelNotFound,
+    CheckpointInUse,
+    NotRegistered,
     PluginNotInstalled,
+    PublicationFailed,
     UnknownArgument,
     UnsupportedCapability,
 )
@@ -41,6 +44,51 @@ async def test_two_models_share_one_engine(backend, make_policy, groups, client)
     assert await asked.served_by("one") == ("one@0", -1.0)
     assert await asked.served_by("two") == ("two@1", -1.25)
     assert len(list((backend.path / "logs").glob("inference-*"))) == 1
+
+
+async def test_more_models_than_places_take_turns(new_backend, make_policy, groups, client, tmp_path):
+    """Twenty models in four places: whose name nobody asks for gives up its place, and gets one when it is asked."""
+    async with new_backend(tmp_path / "art", max_adapters=4) as backend:
+        models = [make_policy(f"m{i}") for i in range(20)]
+        for model in models:
+            asked = client(await backend.register(model))
+        for i in (0, 19, 7, 0):
+            assert await asked.served_by(f"m{i}") == (f"m{i}@0", -1.0)
+        for step in (1, 2):
+            assert (await backend.train(models[3], groups, learning_rate=0.25)).step == step
+        assert await asked.served_by("m3") == ("m3@2", -1.5)
+        at_once = await asyncio.gather(*(asked.served_by(f"m{i}") for i in range(20)))
+        assert at_once == [(f"m{i}@2", -1.5) if i == 3 else (f"m{i}@0", -1.0) for i in range(20)]
+
+
+async def test_a_place_that_is_in_use_is_not_taken(new_backend, make_policy, groups, client, tmp_path):
+    async with new_backend(tmp_path / "art", max_adapters=2) as backend:
+        one, two, three = make_policy("one"), make_policy("two"), make_policy("three")
+        await backend.register(one)
+        await backend.register(two)
+        async with backend.lease(one, 0), backend.lease(two, 0):
+            with pytest.raises(PublicationFailed, match="all 2 places are taken") as refusal:
+                await backend.register(three)
+            assert "served before is still served" not in str(refusal.value)
+        asked = client(await backend.register(three))
+        assert await asked.served_by("three") == ("three@0", -1.0)
+        assert await asked.served_by("one") == ("one@0", -1.0)
+
+
+async def test_an_unregistered_model_is_served_no_more_and_can_come_back(backend, make_policy, groups, client):
+    policy = make_policy("leaver")
+    asked = client(await backend.register(policy))
+    await backend.train(policy, groups, learning_rate=0.25)
+    async with backend.lease(policy, 0):
+        with pytest.raises(CheckpointInUse, match="stays registered: a step of it is leased"):
+            await backend.unregister(policy)
+    await backend.unregister(policy)
+    with pytest.raises(NotFoundError):
+        await asked.served_by("leaver")
+    with pytest.raises(NotRegistered):
+        await backend.get_step(policy)
+    await backend.register(policy)
+    assert await asked.served_by("leaver") == ("leaver@1", -1.25)
 
 
 async def test_an_unknown_name_or_step_is_a_404_that_lists_what_there_is(backend, policy, client):

@@ -12,11 +12,11 @@ from starlette.testclient import TestClient
 
 from art_backend_local.client.groups_file import groups_file
 from art_backend_local.client.kl_reference import find_reference
-from art_backend_local.servers import training_server
-from art_backend_local.servers.training_server import TrainingServer, TrainingServerConfig
+from art_backend_local.servers import training_worker
+from art_backend_local.servers.training_worker import TrainingWorker
 from art_backend_local.wire.messages import OwnStep, TrainRequest
 from art_backend_local.wire.told_work import followed, told
-from art_core import PluginRegistry, Trajectory, TrajectoryGroup, hookimpl, installed_plugins
+from art_core import PluginRegistry, TrainingLaunch, Trajectory, TrajectoryGroup, hookimpl, installed_plugins
 from art_core.errors import ModelBusy, TrainingFailed
 from art_core.registry import instantiate
 from art_engine_kit.groups_file import read_groups
@@ -138,16 +138,16 @@ async def test_work_is_followed_to_its_result_or_its_error():
 
 
 async def test_a_worker_that_only_says_that_it_is_there_is_ended(tmp_path, fake_engines, monkeypatch):
-    monkeypatch.setattr(training_server, "SILENCE_LIMIT_S", 0.5)
+    monkeypatch.setattr(training_worker, "SILENCE_LIMIT_S", 0.5)
     fake_engines(only_alive=True)
     engine = instantiate(installed_plugins().training_engine("fake"))
-    config = TrainingServerConfig(base_model=tmp_path, python=sys.executable, log_file=tmp_path / "worker.log")
-    server = TrainingServer(engine, config)
-    await server.ensure_running()
+    launch = TrainingLaunch(base_model=tmp_path, host="127.0.0.1", port=0, token="", python=sys.executable)
+    worker = TrainingWorker(engine, launch, log_file=tmp_path / "worker.log")
+    await worker.ensure_running()
     job = TrainJob(model="p/m", step=1, start=tmp_path, destination=tmp_path / "1", groups_file=tmp_path / "none")
     try:
         with pytest.raises(TrainingFailed, match=r"said nothing for 0\.5 s and was ended"):
-            async for _ in server.run(job):
+            async for _ in worker.run(job):
                 pass
     finally:
-        await server.close()
+        await worker.close()

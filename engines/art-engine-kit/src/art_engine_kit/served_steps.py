@@ -15,13 +15,14 @@ class ServedSteps:
     """What is served of one model: loaded steps, the routed one, requests in flight and leases.
 
     Plain state without I/O, for one event loop. A step that is routed, in flight or leased is never given up for
-    unloading.
+    unloading. One that is only routed may be rested: unloaded until somebody asks for it.
     """
 
     def __init__(self, key: ModelKey) -> None:
         self.key = key
         self._loaded: set[int] = set()
         self._routed: int | None = None
+        self._resting = False
         self._in_flight: Counter[int] = Counter()
         self._leases: Counter[int] = Counter()
 
@@ -38,6 +39,7 @@ class ServedSteps:
     def add(self, step: int) -> None:
         """The engine holds `step` now, verified. It can be asked for by its own name; the route has not moved."""
         self._loaded.add(step)
+        self._resting = self._resting and step != self._routed
 
     def route(self, step: int) -> None:
         """Send the plain name to `step`. Raises ValueError unless it is loaded and not older than the routed one."""
@@ -45,7 +47,7 @@ class ServedSteps:
             raise ValueError(f"{self.key}@{step} is not loaded, so nothing can be routed to it")
         if self._routed is not None and step < self._routed:
             raise ValueError(f"the route of {self.key} moves only forward: from {self._routed} it cannot go to {step}")
-        self._routed = step
+        self._routed, self._resting = step, False
 
     def acquire(self, step: int | None = None) -> int:
         """Count a request in flight to `step` (None: the routed one) and give the step it is pinned to.
@@ -75,6 +77,11 @@ class ServedSteps:
         """Let a leased step go."""
         _count_down(self._leases, step)
 
+    @property
+    def leased(self) -> bool:
+        """True while a step is leased."""
+        return bool(self._leases)
+
     def in_flight(self, step: int) -> int:
         """How many requests are under way on `step`."""
         return self._in_flight[step]
@@ -94,11 +101,27 @@ class ServedSteps:
             raise CheckpointInUse(f"{self.key}@{step} is routed, leased or has requests in flight, so it stays.")
         self._loaded.discard(step)
 
+    @property
+    def can_rest(self) -> bool:
+        """True when the routed step is loaded, and neither leased nor in flight."""
+        routed = self._routed
+        return routed in self._loaded and not self._in_flight[routed or 0] and not self._leases[routed or 0]
+
+    def rest(self) -> int:
+        """Forget the routed step before it is unloaded; the route stays. Raises CheckpointInUse while it is asked."""
+        if self._routed is None or not self.can_rest:
+            raise CheckpointInUse(f"{self.key}@{self._routed} is not loaded, leased, or has requests in flight.")
+        self._loaded.discard(self._routed)
+        self._resting = True
+        return self._routed
+
     def lose_all(self) -> set[int]:
-        """The engine died: nothing is loaded. Gives the steps to load again: the routed and the leased ones."""
+        """The engine died: nothing is loaded. Gives the steps to load again: the leased ones, and the routed one unless
+        it rests.
+        """
         self._loaded.clear()
         # From the route and the leases, not from what was loaded: it may die again before all of it is back.
-        return set(self._leases) | (set() if self._routed is None else {self._routed})
+        return set(self._leases) | (set() if self._routed is None or self._resting else {self._routed})
 
 
 def _count_down(counter: Counter[int], step: int) -> None:

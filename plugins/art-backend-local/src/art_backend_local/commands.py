@@ -130,7 +130,7 @@ def _print_status(console: Console, status: JSON) -> None:
         restarts = f", {engine['restarts']} restarts" if engine["restarts"] else ""
         processes.add_row(
             "inference",
-            engine["server"].removeprefix("inference engine "),
+            engine["server"].removeprefix("inference server "),
             _pid(engine),
             state + restarts,
             _memory(engine),

@@ -13,7 +13,8 @@ from uuid import uuid4
 from art_core import ModelKey
 from art_core.errors import CheckpointError, CheckpointNotFound
 from art_engine_kit.adapter_files import weights_file
-from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, read_manifest, saving, step_folder, whole_steps
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, read_manifest, saving, whole_steps
+from art_engine_kit.model_folder import ModelFolder
 
 
 def fork_checkpoint(path: Path, source: ModelKey, target: ModelKey, *, not_after_step: int | None) -> int:
@@ -23,15 +24,15 @@ def fork_checkpoint(path: Path, source: ModelKey, target: ModelKey, *, not_after
     """
     if source == target:
         raise CheckpointError(f"{target} cannot be forked from itself; give another from_model.")
-    steps = whole_steps(source.folder(path) / "checkpoints")
+    steps = whole_steps(ModelFolder.under(path, source).checkpoints)
     fitting = [step for step in steps if not_after_step is None or step <= not_after_step]
     if not fitting:
         limit = "" if not_after_step is None else f" of step {not_after_step} or before"
         there = ", ".join(map(str, steps)) or "none"
         raise CheckpointNotFound(f"{source} has no whole checkpoint{limit} to fork from; there: {there}.")
     step = max(fitting)
-    checkpoints = target.folder(path) / "checkpoints"
-    own = max(whole_steps(checkpoints), default=-1)
+    folder = ModelFolder.under(path, target)
+    own = max(whole_steps(folder.checkpoints), default=-1)
     if own >= step:
         raise CheckpointError(
             f"{target} is at step {own} already, so step {step} of {source} would not become its latest. Fork into a"
@@ -39,14 +40,14 @@ def fork_checkpoint(path: Path, source: ModelKey, target: ModelKey, *, not_after
         )
     manifest = read_manifest(steps[step], hashes=True)
     with saving(
-        step_folder(checkpoints, step),
+        folder.checkpoint(step).path,
         step=step,
         base_model=manifest.base_model,
         engine=manifest.engine,
         metrics=manifest.metrics,
-    ) as folder:
+    ) as copy:
         for name in manifest.files:
-            shutil.copyfile(steps[step] / name, folder / name)
+            shutil.copyfile(steps[step] / name, copy / name)
     return step
 
 

@@ -8,28 +8,26 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from art_core import CheckpointRef
 from art_engine_kit.base_shapes import LinearShapes
+from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.plain_adapter import plain_adapter
 
 
-def served_folder(checkpoint: Path, base_shapes: LinearShapes, model: Path) -> Path:
-    """The folder to hand to a server for a checkpoint that was judged; `model` is the model's folder."""
-    return plain_adapter(checkpoint, base_shapes, _copy_of(checkpoint, model))
+def served_folder(checkpoint: CheckpointRef, base_shapes: LinearShapes, folder: ModelFolder) -> Path:
+    """The folder to hand to a server for a checkpoint that was judged."""
+    return plain_adapter(checkpoint.path, base_shapes, _copy_of(checkpoint, folder))
 
 
-def forget_served_copy(checkpoint: Path, model: Path) -> None:
+def forget_served_copy(checkpoint: CheckpointRef, folder: ModelFolder) -> None:
     """Remove the copy for a checkpoint that no server holds any more, if there is one."""
-    shutil.rmtree(_copy_of(checkpoint, model), ignore_errors=True)
+    shutil.rmtree(_copy_of(checkpoint, folder), ignore_errors=True)
 
 
-def forget_served_copies(model: Path) -> None:
+def forget_served_copies(folder: ModelFolder) -> None:
     """Remove what an earlier host left. Call it only while no server holds an adapter of the model."""
-    shutil.rmtree(_copies(model), ignore_errors=True)
+    shutil.rmtree(folder.served_copies, ignore_errors=True)
 
 
-def _copies(model: Path) -> Path:
-    return model / "served"
-
-
-def _copy_of(checkpoint: Path, model: Path) -> Path:
-    return _copies(model) / checkpoint.name
+def _copy_of(checkpoint: CheckpointRef, folder: ModelFolder) -> Path:
+    return folder.served_copies / checkpoint.path.name

@@ -30,14 +30,15 @@ from art_core import (
 )
 from art_core.cancellation import to_the_end
 from art_core.errors import BackendUnreachable, CheckpointNotFound, NotRegistered, PluginError
-from art_engine_kit.checkpoint_folder import step_folder
+from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.train_options import TrainOptions
 from art_runtime import accelerators
 from art_runtime.environments import engine_for
 
 from ..adapters.copies import copy_adapter
+from ..wire.deployment import works_at_once
 from ..wire.messages import ForkRequest, LeaseEnd, LeaseRequest, OfModel, StepsRequest
-from ..wire.settings import ModelSettings, read_settings, works_at_once
+from ..wire.settings import ModelSettings, read_settings
 from .control_client import ControlClient
 from .default_path import default_path
 from .engine_choice import EngineChoice, choose_engines
@@ -177,6 +178,16 @@ class LocalBackend:
             base_path=self._path,
         )
 
+    async def unregister(self, model: PolicyModel) -> None:
+        """Serve a model no more, for any client; requests under way end first, its files stay. Registering it again goes
+        on where it was.
+
+        Raises CheckpointInUse while a step of it is leased or being trained.
+        """
+        key = self._require_registered(model)
+        await self._client.call("unregister", OfModel(**await self._of(model)))
+        del self._registered[key]
+
     async def train(
         self,
         model: PolicyModel,
@@ -268,7 +279,7 @@ class LocalBackend:
         key = self._require_registered(model)
         request = StepsRequest(**await self._of(model), steps=list(steps))
         deleted = [int(step) for step in (await self._client.call("delete", request))["deleted"]]
-        await tell_deleted(self._registry, model, key.folder(self._path), deleted)
+        await tell_deleted(self._registry, model, ModelFolder.under(self._path, key), deleted)
         return deleted
 
     async def fork_checkpoint(
@@ -307,7 +318,7 @@ class LocalBackend:
         there = await self._steps(model)
         wanted = int(there["routed"]) if step in (None, "latest") else int(step)
         if wanted in there["steps"]:
-            folder: Path | None = step_folder(key.folder(self._path) / "checkpoints", wanted)
+            folder: Path | None = ModelFolder.under(self._path, key).checkpoint(wanted).path
         else:
             folder = await resolve_checkpoint(self._registry, model, wanted)
         if folder is None:
@@ -371,7 +382,7 @@ class LocalBackend:
         def published(step: int) -> None:
             self._registered[key] = step
 
-        of_model, folder = await self._of(model), key.folder(self._path)
+        of_model, folder = await self._of(model), ModelFolder.under(self._path, key)
         return HostStep(self._client, self._registry, model, of_model, folder, on_published=published, **given)
 
     async def _steps(self, model: PolicyModel) -> dict[str, Any]:

@@ -7,11 +7,12 @@ HTTP and errors as JSON; knows nothing of models.
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import aiohttp
@@ -29,6 +30,8 @@ from ..wire.told_work import followed
 from .host_start import find_host, start_host
 
 JSON = dict[str, Any]
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 SILENCE_LIMIT_S = 60.0
 CALL_LIMIT_S = 300.0
 _LEAVE_POLL_S = 0.02
@@ -60,13 +63,18 @@ class ControlClient:
     async def call(self, name: str, request: BaseModel) -> JSON:
         """One question, one answer. Raises the host's error as the type that it was."""
         connection = await self._connected()
-        try:
+
+        async def ask() -> JSON:
             async with connection.http.post(
                 f"{PREFIX}/{name}",
                 data=request.model_dump_json(),
                 timeout=aiohttp.ClientTimeout(total=CALL_LIMIT_S),
             ) as response:
                 answer: JSON = orjson.loads(await response.read())
+                return answer
+
+        try:
+            answer = await self._while_connected(connection, ask())
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise unreachable(self.path, repr(error)) from error
         if "error" in answer:
@@ -79,18 +87,40 @@ class ControlClient:
         Raises the host's error as the type that it was, BackendUnreachable when the host is gone or silent.
         """
         connection = await self._connected()
-        try:
+
+        async def ask() -> JSON | None:
             async with connection.http.post(
                 f"{PREFIX}/{name}",
                 data=request.model_dump_json(),
                 timeout=aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S),
             ) as response:
-                result = await followed(response.content.iter_any(), on_event)
+                return await followed(response.content.iter_any(), on_event)
+
+        try:
+            result = await self._while_connected(connection, ask())
         except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError, LineTooLong) as error:
             raise unreachable(self.path, repr(error)) from error
         if result is None:
             raise unreachable(self.path, "its answer ended early")
         return result
+
+    async def _while_connected(self, connection: _Connection, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives. Raises BackendUnreachable when the session ends meanwhile, since a request that was under
+        way then is told of nothing any more.
+        """
+        task = asyncio.ensure_future(work)
+        both: list[asyncio.Future[Any]] = [task, connection.listening]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if task.cancelled():
+            ended = connection.listening
+            cause = None if ended.cancelled() else ended.exception()
+            raise unreachable(self.path, repr(cause or "the connection was closed"))
+        return task.result()
 
     async def hang_up(self) -> None:
         """Close this event loop's connection; the host lets go of what the client held. It may be opened again."""
@@ -172,7 +202,15 @@ class ControlClient:
                 if event["event"] == "session":
                     started.set_result(event["id"])
                 elif event["event"] == "warning":
-                    warnings.warn(event["message"], RuntimeWarning, stacklevel=2)
+                    _warn(event["message"])
+
+
+def _warn(sentence: str) -> None:
+    try:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        # Where warnings are errors, this one has nobody to reach, and the session must not end of it.
+        _log.warning(sentence)
 
 
 async def _dies(record: HostRecord) -> bool:

@@ -16,6 +16,7 @@ from art_engine_kit.adapter_config import base_model_of_adapter
 from art_engine_kit.lora_shape import check_asked
 from art_runtime.environments import python_for
 
+from ..wire.deployment import Deployment
 from ..wire.messages import RegisterRequest
 from ..wire.settings import ModelSettings, read_settings
 from .engine_choice import EngineChoice
@@ -70,18 +71,20 @@ async def registration_request(
         project=model.project,
         name=model.name,
         entity=model.entity,
-        base_model=model.base_model,
-        base_folder=folder,
         adapter_folder=adapter,
-        inference_engine=engines.inference,
-        inference_python=inference_python,
-        replicas=servers.replicas,
-        inference_urls=servers.urls,
-        inference_api_key=servers.api_key,
-        training_engine=engines.training,
-        training_python=training_python,
-        max_adapters=max_adapters,
-        settings=settings,
+        deployment=Deployment(
+            base_model=model.base_model,
+            base_folder=folder,
+            inference_engine=engines.inference,
+            inference_python=inference_python,
+            replicas=servers.replicas,
+            inference_urls=servers.urls,
+            inference_api_key=servers.api_key,
+            training_engine=engines.training,
+            training_python=training_python,
+            max_adapters=max_adapters,
+            settings=settings,
+        ),
     )
 
 

@@ -15,7 +15,6 @@ from art_core import (
     ArtError,
     CheckpointRef,
     LocalTrainResult,
-    ModelKey,
     PluginRegistry,
     PolicyModel,
     PublicationReceipt,
@@ -24,7 +23,7 @@ from art_core import (
     announce,
     publish_saved,
 )
-from art_engine_kit.checkpoint_folder import step_folder
+from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.train_options import TrainOptions
 
 from ..wire.messages import BeginRequest, PublishRequest, PutAsideRequest, ReleaseRequest, TrainRequest
@@ -49,7 +48,7 @@ class HostStep:
         registry: PluginRegistry,
         model: PolicyModel,
         of_model: dict[str, str],
-        folder: Path,
+        folder: ModelFolder,
         *,
         on_published: Callable[[int], None],
         groups: Sequence[TrajectoryGroup] = (),
@@ -60,7 +59,6 @@ class HostStep:
         self._registry = registry
         self._model = model
         self._held = {**of_model, "hold": uuid4().hex}
-        self._key = ModelKey(model.project, model.name)
         self._folder = folder
         self._on_published = on_published
         self._groups = groups
@@ -79,8 +77,7 @@ class HostStep:
         """
         answer = await self._client.call("begin", BeginRequest(**self._held))
         while (pending := answer["pending"]) is not None:
-            checkpoint = CheckpointRef(self._key, pending, step_folder(self._folder / "checkpoints", pending))
-            await publish_saved(self._registry, self._model, checkpoint, _Pending(self))
+            await publish_saved(self._registry, self._model, self._folder.checkpoint(pending), _Pending(self))
             answer = await self._client.call("begin", BeginRequest(**self._held))
         self._own_steps = list(answer["steps"])
         return int(answer["step"])
@@ -90,13 +87,13 @@ class HostStep:
         options = self._options
         reference = await find_reference(self._registry, self._model, options, own_steps=self._own_steps)
         self._discard = True
-        async with groups_file(self._folder / "jobs", self._groups) as file:
+        async with groups_file(self._folder.jobs, self._groups) as file:
             request = TrainRequest(**self._held, groups_file=file, options=options, reference=reference)
             with TrainingBar(f"train {self._model.name}", enabled=self._show) as bar:
                 saved = await self._client.follow("train", request, bar.show)
         self._discard = False
         self._keep = options.save_checkpoint
-        checkpoint = CheckpointRef(self._key, int(saved["step"]), Path(saved["path"]))
+        checkpoint = CheckpointRef(self._folder.key, int(saved["step"]), Path(saved["path"]))
         kept_as = str(checkpoint.path) if self._keep else None
         result = LocalTrainResult(step=checkpoint.step, metrics=saved["metrics"], checkpoint_path=kept_as)
         return SavedStep(checkpoint, result)
@@ -142,11 +139,10 @@ class _Pending:
         """The step that comes next goes on with the hold."""
 
 
-async def tell_deleted(registry: PluginRegistry, model: PolicyModel, folder: Path, steps: list[int]) -> None:
+async def tell_deleted(registry: PluginRegistry, model: PolicyModel, folder: ModelFolder, steps: list[int]) -> None:
     """Announce that these steps' folders are gone."""
     for step in steps:
-        gone = CheckpointRef(ModelKey(model.project, model.name), step, step_folder(folder / "checkpoints", step))
-        await announce(registry, "art_checkpoint_deleted", model=model, checkpoint=gone)
+        await announce(registry, "art_checkpoint_deleted", model=model, checkpoint=folder.checkpoint(step))
 
 
 def _receipt(checkpoint: CheckpointRef, seconds: dict[str, float]) -> PublicationReceipt:

@@ -39,7 +39,7 @@ from ..wire.host_files import (
 )
 from ..wire.messages import PREFIX
 from .control_app import ControlApp
-from .host_state import HostState
+from .host import Host
 from .routes import GATE_LIMIT_S, HostRoutes
 from .sessions import Sessions
 
@@ -51,18 +51,18 @@ _log = logging.getLogger("art_backend_local.host")
 async def run_host(path: Path, *, idle_timeout_s: float, owner_pid: int | None) -> None:
     """Serve until told to end. The caller holds the path's lock."""
     sessions = Sessions()
-    state = HostState(path, installed_plugins(), sessions)
+    host = Host(path, installed_plugins(), sessions)
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
-    _tell_warnings(state, loop)
+    _tell_warnings(host, loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
     with socket.create_server(("127.0.0.1", 0), backlog=SERVER_OPTIONS["backlog"]) as listener:
         port = listener.getsockname()[1]
         token, api_key = secrets.token_urlsafe(24), f"art-{secrets.token_urlsafe(24)}"
-        routes = HostRoutes(state.models, used=sessions.used)
+        routes = HostRoutes(host.models, used=sessions.used)
         async with Gateway(routes, api_key=api_key, limits=GatewayLimits(route_s=GATE_LIMIT_S)) as gateway:
-            control = ControlApp(state, token=token, api_key=api_key, port=port, shut_down=ending.set)
+            control = ControlApp(host, token=token, api_key=api_key, port=port, shut_down=ending.set)
             server = _Server(_by_address(control.app, gateway.app))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             record = HostRecord(
@@ -85,14 +85,14 @@ async def run_host(path: Path, *, idle_timeout_s: float, owner_pid: int | None) 
                 server.should_exit = True
                 await asyncio.wait({serving}, timeout=10)
                 serving.cancel()
-                await state.close()
+                await host.close()
 
 
-def _tell_warnings(state: HostState, loop: asyncio.AbstractEventLoop) -> None:
+def _tell_warnings(host: Host, loop: asyncio.AbstractEventLoop) -> None:
     """Python's warnings here, such as those of corrupt checkpoints, reach the clients; each once."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        loop.call_soon_threadsafe(state.report, str(message))
+        loop.call_soon_threadsafe(host.report, str(message))
 
     warnings.simplefilter("default", RuntimeWarning)
     warnings.showwarning = show

@@ -40,7 +40,7 @@ from ..wire.messages import (
     TrainRequest,
 )
 from ..wire.told_work import Emit, told
-from .host_state import HostState
+from .host import Host
 from .sessions import Session
 from .status import host_status
 from .training_step import begin_step, publish_step, put_step_aside, release_step, train_step
@@ -53,14 +53,14 @@ _log = logging.getLogger(__name__)
 class ControlApp:
     """The ASGI application. `port` is where the gateway listens, `api_key` what it takes, `shut_down` ends the host."""
 
-    def __init__(self, state: HostState, *, token: str, api_key: str, port: int, shut_down: Callable[[], None]) -> None:
-        self._state = state
+    def __init__(self, host: Host, *, token: str, api_key: str, port: int, shut_down: Callable[[], None]) -> None:
+        self._host = host
         self._api_key = api_key
         self._port = port
         self._shut_down = shut_down
         answers: dict[str, Callable[[Request], Awaitable[Any]]] = {
-            "steps": self._steps, "delete": self._delete, "fork": self._fork, "begin": self._begin,
-            "put_aside": self._put_aside, "release": self._release, "lease": self._lease,
+            "unregister": self._unregister, "steps": self._steps, "delete": self._delete, "fork": self._fork,
+            "begin": self._begin, "put_aside": self._put_aside, "release": self._release, "lease": self._lease,
             "end_lease": self._end_lease, "shutdown": self._stop,
         }  # fmt: skip
         routes = [
@@ -83,17 +83,17 @@ class ControlApp:
         return answer
 
     async def _status(self, _: Request) -> JSON:
-        return await asyncio.to_thread(host_status, self._state)
+        return await asyncio.to_thread(host_status, self._host)
 
     async def _session(self, _: Request) -> ASGIApp:
         async def work(emit: Emit) -> None:
-            session = self._state.sessions.begin()
+            session = self._host.sessions.begin()
             try:
                 emit({"event": "session", "id": session.id})
                 while True:
                     emit({"event": "warning", "message": await session.events.get()})
             finally:
-                self._state.sessions.end(session)
+                self._host.sessions.end(session)
 
         return told(work)
 
@@ -102,7 +102,7 @@ class ControlApp:
 
         async def work(emit: Emit) -> JSON:
             self._session_of(given)
-            model = await self._state.register(given, emit)
+            model = await self._host.register(given, emit)
             return {
                 "inference_base_url": f"http://127.0.0.1:{self._port}/{given.project}/v1",
                 "inference_api_key": self._api_key,
@@ -112,12 +112,17 @@ class ControlApp:
 
         return told(work)
 
+    async def _unregister(self, request: Request) -> JSON:
+        given = await _read(request, OfModel)
+        await self._host.unregister(given.key)
+        return {}
+
     async def _train(self, request: Request) -> ASGIApp:
         given = await _read(request, TrainRequest)
 
         async def work(emit: Emit) -> JSON:
             self._session_of(given)
-            return await train_step(self._state, given, emit)
+            return await train_step(self._host, given, emit)
 
         return told(work)
 
@@ -126,26 +131,26 @@ class ControlApp:
 
         async def work(_: Emit) -> JSON:
             self._session_of(given)
-            return await publish_step(self._state.model(given.key), given)
+            return await publish_step(self._host.model(given.key), given)
 
         return told(work)
 
     async def _begin(self, request: Request) -> JSON:
         given = await _read(request, BeginRequest)
-        return await begin_step(self._state.model(given.key), self._session_of(given), given)
+        return await begin_step(self._host.model(given.key), self._session_of(given), given)
 
     async def _put_aside(self, request: Request) -> JSON:
         given = await _read(request, PutAsideRequest)
         self._session_of(given)
-        return await put_step_aside(self._state.model(given.key), given)
+        return await put_step_aside(self._host.model(given.key), given)
 
     async def _release(self, request: Request) -> JSON:
         given = await _read(request, ReleaseRequest)
-        return await release_step(self._state.model(given.key), given, self._session_of(given))
+        return await release_step(self._host.model(given.key), given, self._session_of(given))
 
     async def _steps(self, request: Request) -> JSON:
         given = await _read(request, OfModel)
-        model = self._state.model(given.key)
+        model = self._host.model(given.key)
         return {
             "routed": model.steps.routed,
             "steps": list(await model.on_disk()),
@@ -154,19 +159,19 @@ class ControlApp:
 
     async def _delete(self, request: Request) -> JSON:
         given = await _read(request, StepsRequest)
-        return {"deleted": await self._state.model(given.key).delete(given.steps)}
+        return {"deleted": await self._host.model(given.key).delete(given.steps)}
 
     async def _fork(self, request: Request) -> JSON:
         given = await _read(request, ForkRequest)
         source = ModelKey(given.from_project or given.project, given.from_model)
         step = await asyncio.to_thread(
-            fork_checkpoint, self._state.path, source, given.key, not_after_step=given.not_after_step
+            fork_checkpoint, self._host.path, source, given.key, not_after_step=given.not_after_step
         )
         return {"step": step}
 
     async def _lease(self, request: Request) -> JSON:
         given = await _read(request, LeaseRequest)
-        session, model = self._session_of(given), self._state.model(given.key)
+        session, model = self._session_of(given), self._host.model(given.key)
         while True:
             step = model.steps.routed if given.step is None else given.step
             assert step is not None, "a registered model has a routed step"
@@ -186,7 +191,7 @@ class ControlApp:
 
     async def _end_lease(self, request: Request) -> JSON:
         given = await _read(request, LeaseEnd)
-        self._state.sessions.get(given.session).let_go(given.lease)
+        self._host.sessions.get(given.session).let_go(given.lease)
         return {}
 
     async def _stop(self, _: Request) -> JSON:
@@ -194,7 +199,7 @@ class ControlApp:
         return {}
 
     def _session_of(self, request: OfModel) -> Session:
-        return self._state.sessions.get(request.session)
+        return self._host.sessions.get(request.session)
 
 
 class _RequireToken:

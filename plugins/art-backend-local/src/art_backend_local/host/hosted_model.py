@@ -8,28 +8,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from art_core import ArtError, CheckpointRef, ModelKey, PublicationReceipt
+from art_core import ArtError, CheckpointRef, PublicationReceipt
 from art_core.errors import CheckpointInUse, CheckpointNotFound, ProcessFailed, PublicationFailed
 from art_core.publication import publish
 from art_engine_kit.adapter_files import check_adapter
 from art_engine_kit.base_shapes import LinearShapes
-from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest, step_folder, whole_steps
+from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest, whole_steps
+from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.served_steps import ServedSteps
 
 from ..adapters.served_copies import forget_served_copy, served_folder
 from ..servers.replicas import Replicas
-from ..wire.settings import ModelSettings
+from ..wire.deployment import Deployment
 from .training_hold import TrainingTurn
 
 # Beside the leased, routed and busy ones, the newest steps that stay loaded so that asking for them costs nothing.
 KEEP_IDLE = 2
-NOT_KEPT = "not_kept"
-PUBLISHED = "published"
 ENGINE_BACK_LIMIT_S = 300.0
 
 
@@ -38,41 +38,34 @@ class HostedModel:
 
     `ensure_loaded` brings a step into the engine, `publish` moves the route as well. `known` are the whole steps on
     disk when last looked; those in `training_from` are in use by a training job and are not deleted. `turn` says who
-    trains it. `ended` is set whenever a request has ended or the route has moved.
+    trains it. `ended` is set whenever a request has ended or the route has moved, `gone` once it isn't served here any
+    more. `last_asked` is in monotonic seconds.
     """
 
     def __init__(
         self,
-        key: ModelKey,
-        folder: Path,
+        folder: ModelFolder,
         *,
         base_shapes: LinearShapes,
-        settings: ModelSettings,
+        deployment: Deployment,
         server: Replicas,
         report: Callable[[str], None],
     ) -> None:
-        self.key = key
+        self.key = folder.key
         self.folder = folder
         self.base_shapes = base_shapes
-        self.settings = settings
+        self.deployment = deployment
         self.server = server
-        self.steps = ServedSteps(key)
+        self.steps = ServedSteps(folder.key)
         self.known: tuple[int, ...] = ()
         self.training_from: set[int] = set()
         self.publishing = asyncio.Lock()
         self.ended = asyncio.Event()
-        self.turn = TrainingTurn(key)
+        self.gone = asyncio.Event()
+        self.last_asked = time.monotonic()
+        self.turn = TrainingTurn(folder.key)
         self.report = report
         self._loading: dict[int, asyncio.Task[None]] = {}
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of its checkpoints."""
-        return self.folder / "checkpoints"
-
-    def take_settings(self, settings: ModelSettings) -> None:
-        """Settings of a later registration, which differ in nothing that the engine was started with."""
-        self.settings = settings
 
     @property
     def published(self) -> tuple[int, ...]:
@@ -82,7 +75,7 @@ class HostedModel:
 
     async def on_disk(self) -> dict[int, Path]:
         """Every whole step on disk, oldest first; corrupt ones are warned of and left alone."""
-        there = await asyncio.to_thread(whole_steps, self.checkpoints)
+        there = await asyncio.to_thread(whole_steps, self.folder.checkpoints)
         self.known = tuple(there)
         return there
 
@@ -90,12 +83,12 @@ class HostedModel:
         """The latest whole checkpoint. Raises CheckpointNotFound."""
         there = await self.on_disk()
         if not there:
-            raise CheckpointNotFound(f"{self.key} has no whole checkpoint in {self.checkpoints}.")
+            raise CheckpointNotFound(f"{self.key} has no whole checkpoint in {self.folder.checkpoints}.")
         return self.ref(max(there))
 
     def ref(self, step: int) -> CheckpointRef:
         """The checkpoint of a step, whether or not it is there."""
-        return CheckpointRef(self.key, step, step_folder(self.checkpoints, step))
+        return self.folder.checkpoint(step)
 
     async def next_step(self) -> int:
         """The step that the next training job makes: after every whole one, and never a name that the engine held."""
@@ -120,7 +113,7 @@ class HostedModel:
                 self.report(f"{error} Trying again with the restarted engine.")
                 await self.server.ready(ENGINE_BACK_LIMIT_S)
                 receipt = await publish(checkpoint, self)
-        await asyncio.to_thread((checkpoint.path / PUBLISHED).touch)
+        await asyncio.to_thread(self.folder.published(checkpoint.step).touch)
         return receipt
 
     async def pending(self) -> int | None:
@@ -131,7 +124,7 @@ class HostedModel:
     async def last_published(self) -> CheckpointRef:
         """The latest whole checkpoint that was published before, or the oldest one when none was."""
         await self.latest()
-        published = [step for step in self.known if (self.ref(step).path / PUBLISHED).exists()]
+        published = [step for step in self.known if self.folder.published(step).exists()]
         return self.ref(max(published) if published else min(self.known))
 
     async def ensure_loaded(self, step: int) -> None:
@@ -148,8 +141,33 @@ class HostedModel:
         await asyncio.shield(task)
 
     def lost(self) -> set[str]:
-        """The engine died. Gives the adapters to load again: the routed step's and the leased ones'."""
+        """Tenant: the routed step's adapter, unless it rests, and the leased ones'."""
         return {self.ref(step).adapter_name for step in self.steps.lose_all()}
+
+    def restored(self, adapter: str) -> None:
+        """Tenant: one of ours is served again."""
+        step = self.step_of(adapter)
+        if step is not None:
+            self.steps.add(step)
+
+    def can_spare(self, adapter: str) -> bool:
+        """Tenant: any but the routed step's."""
+        step = self.step_of(adapter)
+        return step is None or step != self.steps.routed
+
+    async def give_up_one(self) -> bool:
+        """Tenant: an idle step."""
+        idle = self.steps.idle()
+        if idle:
+            await self.give_up(idle[0])
+        return bool(idle)
+
+    async def rest(self) -> bool:
+        """Tenant: the routed step, until somebody asks for it."""
+        if not self.steps.can_rest:
+            return False
+        await self._unload(self.steps.rest())
+        return True
 
     def step_of(self, adapter: str) -> int | None:
         """The step that an engine knows under this name, None for another model's."""
@@ -174,12 +192,27 @@ class HostedModel:
         Raises CheckpointInUse.
         """
         self.steps.remove(step)
+        await self._unload(step)
+
+    async def _unload(self, step: int) -> None:
         try:
             await self.server.unload(self.ref(step).adapter_name)
         except ArtError as error:
             if self.server.up:
                 self.report(f"{self.key}@{step} could not be unloaded: {error}")
-        await asyncio.to_thread(forget_served_copy, self.ref(step).path, self.folder)
+        await asyncio.to_thread(forget_served_copy, self.ref(step), self.folder)
+
+    async def leave(self) -> None:
+        """Unload everything once the requests that are under way have ended. Nobody asks any more."""
+        while True:
+            self.ended.clear()
+            if not any(self.steps.in_flight(step) for step in self.steps.loaded):
+                break
+            await self.ended.wait()
+        async with self.server.adapters_lock:
+            for step in sorted(self.steps.loaded):
+                await self._unload(step)
+            self.steps.lose_all()
 
     async def delete(self, steps: list[int]) -> list[int]:
         """Delete steps from disk, unloading idle ones. Raises CheckpointInUse before anything is deleted."""
@@ -197,7 +230,7 @@ class HostedModel:
             async with self.server.adapters_lock:
                 if step in self.steps.loaded:
                     await self.give_up(step)
-            await asyncio.to_thread(_remove_folder, there[step])
+            await asyncio.to_thread(self._remove, step)
         self.known = tuple(step for step in self.known if step not in wanted)
         return wanted
 
@@ -208,17 +241,16 @@ class HostedModel:
         async with self.publishing:
             if self.steps.routed is not None and step <= self.steps.routed:
                 return None
-            folder = self.ref(step).path
-            aside = folder.with_name(f"{folder.name}.refused-{uuid4().hex[:8]}")
-            await asyncio.to_thread(folder.rename, aside)
+            aside = self.folder.place_aside(step)
+            self.folder.forget_marks(step)
+            await asyncio.to_thread(self.ref(step).path.rename, aside)
             return aside
 
     async def discard(self, step: int) -> None:
         """Delete what a cancelled step may have left of itself. A step that is served stays."""
         async with self.publishing:
-            folder = self.ref(step).path
-            if (self.steps.routed is None or step > self.steps.routed) and folder.exists():
-                await asyncio.to_thread(_remove_folder, folder)
+            if (self.steps.routed is None or step > self.steps.routed) and self.ref(step).path.exists():
+                await asyncio.to_thread(self._remove, step)
 
     @contextmanager
     def used_for_training(self, steps: set[int]) -> Iterator[None]:
@@ -238,8 +270,8 @@ class HostedModel:
         """Publisher: have the engine hold it, after making room among idle adapters."""
         fingerprint = await asyncio.to_thread(_fingerprint, checkpoint.path)
         async with self.server.adapters_lock:
-            await self.server.make_room()
-            folder = await asyncio.to_thread(served_folder, checkpoint.path, self.base_shapes, self.folder)
+            await self.server.make_room(self)
+            folder = await asyncio.to_thread(served_folder, checkpoint, self.base_shapes, self.folder)
             await self.server.load(checkpoint.adapter_name, folder, fingerprint)
 
     async def verify(self, checkpoint: CheckpointRef) -> None:
@@ -256,7 +288,7 @@ class HostedModel:
         """Publisher: undo `load`."""
         async with self.server.adapters_lock:
             await self.server.unload(checkpoint.adapter_name)
-            await asyncio.to_thread(forget_served_copy, checkpoint.path, self.folder)
+            await asyncio.to_thread(forget_served_copy, checkpoint, self.folder)
 
     async def _load_on_demand(self, step: int) -> None:
         await self.on_disk()
@@ -280,22 +312,23 @@ class HostedModel:
             # Whoever waited has it; when nobody did, nobody needs it.
             task.exception()
 
+    def _remove(self, step: int) -> None:
+        self.folder.forget_marks(step)
+        # Renamed first: a kill half-way leaves no folder that looks like a checkpoint.
+        folder = self.ref(step).path
+        doomed = folder.with_name(f".saving-deleted-{folder.name}-{uuid4().hex[:8]}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
     async def remove_not_kept(self) -> list[int]:
         """Delete the steps made with save_checkpoint=False that a later one has replaced, and say which were."""
         routed = self.steps.routed
         there = await self.on_disk()
-        doomed = [
-            s for s, folder in there.items() if routed is not None and s < routed and (folder / NOT_KEPT).exists()
-        ]
+        doomed = [s for s in there if routed is not None and s < routed and self.folder.not_kept(s).exists()]
         free = [
             s for s in doomed if not self.steps.in_use(s) and s not in self.training_from and s not in self._loading
         ]
         return await self.delete(free)
-
-
-def mark_not_kept(folder: Path) -> None:
-    """Note that a checkpoint was made with save_checkpoint=False and goes once a later step is served."""
-    (folder / NOT_KEPT).touch()
 
 
 def _engine_gone(error: PublicationFailed) -> bool:
@@ -304,10 +337,3 @@ def _engine_gone(error: PublicationFailed) -> bool:
 
 def _fingerprint(folder: Path) -> str:
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-
-
-def _remove_folder(folder: Path) -> None:
-    # Renamed first: a kill half-way leaves no folder that looks like a checkpoint.
-    doomed = folder.with_name(f".saving-deleted-{folder.name}-{uuid4().hex[:8]}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)

@@ -6,6 +6,7 @@ Knows hosted models and the gateway's protocol. Steps that are on disk but not i
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from art_core import ArtError, ModelKey
@@ -82,6 +83,7 @@ class HostRoutes:
 
     def _pin(self, model: HostedModel, step: int) -> Route:
         pinned = model.steps.acquire(step)
+        model.last_asked = time.monotonic()
         checkpoint = model.ref(pinned)
         member, connection = model.server.begin_request()
 
@@ -89,13 +91,14 @@ class HostRoutes:
             self._used()
             model.server.end_request(member)
             model.steps.release(pinned)
+            model.last_asked = time.monotonic()
             model.ended.set()
 
         return Route(
             upstream_url=connection.url,
             upstream_key=connection.api_key,
             engine=model.server.engine,
-            template_arguments=model.settings.adapter.chat_template_kwargs,
+            template_arguments=model.deployment.settings.adapter.chat_template_kwargs,
             adapter=checkpoint.adapter_name,
             name=checkpoint.inference_name,
             step=pinned,

@@ -6,17 +6,17 @@ from typing import Any
 
 from art_runtime.process_memory import memory_of
 
-from .host_state import HostState
+from .host import Host
 
 JSON = dict[str, Any]
 
 
-def host_status(state: HostState) -> JSON:
+def host_status(host: Host) -> JSON:
     """Processes with their memory in bytes, and every model with its steps."""
     return {
-        "path": str(state.path),
-        "clients": len(state.sessions),
-        "idle_s": round(state.sessions.idle_s, 1),
+        "path": str(host.path),
+        "clients": len(host.sessions),
+        "idle_s": round(host.sessions.idle_s, 1),
         "engines": [
             {
                 "engine": server.engine.name,
@@ -28,7 +28,7 @@ def host_status(state: HostState) -> JSON:
                 "restarts": member.restarts,
                 "memory": memory_of(member.server.pid),
             }
-            for server in state.servers.values()
+            for server in host.processes.replicas
             for member in server.members
         ],
         "workers": [
@@ -38,7 +38,7 @@ def host_status(state: HostState) -> JSON:
                 "pid": worker.pid,
                 "memory": memory_of(worker.pid),
             }
-            for worker in state.workers.values()
+            for worker in host.processes.workers
         ],
         "models": [
             {
@@ -49,6 +49,6 @@ def host_status(state: HostState) -> JSON:
                 "in_flight": sum(model.steps.in_flight(step) for step in model.steps.loaded),
                 "training": model.turn.taken,
             }
-            for key, model in state.models.items()
+            for key, model in host.models.items()
         ],
     }

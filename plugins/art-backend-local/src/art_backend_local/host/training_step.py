@@ -16,7 +16,8 @@ from art_engine_kit.adapter_files import check_adapter
 from art_engine_kit.training_wire import JobEnded, KlReference, TrainJob
 from art_runtime import StartProgress
 
-from ..servers.training_server import TrainingServer
+from ..servers.training_worker import TrainingWorker
+from ..wire.deployment import works_at_once
 from ..wire.messages import (
     BeginRequest,
     OwnStep,
@@ -25,10 +26,10 @@ from ..wire.messages import (
     ReleaseRequest,
     TrainRequest,
 )
-from ..wire.settings import works_at_once
 from .device_turns import inference_aside
-from .host_state import HostState, status_event
-from .hosted_model import HostedModel, mark_not_kept
+from .host import Host
+from .hosted_model import HostedModel
+from .processes import status_event
 from .sessions import Session
 from .training_hold import TrainingHold
 
@@ -49,20 +50,20 @@ async def begin_step(model: HostedModel, session: Session, request: BeginRequest
     return {"step": hold.step, "pending": pending, "steps": list(model.known)}
 
 
-async def train_step(state: HostState, request: TrainRequest, emit: Emit) -> JSON:
+async def train_step(host: Host, request: TrainRequest, emit: Emit) -> JSON:
     """Train and save the step that was begun; gives its number, folder and metrics.
 
     What a step that fails or is cancelled may have saved at the last moment goes when its client says so; of a client
     that died it is kept, for the next one to publish.
     """
-    model = state.model(request.key)
+    model = host.model(request.key)
     hold = model.turn.of(request.hold)
-    worker = state.worker_for(state.requests[request.key])
+    worker = host.processes.worker_for(model.deployment)
     step = hold.step
     assert step is not None, "a step is begun before it is trained"
     hold.owns(_this_task())
     try:
-        return await _train(state, model, worker, step, request, emit)
+        return await _train(host, model, worker, step, request, emit)
     finally:
         hold.owns(asyncio.create_task(_until_settled(worker, model, hold), name=f"{model.key}@{step} is trained"))
 
@@ -77,7 +78,7 @@ async def publish_step(model: HostedModel, request: PublishRequest) -> JSON:
     # From here on a client that dies leaves it to the next one to publish.
     hold.saved = False
     if not request.keep:
-        mark_not_kept(model.ref(request.step).path)
+        model.folder.not_kept(request.step).touch()
     try:
         receipt = await model.publish(model.ref(request.step))
     except PublicationFailed as error:
@@ -112,7 +113,7 @@ def _this_task() -> asyncio.Task[Any]:
     return task
 
 
-async def _until_settled(worker: TrainingServer, model: HostedModel, hold: TrainingHold) -> None:
+async def _until_settled(worker: TrainingWorker, model: HostedModel, hold: TrainingHold) -> None:
     """A job that was cancelled may have been saving just then."""
     await worker.settled()
     assert hold.step is not None, "it was trained"
@@ -122,9 +123,9 @@ async def _until_settled(worker: TrainingServer, model: HostedModel, hold: Train
 
 
 async def _train(
-    state: HostState, model: HostedModel, worker: TrainingServer, step: int, request: TrainRequest, emit: Emit
+    host: Host, model: HostedModel, worker: TrainingWorker, step: int, request: TrainRequest, emit: Emit
 ) -> JSON:
-    registration = state.requests[request.key]
+    settings = model.deployment.settings
     if request.reference is not None:
         require(
             TrainingCapability.KL_REFERENCE,
@@ -150,13 +151,13 @@ async def _train(
             groups_file=request.groups_file,
             reference=reference,
             options=request.options,
-            adapter=registration.settings.adapter,
+            adapter=settings.adapter,
         )
         server = model.server
         if not works_at_once(
-            registration.settings, server.engine.capabilities, has_gpu=state.has_gpu, attached=server.attached
+            settings, server.engine.capabilities, has_gpu=host.processes.has_gpu, attached=server.attached
         ):
-            await stack.enter_async_context(inference_aside(server, report=state.report))
+            await stack.enter_async_context(inference_aside(server, report=host.report))
         await worker.ensure_running(lambda progress: emit(status_event(progress)))
         emit({"event": "job", "step": step, "start": start.step})
         metrics: dict[str, float] = {}

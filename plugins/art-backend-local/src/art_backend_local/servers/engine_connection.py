@@ -132,10 +132,10 @@ class EngineConnection:
                 return response.status, await response.read()
         except TimeoutError:
             reason = f"did not answer {method} {path} within {limit_s:g} s"
-            raise ProcessFailed(f"the inference engine {self.engine.name} {reason}.{self._evidence()}") from None
+            raise ProcessFailed(f"the inference server {self.engine.name} {reason}.{self._evidence()}") from None
         except (aiohttp.ClientError, OSError) as error:
             reason = f"broke the connection at {method} {path} ({error!r})"
-            raise ProcessFailed(f"the inference engine {self.engine.name} {reason}.{self._evidence()}") from error
+            raise ProcessFailed(f"the inference server {self.engine.name} {reason}.{self._evidence()}") from error
 
     async def close(self) -> None:
         """Close the connection, not the server. A second call does nothing."""

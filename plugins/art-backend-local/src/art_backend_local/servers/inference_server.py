@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ class InferenceServer(Protocol):
 
     @property
     def title(self) -> str:
-        """What it is called in a sentence, such as "inference engine vllm"."""
+        """What it is called in a sentence, such as "inference server vllm"."""
 
     @property
     def pid(self) -> int | None:
@@ -65,33 +65,26 @@ class BrokenServer(ProcessFailed):
     """A server that is not started again."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """What a server is started with; see `InferenceLaunch`. `log_file` is appended to; the process keeps to `cores`, or
-    to none in particular.
+class StartedServer:
+    """A server process of our own, started as `launch` says but on a port of its own, with a key of its own. See
+    `InferenceServer`. Its log is appended to; it keeps to the CPU `cores`, or to none in particular.
     """
 
-    base_model: Path
-    served_name: str
-    python: str
-    log_file: Path
-    max_adapters: int
-    max_lora_rank: int
-    max_model_len: int | None = None
-    dtype: str = "auto"
-    devices: tuple[int, ...] = ()
-    cores: tuple[int, ...] = ()
-    chat_template: Path | None = None
-    engine_args: JSON = field(default_factory=dict)
-
-
-class StartedServer:
-    """A server process of our own, on a port of its own, with a key of its own. See `InferenceServer`."""
-
-    def __init__(self, engine: InferenceEngine, config: ServerConfig, *, title: str, report: Report) -> None:
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        launch: InferenceLaunch,
+        *,
+        cores: tuple[int, ...],
+        title: str,
+        log_file: Path,
+        report: Report,
+    ) -> None:
         self.title = title
         self._engine = engine
-        self._config = config
+        self._launch = launch
+        self._cores = cores
+        self._log_file = log_file
         self._report = report
         self._api_key = secrets.token_urlsafe(24)
         self._process: SupervisedProcess | None = None
@@ -110,8 +103,8 @@ class StartedServer:
         process = self._process = await start_server(
             self._plan,
             name=self.title,
-            log_file=self._config.log_file,
-            cores=self._config.cores,
+            log_file=self._log_file,
+            cores=self._cores,
             on_progress=on_progress,
         )
 
@@ -170,24 +163,7 @@ class StartedServer:
             await process.stop()
 
     def _plan(self, port: int) -> LaunchPlan:
-        c = self._config
-        plan = self._engine.launch(
-            InferenceLaunch(
-                base_model=c.base_model,
-                served_name=c.served_name,
-                host="127.0.0.1",
-                port=port,
-                api_key=self._api_key,
-                python=c.python,
-                max_lora_rank=c.max_lora_rank,
-                max_adapters=c.max_adapters,
-                max_model_len=c.max_model_len,
-                dtype=c.dtype,
-                devices=c.devices,
-                chat_template=c.chat_template,
-                engine_args=c.engine_args,
-            )
-        )
+        plan = self._engine.launch(replace(self._launch, port=port, api_key=self._api_key))
         self._health_path = plan.health_path
         return plan
 

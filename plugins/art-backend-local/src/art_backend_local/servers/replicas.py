@@ -28,20 +28,29 @@ LONGEST_PAUSE = 10
 SUSPECT_S = 2.0
 
 
-class Tenants(Protocol):
-    """Whoever is served from here."""
+class Tenant(Protocol):
+    """One model that is served from here."""
+
+    @property
+    def last_asked(self) -> float:
+        """When it was last asked, in monotonic seconds."""
 
     def lost(self) -> set[str]:
         """Every server is gone. Gives the adapters that must be loaded again."""
 
     def restored(self, adapter: str) -> None:
-        """An adapter that was lost is served again."""
+        """An adapter that was lost is served again, if it is one of its own."""
 
     def can_spare(self, adapter: str) -> bool:
-        """True for an adapter without which the others can go on."""
+        """False for an adapter of its own without which it can't go on."""
 
     async def give_up_one(self) -> bool:
-        """Unload one idle adapter, and say whether there was one."""
+        """Unload an adapter that nobody uses, and say whether there was one."""
+
+    async def rest(self) -> bool:
+        """Unload the adapter that its name is routed to, unless somebody is asking it, until somebody asks again; say
+        whether that was done.
+        """
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Replicas:
         self._some_up = asyncio.Event()
         self._quiet = asyncio.Event()
         self._quiet.set()
-        self._tenants: Tenants | None = None
+        self._tenants: list[Tenant] = []
 
     def __repr__(self) -> str:
         return f"Replicas({self.engine.name}, {len(self._serving)} of {len(self.members)} up)"
@@ -119,9 +128,13 @@ class Replicas:
         """How often one of them came back."""
         return sum(member.restarts for member in self.members)
 
-    def serves(self, tenants: Tenants) -> None:
-        """Say who depends on them."""
-        self._tenants = tenants
+    def add_tenant(self, tenant: Tenant) -> None:
+        """From now on it depends on these servers."""
+        self._tenants.append(tenant)
+
+    def remove_tenant(self, tenant: Tenant) -> None:
+        """It depends on them no more."""
+        self._tenants.remove(tenant)
 
     async def start(self, on_progress: OnProgress | None = None) -> None:
         """Start all servers, and watch over them. Raises ArtError, with none left running, when one does not start."""
@@ -146,7 +159,7 @@ class Replicas:
                 await self._some_up.wait()
         except TimeoutError:
             raise ProcessFailed(
-                f"the inference engine {self.engine.name} was lost and is not back after {limit_s:g} s."
+                f"the inference server {self.engine.name} was lost and is not back after {limit_s:g} s."
             ) from None
         if self.broken is not None:
             raise self.broken
@@ -196,10 +209,17 @@ class Replicas:
         if self._held.pop(adapter, None) is not None and self.up:
             await self._everywhere(lambda connection: connection.unload(adapter))
 
-    async def make_room(self) -> None:
-        """Unload an idle adapter when all places are taken. Raises EngineRefused when every one is in use."""
+    async def make_room(self, tenant: Tenant) -> None:
+        """Unload an adapter when all places are taken: an idle one, else that of the model which was asked longest ago
+        and can be without it for a while. Raises EngineRefused when every one is in use.
+        """
         while len(self._held) >= self.max_adapters:
-            if self._tenants is None or not await self._tenants.give_up_one():
+            others = sorted((each for each in self._tenants if each is not tenant), key=lambda each: each.last_asked)
+            gave_up = [each.give_up_one for each in (*others, tenant)]
+            for unload in (*gave_up, *(each.rest for each in others)):
+                if await unload():
+                    break
+            else:
                 raise EngineRefused(
                     self.engine.name,
                     "load another adapter",
@@ -260,7 +280,7 @@ class Replicas:
             member.connection = None
             if not self._serving:
                 self._some_up.clear()
-                self._forget_all_but(self._tenants.lost() if self._tenants is not None else set())
+                self._forget_all_but({adapter for tenant in self._tenants for adapter in tenant.lost()})
             others = f" {len(self._serving)} of {len(self.members)} go on." if len(self.members) > 1 else ""
             self._report(reason + others)
             error = await self._bring_back(member)
@@ -303,7 +323,7 @@ class Replicas:
                 await connection.load(adapter, held.folder, held.fingerprint)
                 await verify_adapter(connection, adapter, held.folder)
             except ArtError as error:
-                spared = not self._serving and self._tenants is not None and self._tenants.can_spare(adapter)
+                spared = not self._serving and all(tenant.can_spare(adapter) for tenant in self._tenants)
                 if isinstance(error, ProcessFailed) or not spared:
                     raise
                 del self._held[adapter]
@@ -311,10 +331,11 @@ class Replicas:
         alone = not self._serving
         member.connection = connection
         member.restarts += 1
-        if alone and self._tenants is not None:
+        if alone:
             for adapter in self._held:
-                self._tenants.restored(adapter)
+                for tenant in self._tenants:
+                    tenant.restored(adapter)
         self._some_up.set()
 
     def _none_up(self) -> ProcessFailed:
-        return ProcessFailed(f"the inference engine {self.engine.name} is down and being brought back.")
+        return ProcessFailed(f"the inference server {self.engine.name} is down and being brought back.")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from art_core import ModelKey
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import KlReference
 
-from .settings import ModelSettings
+from .deployment import Deployment
 
 PREFIX = "/_art"
 
@@ -31,29 +31,14 @@ class OfModel(BaseModel):
 
 
 class RegisterRequest(OfModel):
-    """Serve a model. `base_folder` holds the weights; `adapter_folder` is the PEFT adapter to start from, if any.
-
-    `base_model` is what the user called it. `training_engine` None: serve only. `inference_python` and
-    `training_python` are the interpreters of the engines' environments. `replicas` servers are started, unless
-    `inference_urls` are servers that run already.
-    """
+    """Serve a model. `adapter_folder` is the PEFT adapter to start from, if any."""
 
     # An error about a field must not show the key in another.
     model_config = ConfigDict(hide_input_in_errors=True)
 
     entity: str | None
-    base_model: str
-    base_folder: Path
     adapter_folder: Path | None
-    inference_engine: str
-    inference_python: str
-    replicas: int
-    inference_urls: tuple[str, ...]
-    inference_api_key: str = Field(repr=False)
-    training_engine: str | None
-    training_python: str
-    max_adapters: int
-    settings: ModelSettings
+    deployment: Deployment
 
 
 class HeldRequest(OfModel):

@@ -7,13 +7,12 @@ Knows no engine: what an engine takes as its arguments is the engine's to say.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from art_core import InferenceCapability
 from art_core.errors import UnsupportedCapability
 from art_engine_kit.lora_shape import LoraShape
 from art_engine_kit.training_wire import AdapterOptions
@@ -106,11 +105,3 @@ def _chat_template(text: str | None, path: str | None) -> str | None:
         return file.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"_internal_config['chat_template_path']: {file} cannot be read: {error}") from error
-
-
-def works_at_once(settings: ModelSettings, declared: Collection[object], *, has_gpu: bool, attached: bool) -> bool:
-    """True when inference goes on while a step trains: on devices of their own, on a server of the user's (`attached`,
-    whose device is not ours to give), or on a CPU with an engine that declares CONCURRENT_TRAINING. Two processes on
-    one GPU take turns whatever they declare, since its memory is one.
-    """
-    return settings.dedicated or attached or (not has_gpu and InferenceCapability.CONCURRENT_TRAINING in declared)

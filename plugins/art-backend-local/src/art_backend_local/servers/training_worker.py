@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
@@ -25,32 +24,19 @@ from art_runtime import StartProgress, SupervisedProcess
 from ..wire.errors import error_from_json
 from .launching import start_server
 
-JSON = dict[str, Any]
 # One packed row of a large model may take long; silence beyond this is a hang.
 SILENCE_LIMIT_S = 1800.0
 # A cancelled job leaves between two rows.
 BUSY_LIMIT_S = 600.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingServerConfig:
-    """What a worker is started with; see `TrainingLaunch`."""
+class TrainingWorker:
+    """A training worker, started as `launch` says but for its port and token. For one event loop."""
 
-    base_model: Path
-    python: str
-    log_file: Path
-    dtype: str = "auto"
-    devices: tuple[int, ...] = ()
-    max_seq_length: int = 32768
-    init_args: JSON = field(default_factory=dict)
-
-
-class TrainingServer:
-    """A training worker. For one event loop."""
-
-    def __init__(self, engine: TrainingEngine, config: TrainingServerConfig) -> None:
+    def __init__(self, engine: TrainingEngine, launch: TrainingLaunch, *, log_file: Path) -> None:
         self.engine = engine
-        self.config = config
+        self._launch = launch
+        self._log_file = log_file
         self.turn = asyncio.Lock()
         self._starting = asyncio.Lock()
         self._process: SupervisedProcess | None = None
@@ -79,7 +65,7 @@ class TrainingServer:
             self._process = await start_server(
                 self._plan,
                 name=f"training worker {self.engine.name}",
-                log_file=self.config.log_file,
+                log_file=self._log_file,
                 on_progress=on_progress,
             )
 
@@ -145,20 +131,7 @@ class TrainingServer:
                 await self._process.stop()
 
     def _plan(self, port: int) -> LaunchPlan:
-        c = self.config
-        return self.engine.launch(
-            TrainingLaunch(
-                base_model=c.base_model,
-                host="127.0.0.1",
-                port=port,
-                token=self._token,
-                python=c.python,
-                dtype=c.dtype,
-                devices=c.devices,
-                max_seq_length=c.max_seq_length,
-                init_args=c.init_args,
-            )
-        )
+        return self.engine.launch(replace(self._launch, port=port, token=self._token))
 
     async def _until_idle(self, process: SupervisedProcess) -> None:
         timeout = aiohttp.ClientTimeout(total=10)
