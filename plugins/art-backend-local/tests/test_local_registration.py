@@ -56,9 +56,9 @@ async def test_more_models_than_places_take_turns(new_backend, make_policy, grou
             assert await asked.served_by(f"m{i}") == (f"m{i}@0", -1.0)
         for step in (1, 2):
             assert (await backend.train(models[3], groups, learning_rate=0.25)).step == step
-        assert await asked.served_by("m3") == ("m3@2", -1.5)
+        assert await asked.served_by("m3") == ("m3@2", -1.75)
         at_once = await asyncio.gather(*(asked.served_by(f"m{i}") for i in range(20)))
-        assert at_once == [(f"m{i}@2", -1.5) if i == 3 else (f"m{i}@0", -1.0) for i in range(20)]
+        assert at_once == [(f"m{i}@2", -1.75) if i == 3 else (f"m{i}@0", -1.0) for i in range(20)]
 
 
 async def test_a_place_that_is_in_use_is_not_taken(new_backend, make_policy, groups, client, tmp_path):

@@ -179,8 +179,8 @@ class LocalBackend:
         )
 
     async def unregister(self, model: PolicyModel) -> None:
-        """Serve a model no more, for any client; requests under way end first, its files stay. Registering it again goes
-        on where it was.
+        """Serve a model no more, for any client; requests under way end first, its files stay. Registering it again
+        goes on where it was.
 
         Raises CheckpointInUse while a step of it is leased or being trained.
         """

@@ -113,7 +113,11 @@ class HostedModel:
                 self.report(f"{error} Trying again with the restarted engine.")
                 await self.server.ready(ENGINE_BACK_LIMIT_S)
                 receipt = await publish(checkpoint, self)
-        await asyncio.to_thread(self.folder.published(checkpoint.step).touch)
+        try:
+            await asyncio.to_thread(self.folder.published(checkpoint.step).touch)
+        except OSError as error:
+            # It is served, and says so; a later host only asks its client's plugins about it once more.
+            self.report(f"{checkpoint.inference_name} is published, which could not be noted on disk: {error}")
         return receipt
 
     async def pending(self) -> int | None:
