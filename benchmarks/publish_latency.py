@@ -73,7 +73,7 @@ class Watch(SeenSteps):
     async def art_checkpoint_published(self, checkpoint: CheckpointRef, receipt: PublicationReceipt) -> None:
         """Served; ask at once. Raises RuntimeError when another step answers."""
         self.published_at[checkpoint.step] = time.time()
-        await super().art_checkpoint_published(checkpoint, receipt)
+        await super().art_checkpoint_published(checkpoint)
         self.receipts[checkpoint.step] = receipt
         if self.traffic is not None:
             self.answered[checkpoint.step], version = await self.traffic.first_token()
