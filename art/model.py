@@ -223,7 +223,9 @@ class Model(BaseModel):
                 stacklevel=2,
             )
         if groups:
-            await announce(registry, "art_log_trajectories", model=self, groups=groups, step=step, split=split)
+            await announce(
+                registry, "art_log_trajectories", model=self, trajectory_groups=groups, step=step, split=split
+            )
         if logged:
             await announce(registry, "art_log_metrics", model=self, metrics=logged, step=step, split=split)
 

@@ -72,11 +72,13 @@ def art_resolve_checkpoint(model: PolicyModel, step: int) -> Path | None:
 
 
 @hookspec
-def art_before_train(backend: Backend, model: PolicyModel, step: int, groups: Sequence[TrajectoryGroup]) -> Announced:
+def art_before_train(
+    backend: Backend, model: PolicyModel, step: int, trajectory_groups: Sequence[TrajectoryGroup]
+) -> Announced:
     """Called before a training step. Raising refuses the step, and the error reaches the caller of `backend.train`.
 
     :param step: the step that would come out.
-    :param groups: the trajectory groups, as given.
+    :param trajectory_groups: as given to `train`.
     """
 
 
@@ -139,5 +141,7 @@ def art_log_metrics(model: PolicyModel, metrics: dict[str, float], step: int, sp
 
 
 @hookspec
-def art_log_trajectories(model: PolicyModel, groups: Sequence[TrajectoryGroup], step: int, split: str) -> Announced:
+def art_log_trajectories(
+    model: PolicyModel, trajectory_groups: Sequence[TrajectoryGroup], step: int, split: str
+) -> Announced:
     """`model.log` has trajectories for a step; nothing of them may be dropped."""

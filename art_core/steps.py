@@ -73,7 +73,7 @@ async def run_step(
     """
     told = {"backend": backend, "model": model}
     try:
-        await ask_permission(registry, "art_before_train", **told, step=step, groups=trajectory_groups)
+        await ask_permission(registry, "art_before_train", **told, step=step, trajectory_groups=trajectory_groups)
         saved = await verbs.train_and_save()
         start = time.perf_counter()
         receipt, late = await _publish(registry, model, saved.checkpoint, verbs, just_saved=True)

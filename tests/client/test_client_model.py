@@ -30,9 +30,9 @@ class Recorder:
         self.metrics.append((model.name, metrics, step, split))
 
     @hookimpl
-    async def art_log_trajectories(self, model, groups, step, split):
+    async def art_log_trajectories(self, model, trajectory_groups, step, split):
         await asyncio.sleep(0)
-        self.groups.append((model.name, list(groups), step, split))
+        self.groups.append((model.name, list(trajectory_groups), step, split))
 
     @hookimpl
     def art_model_registered(self, backend, model):

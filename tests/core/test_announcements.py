@@ -123,7 +123,7 @@ async def test_a_refusal_reaches_the_caller_as_it_is(asynchronous: bool) -> None
 
     registry = registry_of(budget=art_before_train)
     with pytest.raises(OverBudget, match="step 4 would cost too much"):
-        await ask_permission(registry, "art_before_train", backend=None, model=MODEL, step=4, groups=[])
+        await ask_permission(registry, "art_before_train", backend=None, model=MODEL, step=4, trajectory_groups=[])
 
 
 async def test_silence_is_consent() -> None:

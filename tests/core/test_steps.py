@@ -93,7 +93,7 @@ class Recorder:
 
 def plugin(recorder: Recorder) -> Any:
     names = {
-        "art_before_train": ("step", "groups"), "art_checkpoint_saved": ("checkpoint",),
+        "art_before_train": ("step", "trajectory_groups"), "art_checkpoint_saved": ("checkpoint",),
         "art_before_publish_checkpoint": ("checkpoint",), "art_checkpoint_published": ("checkpoint", "receipt"),
         "art_checkpoint_publish_failed": ("checkpoint", "error"), "art_after_train": ("result",),
         "art_train_failed": ("step", "error"),
@@ -143,7 +143,7 @@ async def test_a_step_that_works_is_told_in_order() -> None:
     assert result.metrics["loss/train"] == 0.5
     assert result.metrics["time/step_publish_s"] > 0
     assert recorder.told["art_after_train"]["result"] == result
-    assert recorder.told["art_before_train"] == {"step": 1, "groups": GROUPS}
+    assert recorder.told["art_before_train"] == {"step": 1, "trajectory_groups": GROUPS}
     assert recorder.told["art_checkpoint_published"] == {"checkpoint": CHECKPOINT, "receipt": RECEIPT}
     assert not backend.held
 

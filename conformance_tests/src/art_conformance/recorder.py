@@ -54,8 +54,8 @@ class Recorder:
         self._note("art_model_registered", backend=backend, model=model)
 
     @hookimpl
-    def art_before_train(self, backend: Any, model: Any, step: int, groups: Any) -> None:
-        self._note("art_before_train", backend=backend, model=model, step=step, groups=groups)
+    def art_before_train(self, backend: Any, model: Any, step: int, trajectory_groups: Any) -> None:
+        self._note("art_before_train", backend=backend, model=model, step=step, trajectory_groups=trajectory_groups)
 
     @hookimpl
     def art_checkpoint_saved(self, model: Any, checkpoint: CheckpointRef) -> None:
@@ -94,8 +94,8 @@ class Recorder:
         self._note("art_log_metrics", model=model, metrics=metrics, step=step, split=split)
 
     @hookimpl
-    def art_log_trajectories(self, model: Any, groups: Any, step: int, split: str) -> None:
-        self._note("art_log_trajectories", model=model, groups=groups, step=step, split=split)
+    def art_log_trajectories(self, model: Any, trajectory_groups: Any, step: int, split: str) -> None:
+        self._note("art_log_trajectories", model=model, trajectory_groups=trajectory_groups, step=step, split=split)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def model(tmp_path):
 async def log(model, *, groups=None, metrics=None, step=1, split="train"):
     registry = installed_plugins()
     if groups is not None:
-        await announce(registry, "art_log_trajectories", model=model, groups=groups, step=step, split=split)
+        await announce(registry, "art_log_trajectories", model=model, trajectory_groups=groups, step=step, split=split)
     if metrics is not None:
         await announce(registry, "art_log_metrics", model=model, metrics=metrics, step=step, split=split)
 

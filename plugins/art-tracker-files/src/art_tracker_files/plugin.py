@@ -39,7 +39,9 @@ async def art_log_metrics(model: LoggedModel, metrics: dict[str, float], step: i
 
 
 @hookimpl
-async def art_log_trajectories(model: LoggedModel, groups: Sequence[TrajectoryGroup], step: int, split: str) -> None:
+async def art_log_trajectories(
+    model: LoggedModel, trajectory_groups: Sequence[TrajectoryGroup], step: int, split: str
+) -> None:
     """Add the groups to the parquet file of their step and split."""
     folder = _folder(model)
 
@@ -47,7 +49,7 @@ async def art_log_trajectories(model: LoggedModel, groups: Sequence[TrajectoryGr
         from .trajectory_files import add_trajectories, trajectories_path
 
         with _lock(folder):
-            add_trajectories(trajectories_path(folder, split, step), groups)
+            add_trajectories(trajectories_path(folder, split, step), trajectory_groups)
 
     await asyncio.to_thread(write)
 
