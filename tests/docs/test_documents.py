@@ -255,8 +255,7 @@ def test_the_engine_of_the_page_makes_a_plan_without_a_secret_in_it(engine: Any,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_projects_of_the_page_install_and_conform(projects: Path, tmp_path: Path) -> None:
+def test_the_projects_of_the_page_install(projects: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
     subprocess.run([*pip, *map(str, sorted(projects.iterdir()))], check=True, timeout=300)
@@ -284,11 +283,6 @@ def test_the_projects_of_the_page_install_and_conform(projects: Path, tmp_path: 
         [sys.executable, "-c", ONE_ROW], env=env, capture_output=True, text=True, timeout=120, check=True
     )
     assert only_bell.stdout in page
-    tests = projects / "art-engine-mine" / "test_conformance.py"
-    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tests.parent), str(tests)]
-    ran = subprocess.run(suite, env=env, cwd=tests.parent, capture_output=True, text=True, timeout=1500, check=False)
-    assert ran.returncode == 0, ran.stdout[-6000:]
-    assert "NOT conformant" not in ran.stdout
 
 
 ONE_ROW = """

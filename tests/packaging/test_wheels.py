@@ -1,13 +1,9 @@
-"""Every distribution as a wheel, and the set of them in a clean environment, where pip resolves what they need."""
+"""What is in every distribution's wheel, and that the set of them works in a clean environment."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tomllib
-import venv
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
@@ -46,14 +42,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dist = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist)]
-    subprocess.run([*command, *map(str, PROJECTS)], check=True, timeout=900)
-    return dist
 
 
 def opened(wheels: Path) -> Iterator[tuple[dict[str, Any], zipfile.ZipFile, str]]:
@@ -95,67 +83,21 @@ def test_the_core_s_wheel_holds_the_licence(wheels: Path) -> None:
             assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
 
 
-@pytest.fixture(scope="module")
-def environment(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with the three distributions that the README installs, and what pip finds that they need."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=True)
-    subprocess.run(
-        [
-            folder / "bin" / "python",
-            *("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--find-links", wheels),
-            # Versions seen to work together, as `make setup` takes them; above all it keeps torch the CPU's.
-            *("--constraint", ROOT / "constraints.txt"),
-            *("art-core", "art-backend-local", "art-engine-torch"),
-        ],
-        check=True,
-        timeout=1500,
-    )
-    return folder
-
-
-def clean_env(environment: Path) -> dict[str, str]:
-    """No variable that would let the checkout or the tests' own environment shine through."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ART_", "PYTHON", "VIRTUAL_ENV"))}
-    return {**kept, "PATH": f"{environment / 'bin'}{os.pathsep}{kept['PATH']}", "OMP_NUM_THREADS": "1"}
-
-
-def test_the_set_installs_into_a_clean_environment_and_is_sound(environment: Path, tmp_path: Path) -> None:
-    env = clean_env(environment)
-    checked = subprocess.run(
-        ["art", "plugins", "check"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+def test_the_set_installs_into_a_clean_environment_and_is_sound(environment: Any, tmp_path: Path) -> None:
+    checked = environment.run("art", "plugins", "check", cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr
-    listed = subprocess.run(
-        ["art", "plugins", "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-    )
+    listed = environment.run("art", "plugins", "--json", cwd=tmp_path)
     provided = {what for row in json.loads(listed.stdout) for what in row["provides"]}
     assert {"backend local", "inference engine torch", "training engine torch"} <= provided
-    where = subprocess.run(
-        ["python", "-c", "import art, art_core; print(art.__file__, art_core.__file__)"],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+    where = environment.run(
+        "python", "-c", "import art, art_core; print(art.__file__, art_core.__file__)", cwd=tmp_path
     )
+    assert where.returncode == 0
     assert str(ROOT) not in where.stdout
 
 
-def test_a_model_is_served_from_the_clean_environment(environment: Path, tmp_path: Path) -> None:
-    from art_conformance.tiny_model import write_base_model
-
-    base = write_base_model(tmp_path / "tiny")
+def test_a_model_is_served_from_the_clean_environment(environment: Any, tiny_base_model: Path, tmp_path: Path) -> None:
     (tmp_path / "serve.py").write_text(SERVE, encoding="utf-8")
-    ran = subprocess.run(
-        ["python", "serve.py", str(base)],
-        env=clean_env(environment),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    ran = environment.run("python", "serve.py", str(tiny_base_model), cwd=tmp_path, timeout=300)
     assert ran.returncode == 0, ran.stderr[-4000:]
     assert "answered by agent@0" in ran.stdout

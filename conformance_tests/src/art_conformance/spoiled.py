@@ -19,10 +19,17 @@ from .tiny_model import change_adapter, write_adapter
 Spoil = Callable[[Path, Path], None]
 
 
-def reseal(folder: Path, manifest: CheckpointManifest) -> None:
+def sealed(folder: Path) -> CheckpointManifest | None:
+    """The folder's manifest, None for a backend that keeps checkpoints in a form of its own."""
+    return read_manifest(folder) if (folder / MANIFEST).exists() else None
+
+
+def reseal(folder: Path, manifest: CheckpointManifest | None) -> None:
     """Write the manifest again for what is in the folder now."""
     import hashlib
 
+    if manifest is None:
+        return
     files = {}
     for name in manifest.files:
         content = (folder / name).read_bytes()
@@ -39,14 +46,14 @@ def missing(folder: Path, _: Path) -> None:
 
 def empty(folder: Path, _: Path) -> None:
     """The weights' file has no content."""
-    manifest = read_manifest(folder)
+    manifest = sealed(folder)
     (folder / ADAPTER_WEIGHTS).write_bytes(b"")
     reseal(folder, manifest)
 
 
 def truncated(folder: Path, _: Path) -> None:
     """Half of the weights' file."""
-    manifest = read_manifest(folder)
+    manifest = sealed(folder)
     content = (folder / ADAPTER_WEIGHTS).read_bytes()
     (folder / ADAPTER_WEIGHTS).write_bytes(content[: len(content) // 2])
     reseal(folder, manifest)
@@ -64,7 +71,7 @@ def wrong_width(folder: Path, base_model: Path) -> None:
 
 def not_a_number(folder: Path, _: Path) -> None:
     """One weight is NaN."""
-    manifest = read_manifest(folder)
+    manifest = sealed(folder)
 
     def change(tensors: dict[str, Any]) -> None:
         next(iter(tensors.values())).flat[3] = np.nan
@@ -75,7 +82,7 @@ def not_a_number(folder: Path, _: Path) -> None:
 
 def other_base(folder: Path, _: Path) -> None:
     """An adapter for a model with more layers, under other names."""
-    manifest = read_manifest(folder)
+    manifest = sealed(folder)
 
     def change(tensors: dict[str, Any]) -> None:
         for name in list(tensors):
@@ -102,7 +109,7 @@ SPOILED: dict[str, Spoil] = {
 
 
 def _replace(folder: Path, base_model: Path, **settings: Any) -> None:
-    manifest = read_manifest(folder)
+    manifest = sealed(folder)
     before = json.loads((folder / "adapter_config.json").read_bytes())
     own = {"seed": 99, "rank": before["r"], **settings}
     write_adapter(folder, base_model, **own)

@@ -1,0 +1,65 @@
+"""Every distribution as a wheel, and a clean environment that pip fills from them; made once a session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECTS = [
+    ROOT,
+    *sorted(p.parent for pattern in ("engines/*", "plugins/*") for p in ROOT.glob(f"{pattern}/pyproject.toml")),
+    ROOT / "conformance_tests",
+]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment into which nothing of the checkout shines, and the wheels that it may take."""
+
+    folder: Path
+    wheels: Path
+
+    def build(self, *projects: Path) -> None:
+        """Put the projects' wheels beside the others."""
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(self.wheels)]
+        subprocess.run([*command, *map(str, projects)], check=True, timeout=900)
+
+    def install(self, *requirements: str) -> None:
+        """Install from the wheels, and from the index what they need."""
+        # Versions seen to work together, as `make setup` takes them; above all it keeps torch the CPU's.
+        options = ["--quiet", "--disable-pip-version-check", "--find-links", str(self.wheels)]
+        constraint = ["--constraint", str(ROOT / "constraints.txt")]
+        python = self.folder / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", *options, *constraint, *requirements], check=True, timeout=1500)
+
+    def run(self, *command: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command of this environment in a folder outside the checkout."""
+        hidden = ("ART_", "PYTHON", "VIRTUAL_ENV")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        path = f"{self.folder / 'bin'}{os.pathsep}{kept['PATH']}"
+        env = {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dist = tmp_path_factory.mktemp("dist")
+    Environment(Path(sys.prefix), dist).build(*PROJECTS)
+    return dist
+
+
+@pytest.fixture(scope="session")
+def environment(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """A new environment with the three distributions that the README installs, and what pip finds that they need."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    made = Environment(folder, wheels)
+    made.install("art-core", "art-backend-local", "art-engine-torch")
+    return made
