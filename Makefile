@@ -21,7 +21,7 @@ TESTED_ENGINES := vllm sglang
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines demo test test-all test-fast test-openai2 lint format wheels benchmarks gpu-check clean
+.PHONY: help setup engines demo test test-all test-fast test-openai2 lint format names wheels benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,9 @@ lint: $(READY)  ## ruff and mypy
 format: $(READY)  ## Format and mend what ruff can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+names: $(READY)  ## Ask the package index whether the names of our distributions are free or ours
+	@$(BIN)/python tests/packaging/index_names.py
 
 wheels: $(READY)  ## Build every distribution into dist/
 	@for distribution in $(DISTRIBUTIONS); do $(BIN)/python -m build --wheel --outdir dist $$distribution >/dev/null && echo "built $$distribution"; done

@@ -70,7 +70,9 @@ class Watch(SeenSteps):
         super().art_checkpoint_saved(checkpoint)
 
     @hookimpl
-    async def art_checkpoint_published(self, checkpoint: CheckpointRef, receipt: PublicationReceipt) -> None:
+    async def art_checkpoint_published(  # type: ignore[override]  # a hook takes as many of its arguments as it reads
+        self, checkpoint: CheckpointRef, receipt: PublicationReceipt
+    ) -> None:
         """Served; ask at once. Raises RuntimeError when another step answers."""
         self.published_at[checkpoint.step] = time.time()
         await super().art_checkpoint_published(checkpoint)

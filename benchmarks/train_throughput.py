@@ -51,7 +51,8 @@ def measure(
     rng = np.random.default_rng(0)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     config = LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(device, dtype)).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(device, dtype))
+    model = model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     stock = get_peft_model(model, config)
     same = rng.integers(3, 49000, prompt)
@@ -61,7 +62,7 @@ def measure(
     ]
     step: Callable[[], None]
     if mode == "stock":
-        ids = torch.from_numpy(np.stack(rows)).to(device)
+        ids: Any = torch.from_numpy(np.stack(rows)).to(device)
 
         def step() -> None:
             for batch in ids.split(4):
@@ -83,7 +84,8 @@ def measure(
 
         def step() -> None:
             for row in tensors:
-                row.loss(policy, TrainOptions())[0].loss.backward()
+                loss: Any = row.loss(policy, TrainOptions())[0].loss
+                loss.backward()
             for parameter in policy.adapter_parameters().values():
                 parameter.grad = None
 

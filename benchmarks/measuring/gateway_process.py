@@ -58,7 +58,8 @@ def start_role(script: str, role: str, *arguments: object) -> tuple[Child, int]:
     port = free_port()
     child = spawn_tethered([sys.executable, script, "--role", role, str(port), *map(str, arguments)])
     for _ in range(1200):
-        if any(c.laddr.port == port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN):
+        listening = (c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+        if any(address and address.port == port for address in listening):
             return child, port
         if child.poll() is not None:
             break

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -12,9 +13,13 @@ import art
 from art.best_step import best_step
 from art.dev import InternalModelConfig
 from art.train_config import TrainConfig
-from art_core import PluginRegistry, hookimpl, installed_plugins
+from art_core import ModelKey, PluginRegistry, hookimpl, installed_plugins
 from art_core.errors import InvalidName, NotRegistered, UnknownArgument
 from art_core.history import append_history
+
+
+def folder_of(model):
+    return ModelKey(model.project, model.name).folder(Path(model.base_path))
 
 
 class Recorder:
@@ -343,7 +348,7 @@ async def test_log_writes_files_with_the_files_tracker(model):
     assert any(info.name == "tracker-files" for info in installed_plugins().infos)
     given = groups()
     await model.log(given, metrics={"loss/train": 0.5}, step=7, split="train")
-    folder = model._folder()
+    folder = folder_of(model)
     (record,) = read.read_history(folder / "history.jsonl")
     assert {k: v for k, v in record.items() if k != "recorded_at"} == {
         "step": 7,
@@ -398,14 +403,14 @@ async def test_the_train_config_becomes_arguments(model, backend, recorder):
 async def test_delete_checkpoints_keeps_the_latest_and_the_best(model, backend):
     backend.steps = [0, 1, 2, 3, 4]
     for step, reward in ((1, 0.1), (2, 0.9), (3, 0.2)):
-        append_history(model._folder() / "history.jsonl", {"val/reward": reward}, step=step, split="val")
+        append_history(folder_of(model) / "history.jsonl", {"val/reward": reward}, step=step, split="val")
     assert await model.delete_checkpoints() == [0, 1, 3]
     assert backend.steps == [2, 4]
 
 
 async def test_a_leased_checkpoint_stays(model, backend):
     backend.steps, backend.leased = [0, 1, 2], {0}
-    append_history(model._folder() / "history.jsonl", {"train/reward": 1.0}, step=2, split="train")
+    append_history(folder_of(model) / "history.jsonl", {"train/reward": 1.0}, step=2, split="train")
     assert await model.delete_checkpoints("train/reward") == [1]
     assert backend.steps == [0, 2]
 

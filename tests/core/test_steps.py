@@ -85,7 +85,7 @@ class Recorder:
     def __init__(self, log: list[str], at: Callable[[str], Any]) -> None:
         self.log, self.at, self.told = log, at, {}
 
-    async def _heard(self, hook: str, **given: Any) -> None:
+    async def heard(self, hook: str, **given: Any) -> None:
         self.log.append(hook)
         self.told[hook] = given
         await self.at(hook)
@@ -98,7 +98,7 @@ def plugin(recorder: Recorder) -> Any:
         "art_checkpoint_publish_failed": ("checkpoint", "error"), "art_after_train": ("result",),
         "art_train_failed": ("step", "error"),
     }  # fmt: skip
-    space: dict[str, Any] = {"heard": recorder._heard}
+    space: dict[str, Any] = {"heard": recorder.heard}
     for name, arguments in names.items():
         given = ", ".join(f"{a}={a}" for a in arguments)
         exec(f"async def {name}({', '.join(arguments)}):\n    await heard({name!r}, {given})", space)

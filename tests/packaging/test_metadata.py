@@ -115,10 +115,16 @@ def test_every_distribution_is_in_the_workspace() -> None:
     assert members == set(PROJECTS) - {ROOT}
 
 
-def test_every_package_is_type_checked() -> None:
-    packages = {
-        Path(name).name
-        for project in PROJECTS
-        for name in read(project)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    }
-    assert set(read(ROOT)["tool"]["mypy"]["packages"]) == packages
+def test_every_package_is_type_checked_and_its_imports_are_held() -> None:
+    tools = read(ROOT)["tool"]
+    wheels = [read(project)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] for project in PROJECTS]
+    packages = {Path(package).name for listed in wheels for package in listed}
+    assert set(tools["mypy"]["packages"]) == packages
+    assert set(tools["importlinter"]["root_packages"]) == packages
+    (circles,) = [contract for contract in tools["importlinter"]["contracts"] if contract["id"] == "circles"]
+    assert set(circles["ancestors"]) == packages
+
+
+def test_the_pip_line_for_contributors_has_every_distribution() -> None:
+    named = re.findall(r" -e (\S+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert sorted(ROOT / name for name in named) == sorted(PROJECTS)

@@ -10,5 +10,6 @@ from .serving_checks import ServingChecks
 class InferenceEngineConformance(ServingChecks, SamplingChecks):
     """Give the fixture `engine` (scope="class"): an instance of the engine.
 
-    An engine with an environment of its own also gives `engine_python`; `engine_args` are passed through.
+    Its server runs with the interpreter that the installed card of its name leads to; `flavour` chooses another of its
+    environments than this machine's, and `engine_args` are passed through.
     """

@@ -5,19 +5,20 @@ The oracle is transformers and PEFT in fp32. Nothing is asserted of token ids th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytest_asyncio
 
-from art_core import InferenceEngine, InferenceLaunch
+from art_core import InferenceEngine, InferenceLaunch, installed_plugins
+from art_engine_kit.environment import Flavour
 
 from .dialect_checks import KEY, DialectChecks
 from .oracle import Oracle, oracle_for
 from .serving import LiveEngine, Sample, port_for_a_server, start_engine
+from .targets import interpreter_of
 from .tiny_model import write_adapter
 
 MEAN_LIMIT, OUTSIDE_LIMIT = 0.05, 0.05
@@ -32,17 +33,13 @@ OTHER_ASK: list[Any] = [
 class LiveEngineSuite(DialectChecks):
     """What the checks of `InferenceEngineConformance` that need a running server share."""
 
+    flavour: ClassVar[Flavour | None] = None
+
     @pytest.fixture(scope="class")
     @classmethod
     def engine_args(cls) -> dict[str, Any]:
         """The engine's own arguments for the server under test. Override when the machine needs some."""
         return {}
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def engine_python(cls) -> str:
-        """The interpreter of the engine's environment. Override for an engine with an environment of its own."""
-        return sys.executable
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -64,9 +61,10 @@ class LiveEngineSuite(DialectChecks):
     @classmethod
     def launch(
         cls,
+        request: pytest.FixtureRequest,
+        engine: InferenceEngine,
         conformance_model: Path,
         engine_args: dict[str, Any],
-        engine_python: str,
     ) -> InferenceLaunch:
         """What the server under test is asked to serve: fp32, so that only mistakes differ from the oracle."""
         return InferenceLaunch(
@@ -75,7 +73,7 @@ class LiveEngineSuite(DialectChecks):
             host="127.0.0.1",
             port=port_for_a_server(),
             api_key=KEY,
-            python=engine_python,
+            python=interpreter_of(request.config, installed_plugins().inference_engine, engine.name, cls.flavour),
             max_lora_rank=16,
             max_adapters=8,
             dtype="float32",

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="The backend's keyword arguments as JSON; {tmp} is an empty folder. Default: %(default)s.",
     )
     group.addoption("--engine-args", default="{}", help="The inference engine's own arguments, as JSON.")
-    group.addoption("--engine-python", help="The interpreter of the engine's environment. Default: this one.")
+    group.addoption("--engine-python", help="The interpreter of the engine's environment. Default: as its card says.")
     group.addoption(
         "--conformance-model",
         type=Path,

@@ -21,10 +21,12 @@ from art_core.errors import EngineRefused
 from art_engine_kit.adapter_config import AdapterConfig
 from art_engine_kit.adapter_files import write_adapter as write_pairs
 from art_engine_kit.base_shapes import linear_shapes
+from art_engine_kit.environment import Flavour
 from art_engine_kit.plain_adapter import plain_adapter
 
 from .oracle import Agreement, Oracle, agreement, oracle_for
 from .serving import LiveEngine, Sample, port_for_a_server, start_engine
+from .targets import interpreter_of
 from .tiny_model import MODULES, write_adapter
 
 MODEL = "smollm2-135m-instruct"
@@ -43,13 +45,15 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 
 class ServedWeights:
-    """Give the fixtures `engine` and `engine_python` (scope="class"). One server serves all tests of the class.
+    """Give the fixture `engine` (scope="class"). One server, run as `InferenceEngineConformance` runs one, serves all
+    tests of the class.
 
     The limits are on the mean absolute difference of sampled logprobs, in nats, and on the share of tokens whose
     probability ratio lies outside [0.9, 1.1].
     """
 
     pytestmark: ClassVar = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.asyncio(loop_scope="class")]
+    flavour: ClassVar[Flavour | None] = None
     mean_limit: ClassVar[float] = 0.02
     outside_limit: ClassVar[float] = 0.02
 
@@ -81,8 +85,8 @@ class ServedWeights:
     @classmethod
     async def live(
         cls,
+        request: pytest.FixtureRequest,
         engine: InferenceEngine,
-        engine_python: str,
         weights: Path,
         adapters: dict[str, Path],
         tmp_path_factory: pytest.TempPathFactory,
@@ -94,7 +98,7 @@ class ServedWeights:
             host="127.0.0.1",
             port=port_for_a_server(),
             api_key="sk-served-7c1",
-            python=engine_python,
+            python=interpreter_of(request.config, installed_plugins().inference_engine, engine.name, cls.flavour),
             max_model_len=1024,
             dtype="float32",
         )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from art_core import InferenceEngine, InferenceEngineSpec, InferenceLaunch, PluginRegistry, TrainingEngineSpec
-from art_runtime.environments import engine_for, python_for
+from art_core import InferenceEngine, InferenceLaunch, PluginRegistry
+from art_core.errors import PluginNotInstalled
+from art_engine_kit.environment import Flavour
+from art_runtime.environments import EngineSpec, engine_for, python_for
 
 DEFAULT_BACKEND, DEFAULT_ENGINE = "local", "torch"
 
@@ -64,11 +66,18 @@ def training_engine(config: pytest.Config, registry: PluginRegistry) -> Any:
     return engine_for(registry.training_engine(targets(config).training_engine))
 
 
-def engine_python(config: pytest.Config, spec: InferenceEngineSpec | TrainingEngineSpec) -> str:
-    """The interpreter of the engine's environment: --engine-python, or where it is installed. Raises EnvironmentMissing
-    with the command that installs it.
+def interpreter_of(
+    config: pytest.Config, card_of: Callable[[str], EngineSpec], engine: str, flavour: Flavour | None = None
+) -> str:
+    """The interpreter of an engine's environment: --engine-python, or where its card says; this one for an engine that
+    no plugin registers yet. Raises EnvironmentMissing with the command that installs it.
     """
-    return python_for(spec, python=targets(config).engine_python)
+    given = targets(config).engine_python
+    try:
+        card = card_of(engine)
+    except PluginNotInstalled:
+        return given or sys.executable
+    return python_for(card, python=given, flavour=flavour)
 
 
 def command_of(engine: InferenceEngine, base_model: Path) -> tuple[str, ...]:

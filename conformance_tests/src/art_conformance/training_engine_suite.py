@@ -5,10 +5,9 @@ The oracle is transformers and PEFT in fp32, one sequence at a time; the loss is
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ import pytest_asyncio
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from art_core import Capability, TrainingEngine, TrainingLaunch, TrajectoryGroup
+from art_core import Capability, TrainingEngine, TrainingLaunch, TrajectoryGroup, installed_plugins
 from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS
+from art_engine_kit.environment import Flavour
 from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import JobEnded, TrainEvent, TrainJob
@@ -26,6 +26,7 @@ from .live_worker import LiveWorker, save_start, start_worker
 from .oracle import Oracle, oracle_for
 from .serving import port_for_a_server
 from .suite import Suite
+from .targets import interpreter_of
 from .tiny_model import write_adapter
 from .training_data import expected_loss, make_groups
 
@@ -36,6 +37,8 @@ RATE = 1e-3
 
 class TrainingEngineSuite(Suite):
     """What the checks of `TrainingEngineConformance` share: the worker, the checkpoint it starts from, and jobs."""
+
+    flavour: ClassVar[Flavour | None] = None
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -49,20 +52,14 @@ class TrainingEngineSuite(Suite):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def engine_python(cls) -> str:
-        """The interpreter of the engine's environment. Override for an engine with an environment of its own."""
-        return sys.executable
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def launch(cls, conformance_model: Path, engine_python: str) -> TrainingLaunch:
+    def launch(cls, request: pytest.FixtureRequest, engine: TrainingEngine, conformance_model: Path) -> TrainingLaunch:
         """What the worker under test is asked to load: fp32, so that only mistakes differ from the oracle."""
         return TrainingLaunch(
             base_model=conformance_model,
             host="127.0.0.1",
             port=port_for_a_server(),
             token=TOKEN,
-            python=engine_python,
+            python=interpreter_of(request.config, installed_plugins().training_engine, engine.name, cls.flavour),
             dtype="float32",
             max_seq_length=1024,
         )

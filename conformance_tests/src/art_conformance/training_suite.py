@@ -11,5 +11,5 @@ from .training_plan_checks import TrainingPlanChecks
 class TrainingEngineConformance(TrainingFaultChecks, TrainingJobChecks, TrainingPlanChecks):
     """Give the fixture `engine` (scope="class"): an instance of the training engine.
 
-    An engine with an environment of its own also gives `engine_python`.
+    Its worker runs with the interpreter that the installed card of its name leads to.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def made(cache: Path) -> Path:
     folder = cache / "models" / FOLDER
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    facts = {"size": 2, "sha256": base_model._sha256(folder / "config.json")}
+    facts = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
     (folder / MANIFEST).write_text(json.dumps({"files": {"config.json": facts}}))
     return folder
 

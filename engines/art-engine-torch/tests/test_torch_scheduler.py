@@ -258,7 +258,7 @@ def test_logits_that_are_not_finite_end_only_their_own_request(
         scheduler.step()
     for weights in poisoned.up.values():
         weights.fill_(1e30)  # finite, as a loaded adapter's weights are, and more than float32 holds two layers on
-    scheduler._stacks.clear()
+    scheduler.adapter_unloaded(poisoned.uid)  # what was laid out of it before goes; its sequences hold the weights
     run(scheduler)
     assert [update.finished for update in bad] == ["error", "error"]
     assert "not finite" in str(bad[0].reason)

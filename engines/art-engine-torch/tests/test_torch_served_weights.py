@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from art_conformance.served_weights import ServedWeights
@@ -19,8 +17,3 @@ class TestTorchServes(ServedWeights):
     @classmethod
     def engine(cls) -> InferenceEngine:
         return TorchInferenceEngine()
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def engine_python(cls) -> str:
-        return sys.executable

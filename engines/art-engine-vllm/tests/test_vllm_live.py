@@ -1,12 +1,18 @@
-"""A real vLLM server on real weights, and its own traps."""
+"""Real vLLM servers, in the environment that art-runtime makes for them: the conformance suite, real weights, and its
+own traps.
+"""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
+from art_conformance import InferenceEngineConformance
 from art_conformance.served_weights import ServedWeights
 from art_conformance.serving import LiveEngine
 from art_core import InferenceEngine
+from art_engine_kit.environment import Flavour
 from art_engine_kit.server_options import options_of
 from art_engine_vllm.environment import OPTIONS
 from art_engine_vllm.inference_engine import VllmInferenceEngine
@@ -15,21 +21,23 @@ from art_engine_vllm.plugin import art_register_inference_engines
 from art_runtime.environments import python_for
 
 
-def vllm_python() -> str:
-    [spec] = art_register_inference_engines()
-    return python_for(spec, flavour="cpu")
+class OnACpu:
+    flavour: ClassVar[Flavour] = "cpu"
 
-
-class TestVllmServes(ServedWeights):
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls) -> InferenceEngine:
-        return VllmInferenceEngine("cpu")
+        return VllmInferenceEngine(cls.flavour)
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def engine_python(cls) -> str:
-        return vllm_python()
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+class TestVllm(OnACpu, InferenceEngineConformance):
+    """A tiny model."""
+
+
+class TestVllmServes(OnACpu, ServedWeights):
+    """Real weights."""
 
     async def test_every_path_asks_for_the_key(self, live: LiveEngine) -> None:
         for path in ("/pause", "/resume", "/sleep", "/collective_rpc", "/v1/load_lora_adapter", "/metrics"):
@@ -41,4 +49,5 @@ class TestVllmServes(ServedWeights):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_options_are_those_of_the_real_parser() -> None:
-    assert options_of(vllm_python(), OPTIONS) == ARGUMENTS, "server_options writes options.py anew"
+    [card] = art_register_inference_engines()
+    assert options_of(python_for(card, flavour="cpu"), OPTIONS) == ARGUMENTS, "server_options writes options.py anew"

@@ -7,7 +7,7 @@ from pathlib import Path
 from art_core.engines import TrainingLaunch
 from art_engine_kit.training_wire import WORKER_TOKEN
 from art_training_kit.launch import worker_plan
-from art_training_kit.worker import _arguments
+from art_training_kit.worker import read_arguments
 
 
 def test_the_plan_is_a_command_line_the_worker_reads_and_hides_the_token() -> None:
@@ -17,7 +17,7 @@ def test_the_plan_is_a_command_line_the_worker_reads_and_hides_the_token() -> No
     )  # fmt: skip
     plan = worker_plan(config, "package.policy:load", {"MORE": "1"})
     assert plan.argv[:3] == ("python3", "-m", "art_training_kit.worker")
-    read = _arguments(list(plan.argv[3:]))
+    read = read_arguments(list(plan.argv[3:]))
     assert (read.policy, read.base_model, read.port, read.max_seq_length) == (
         "package.policy:load",
         Path("/weights"),
@@ -35,6 +35,6 @@ def test_on_a_cpu_the_worker_sees_no_gpu() -> None:
     config = TrainingLaunch(base_model=Path("/weights"), host="127.0.0.1", port=8123, token="hidden", python="python3")
     plan = worker_plan(config, "package.policy:load")
     assert plan.env == {"CUDA_VISIBLE_DEVICES": ""}
-    assert _arguments(list(plan.argv[3:])).gradient_checkpointing == "auto"
+    assert read_arguments(list(plan.argv[3:])).gradient_checkpointing == "auto"
     off = worker_plan(replace(config, init_args={"gradient_checkpointing": False}), "package.policy:load")
-    assert _arguments(list(off.argv[3:])).gradient_checkpointing == "off"
+    assert read_arguments(list(off.argv[3:])).gradient_checkpointing == "off"

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -92,6 +93,35 @@ async def test_a_stale_record_of_a_dead_host_is_no_obstacle(tmp_path, new_backen
     async with new_backend(tmp_path / "art") as backend:
         await backend.register(policy)
         assert read_host(tmp_path / "art").pid != record.pid
+
+
+async def test_a_call_under_way_ends_with_the_session_and_says_so(
+    tmp_path, new_backend, policy, groups, fake_engines, said_by_engine, until
+):
+    async with new_backend(tmp_path / "art") as backend:
+        await backend.register(policy)
+        fake_engines(hold_train=True)
+        training = asyncio.create_task(backend.train(policy, groups))
+        await said_by_engine(backend.path, "training", f"job begun {policy.project}/m@1")
+        (listening,) = [task for task in asyncio.all_tasks() if task.get_name().startswith("session with the host")]
+        listening.cancel()
+        with pytest.raises(BackendUnreachable, match="the connection was closed"):
+            await asyncio.wait_for(training, 60)
+        fake_engines()
+        assert (await backend.train(policy, groups)).step == 1
+
+
+async def test_a_warning_that_is_made_an_error_ends_no_session(
+    tmp_path, new_backend, policy, program, until, ps, caplog
+):
+    async with new_backend(tmp_path / "art") as backend:
+        await backend.register(policy)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            program(read_host(backend.path).pid, "inference_server").kill()
+            await until(lambda: "is back" in caplog.text)
+        assert (await ps(backend.path))["clients"] == 1
+    assert "died and is being restarted" in caplog.text
 
 
 async def test_a_port_that_a_stranger_takes_first_is_no_obstacle(new_backend, tmp_path, policy, monkeypatch, client):

@@ -212,15 +212,13 @@ def test_kill_at_random_moments_and_go_on_with_the_same_loss(tiny, tmp_path):
     assert re.search(r"3 kills, resumed at \[0, \d+, \d+\]", done.stdout)
 
 
-async def test_a_disk_that_takes_no_more_fails_the_step_and_loses_nothing(torch_backend, policy, client, checkpoints):
+async def test_a_disk_that_takes_no_more_fails_the_step_and_loses_nothing(
+    torch_backend, policy, client, checkpoints, program
+):
     asked = client(await torch_backend.register(policy))
     groups = await gather(asked)
     await torch_backend.train(policy, groups, learning_rate=1e-2)
-    (worker,) = [
-        child
-        for child in psutil.Process(read_host(torch_backend.path).pid).children(recursive=True)
-        if "art_training_kit.worker" in child.cmdline() and "tether" not in " ".join(child.cmdline()[:5])
-    ]
+    worker = program(read_host(torch_backend.path).pid, "art_training_kit.worker")
     # No file of the worker's may grow beyond this, which fails its writing as a full disk does.
     unlimited = worker.rlimit(psutil.RLIMIT_FSIZE)
     worker.rlimit(psutil.RLIMIT_FSIZE, (1000, unlimited[1]))

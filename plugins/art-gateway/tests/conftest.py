@@ -10,8 +10,8 @@ import asyncio
 import inspect
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,17 +198,25 @@ class TableRoutes:
         return sum(served.in_flight(step) for served in self.models.values() for step in served.loaded)
 
 
+class Server(uvicorn.Server):
+    """One of several in a process, whose signals stay with the tests."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 @asynccontextmanager
 async def serving(*apps: Any) -> AsyncIterator[list[str]]:
     """Run applications under uvicorn, set up as a host does, each on a port of its own; gives their addresses."""
     listeners = [socket.socket() for _ in apps]
-    servers: list[uvicorn.Server] = []
+    servers: list[Server] = []
     for app, listener in zip(apps, listeners, strict=True):
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(app, **{**SERVER_OPTIONS, "loop": "none", "timeout_graceful_shutdown": 1})
-        servers.append(uvicorn.Server(config))
+        servers.append(Server(config))
     running = [
-        asyncio.create_task(server._serve([listener])) for server, listener in zip(servers, listeners, strict=True)
+        asyncio.create_task(server.serve([listener])) for server, listener in zip(servers, listeners, strict=True)
     ]
     try:
         while not all(server.started for server in servers):

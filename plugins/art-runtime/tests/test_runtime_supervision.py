@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -17,14 +18,7 @@ import pytest
 
 from art_core import LaunchPlan
 from art_core.errors import ProcessFailed
-from art_runtime import (
-    StartProgress,
-    SupervisedProcess,
-    accelerators,
-    check_port_is_ours,
-    devices,
-    free_port,
-)
+from art_runtime import Accelerator, StartProgress, SupervisedProcess, accelerators, check_port_is_ours, free_port
 
 _SERVER = """
 import http.server, os, sys, time
@@ -179,37 +173,52 @@ def test_free_ports_differ_and_can_be_listened_on() -> None:
         check_port_is_ours(ports[0], os.getpid())
 
 
-def test_devices_are_read_from_the_drivers_table() -> None:
-    table = "0, GPU-aaa, NVIDIA H200, 143771\n1, GPU-bbb, NVIDIA H200, 143771\nnonsense\n"
-    both = devices._read(table)
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Give the machine a driver's tool that runs a shell line; until then it has none."""
+
+    def install(line: str) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+        tool.chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    accelerators.cache_clear()
+    yield install
+    accelerators.cache_clear()
+
+
+def test_devices_are_read_from_the_drivers_table(
+    driver: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver("printf '0, GPU-aaa, NVIDIA H200, 143771\\n1, GPU-bbb, NVIDIA H200, 143771\\nnonsense\\n'")
+
+    def visible(setting: str | None) -> tuple[Accelerator, ...]:
+        if setting is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+        accelerators.cache_clear()
+        return accelerators()
+
+    both = visible(None)
     assert [(gpu.index, gpu.name, gpu.memory_mib) for gpu in both] == [
         (0, "NVIDIA H200", 143771),
         (1, "NVIDIA H200", 143771),
     ]
-    assert devices._visible(both, None) == both
-    assert devices._visible(both, "") == ()
-    assert devices._visible(both, "1,0") == (both[1], both[0])
-    assert devices._visible(both, "GPU-b") == (both[1],)
-    assert devices._visible(both, "0,7,1") == (both[0],)
+    assert visible("") == ()
+    assert visible("1,0") == (both[1], both[0])
+    assert visible("GPU-b") == (both[1],)
+    assert visible("0,7,1") == (both[0],)
 
 
-def test_a_machine_without_the_drivers_tool_has_no_accelerators(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    accelerators.cache_clear()
+def test_a_machine_without_the_drivers_tool_has_no_accelerators(driver: Callable[[str], None]) -> None:
     assert accelerators() == ()
-    accelerators.cache_clear()
 
 
-def test_a_driver_that_fails_counts_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    accelerators.cache_clear()
+def test_a_driver_that_fails_counts_as_none(driver: Callable[[str], None]) -> None:
+    driver("echo 'NVIDIA-SMI has failed'; exit 9")
     assert accelerators() == ()
-    accelerators.cache_clear()
 
 
 def test_importing_the_runtime_loads_no_framework() -> None:

@@ -19,7 +19,6 @@ from art_conformance.publication_suite import PublicationConformance
 from art_conformance.targets import (
     backend_arguments,
     command_of,
-    engine_python,
     inference_engine,
     plugin_names,
     targets,
@@ -55,13 +54,6 @@ class TestInferenceEngine(InferenceEngineConformance):
     def engine_args(cls, request: pytest.FixtureRequest) -> dict[str, Any]:
         return dict(targets(request.config).engine_args)
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def engine_python(cls, request: pytest.FixtureRequest) -> str:
-        return engine_python(
-            request.config, installed_plugins().inference_engine(targets(request.config).inference_engine)
-        )
-
 
 class TestTrainingEngine(TrainingEngineConformance):
     conformance_target = "training_engine"
@@ -70,13 +62,6 @@ class TestTrainingEngine(TrainingEngineConformance):
     @classmethod
     def engine(cls, request: pytest.FixtureRequest) -> TrainingEngine:
         return training_engine(request.config, installed_plugins())  # type: ignore[no-any-return]
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def engine_python(cls, request: pytest.FixtureRequest) -> str:
-        return engine_python(
-            request.config, installed_plugins().training_engine(targets(request.config).training_engine)
-        )
 
 
 class _ByName:

@@ -33,7 +33,8 @@ def _load_trainer(factory: str, request: PolicyRequest) -> Trainer:
     return Trainer(policy)
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """What a worker is told on its command line; None reads this process's own."""
     parser = argparse.ArgumentParser(prog="python -m art_training_kit.worker", description="Run a training worker.")
     parser.add_argument("--policy", required=True, metavar="MODULE:ATTR", help="factory of the policy to train")
     parser.add_argument("--base-model", required=True, type=Path, metavar="FOLDER")
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     # Threads that wait by spinning take the cores from the rollouts beside us: under load a step gets ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     keep_freed_memory()
-    return asyncio.run(_serve(_arguments(argv)))
+    return asyncio.run(_serve(read_arguments(argv)))
 
 
 if __name__ == "__main__":
