@@ -64,7 +64,12 @@ class Backend(Protocol):
 
     @property
     def capabilities(self) -> frozenset[BackendCapability]:
-        """What this instance declares; it may depend on its configuration and never changes after construction."""
+        """What this instance declares for any model; it may depend on its configuration and never changes."""
+
+    def capabilities_for(self, model: PolicyModel) -> frozenset[BackendCapability]:
+        """What it declares for this model, whose settings may add to `capabilities` or take away: whoever has a model
+        asks this.
+        """
 
     async def register(self, model: PolicyModel) -> Registration:
         """Serve the model at its latest checkpoint, or at step 0. A second call changes nothing."""

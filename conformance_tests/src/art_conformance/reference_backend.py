@@ -88,6 +88,10 @@ class ReferenceBackend:
         self.models: dict[ModelKey, ServedModel] = {}
         self._registering = asyncio.Lock()
 
+    def capabilities_for(self, model: PolicyModel) -> frozenset[Cap]:
+        """The same for every model."""
+        return self.capabilities
+
     async def register(self, model: PolicyModel) -> Registration:
         """Serve the model at its latest whole checkpoint, or at step 0."""
         key = ModelKey(model.project, model.name)
