@@ -12,6 +12,7 @@ import asyncio
 import inspect
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -38,6 +39,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 READMES = sorted(p for p in ROOT.glob("*/*/README.md") if not p.relative_to(ROOT).parts[0].startswith("."))
+TOP_LEVEL = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -136,6 +138,21 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8") if page.exists() else ""):
             if not target.startswith(("http:", "https:")):
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_every_module_and_path_that_the_architecture_names_is_there() -> None:
+    named = re.findall(r"`([^`\s]+)`", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    modules = [name for name in named if re.fullmatch(r"art(_[a-z]+)*(\.\w+)+", name)]
+    paths = [name for name in named if name.partition("/")[0] in TOP_LEVEL and "/" in name]
+    assert len(modules) > 40
+    assert len(paths) > 10
+    for name in modules:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError) as error:
+            raise AssertionError(f"docs/architecture.md names {name}: {error}") from error
+    for name in paths:
+        assert (ROOT / name).exists(), name
 
 
 def table_of(page: Path, first_column: str) -> dict[str, list[str]]:

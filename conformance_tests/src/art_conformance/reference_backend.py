@@ -88,7 +88,7 @@ class ReferenceBackend:
         self.models: dict[ModelKey, ServedModel] = {}
         self._registering = asyncio.Lock()
 
-    def capabilities_for(self, model: PolicyModel) -> frozenset[Cap]:
+    def capabilities_for(self, model: PolicyModel) -> frozenset[Cap]:  # noqa: ARG002
         """The same for every model."""
         return self.capabilities
 
