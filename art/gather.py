@@ -18,6 +18,7 @@ from art_core.pending_group import close_unstarted, outcome_of
 from art_core.trajectories import pending_group, read_attempt
 
 from .collector import fewer_collections
+from .leave_out import without_unsound_fields
 from .progress import RolloutProgress
 
 T = TypeVar("T")
@@ -97,7 +98,10 @@ async def gather_trajectory_groups(
     try:
         with fewer_collections(), progress:
             kept = await _all_or_cancel(
-                [_finish_group(group, tolerance, progress, after_each) for group in given],
+                [
+                    _finish_group(group, f"groups[{g}]", tolerance, progress, after_each)
+                    for g, group in enumerate(given)
+                ],
                 sizes=[len(group) if isinstance(group, PendingTrajectoryGroup) else 1 for group in given],
             )
     finally:
@@ -139,12 +143,16 @@ def close_groups(groups: Iterable[GroupOrPending]) -> None:
 
 
 async def _finish_group(
-    group: GroupOrPending, tolerance: _Tolerance, progress: RolloutProgress, after_each: AfterEach | None
+    group: GroupOrPending,
+    where: str,
+    tolerance: _Tolerance,
+    progress: RolloutProgress,
+    after_each: AfterEach | None,
 ) -> list[TrajectoryGroup]:
     if isinstance(group, PendingTrajectoryGroup):
         finished = group.group_of(await _run_rollouts(group, tolerance, progress))
     else:
-        finished = _sound(await _await_group(group))
+        finished = _sound(await _await_group(group), where)
         progress.expect(len(finished) + len(finished.exceptions))
         for result in (*finished, *finished.exceptions):
             progress.rollout(result)
@@ -170,8 +178,11 @@ async def _await_group(group: TrajectoryGroup | Awaitable[TrajectoryGroup]) -> T
     return finished
 
 
-def _sound(group: TrajectoryGroup) -> TrajectoryGroup:
-    """The group itself, or one whose unsound trajectories are exceptions."""
+def _sound(group: TrajectoryGroup, where: str) -> TrajectoryGroup:
+    """The group itself, or one whose unsound trajectories are exceptions, and that lacks what it can't keep itself."""
+    group, left_out = without_unsound_fields(group, where)
+    for problem in left_out:
+        warnings.warn(f"{problem}; it is left out", RuntimeWarning, stacklevel=2)
     results = [read_attempt(trajectory) for trajectory in group]
     if all(isinstance(result, Trajectory) for result in results):
         return group

@@ -9,11 +9,14 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, pstdev
+from typing import Any
 
 from art_core import TrajectoryGroup
+from art_core.trajectories import as_number
 
 # A metric of one of these sections has its full name already; any other is put under its split.
 SECTIONS = frozenset({"train", "val", "test", "loss", "data", "time", "throughput", "costs"})
+_NAMED = 20
 
 
 def trajectory_metrics(groups: Sequence[TrajectoryGroup], split: str) -> dict[str, float]:
@@ -44,12 +47,32 @@ def with_sections(metrics: Mapping[str, float], split: str) -> dict[str, float]:
     }
 
 
+def without_unsound_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """The metrics that are numbers, as Python's own, and the problems of the others."""
+    kept: dict[str, float] = {}
+    problems: list[str] = []
+    for name, value in metrics.items():
+        try:
+            kept[str(name)] = float(as_number(value))
+        except ValueError as error:
+            problems.append(f"metrics[{name!r}] cannot be kept: {error}")
+    return kept, problems
+
+
 def warn_of_non_finite(metrics: Mapping[str, float]) -> None:
     """Name the metrics that are NaN or infinite; they are kept as they are."""
     strange = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if strange:
         listed = ", ".join(f"{name}={value}" for name, value in strange.items())
         warnings.warn(f"logged metrics that are not finite numbers: {listed}", RuntimeWarning, stacklevel=3)
+
+
+def warn_of_left_out(problems: Sequence[str]) -> None:
+    """Name what was left out, as far as anyone reads."""
+    if problems:
+        more = [f"... and {len(problems) - _NAMED} more"] if len(problems) > _NAMED else []
+        listed = "\n".join(["left out of the log, where all else is kept:", *problems[:_NAMED], *more])
+        warnings.warn(listed, RuntimeWarning, stacklevel=3)
 
 
 def _means(metrics: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -61,8 +84,13 @@ def _means(metrics: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    # fmean raises for infinities of both signs.
-    return fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
+    # fmean raises for infinities of both signs, and for a sum that is larger than any float.
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values)
+    try:
+        return fmean(values)
+    except OverflowError:
+        return fmean(value / len(values) for value in values) * len(values)
 
 
 def _spread(values: Sequence[float]) -> float:

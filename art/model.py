@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import operator
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -33,7 +34,9 @@ from art_core.history import HISTORY
 
 from .best_step import best_step
 from .dev import InternalModelConfig, read_internal_config
-from .metrics import trajectory_metrics, warn_of_non_finite, with_sections
+from .leave_out import without_unsound
+from .metrics import trajectory_metrics, warn_of_left_out, warn_of_non_finite, with_sections, without_unsound_metrics
+from .trackers import trackers
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ write
     await model.log(groups, metrics=result.metrics, step=result.step, split="train")
 """
 
+STATE_LIMIT_S = 60.0
+
 TrajectoriesToLog = Iterable[TrajectoryGroup] | Iterable[Trajectory | BaseException]
 
 
@@ -58,7 +63,8 @@ class Model(BaseModel):
 
     `inference_model_name` is what requests ask for when it differs from `name`. Its files lie under
     `{base_path}/{project}/models/{name}`. `config` is the user's own. `report_metrics` names the trackers to report to,
-    None for all that are installed. Raises InvalidName for a name that cannot be a folder and part of an address.
+    as `art plugins` lists them: None for all that are installed, an empty list for none. Raises InvalidName for a name
+    that cannot be a folder and part of an address.
     """
 
     model_config = ConfigDict(extra="forbid", defer_build=True, arbitrary_types_allowed=True)
@@ -104,7 +110,11 @@ class Model(BaseModel):
         return self._backend
 
     async def register(self, backend: Backend) -> None:
-        """Remember the backend. A model that isn't trainable is served by its own endpoint, not by the backend."""
+        """Remember the backend. A model that isn't trainable is served by its own endpoint, not by the backend.
+
+        Raises PluginNotInstalled for a name in `report_metrics` that is no tracker.
+        """
+        trackers(installed_plugins(), self.report_metrics)
         self._backend = backend
 
     def openai_client(self) -> AsyncOpenAI:
@@ -162,9 +172,28 @@ class Model(BaseModel):
         write_json_atomically(path, dict(state))
 
     def merge_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Update the top-level keys of state.json and give the whole."""
-        merged = {**(self.read_state() or {}), **state}
-        self.overwrite_state(merged)
+        """Update the top-level keys of state.json and give the whole.
+
+        Others that merge meanwhile, in this process or another, wait: none loses a key. Raises TimeoutError when one
+        keeps this one waiting for a minute.
+        """
+        from filelock import FileLock, Timeout  # takes as long as a tenth of `import art`
+
+        folder = self._folder()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.state.lock"))
+        try:
+            lock.acquire(timeout=STATE_LIMIT_S, poll_interval=0.01)
+        except Timeout as error:
+            raise TimeoutError(
+                f"another process has been merging into {folder / 'state.json'} for {STATE_LIMIT_S:g} s, so nothing was"
+                f" merged; it holds {lock.lock_file}. End that process, and merge again."
+            ) from error
+        try:
+            merged = {**(self.read_state() or {}), **state}
+            self.overwrite_state(merged)
+        finally:
+            lock.release()
         return merged
 
     def read_state(self) -> dict[str, Any] | None:
@@ -202,32 +231,44 @@ class Model(BaseModel):
         metrics: Mapping[str, float] | None = None,
         step: int | None = None,
     ) -> None:
-        """Send trajectories and metrics to the installed trackers.
+        """Send trajectories and metrics to the trackers that `report_metrics` names, or to all that are installed.
 
         `trajectories` are groups, or trajectories and exceptions of one group. Rewards, their spread and the other
         metrics of the trajectories are computed; `metrics` are added and win over a computed one of the same name. A
         name without a section is put under `split`. `step` None means the current step. Metrics that are not finite
-        are kept, with a warning. A tracker that fails is warned of and does not keep the others from being told.
+        are kept, with a warning. A value that can't be kept is named in a warning and left out; it costs nothing else.
+        A tracker that fails is warned of and does not keep the others from being told.
         """
         check_name(split, what="split")
-        groups = _as_groups(trajectories)
-        step = await self.get_step() if step is None else step
-        logged = trajectory_metrics(groups, split) | with_sections(metrics or {}, split)
-        warn_of_non_finite(logged)
+        step = await self.get_step() if step is None else _whole(step)
         registry = installed_plugins()
-        if (groups or logged) and not registry.hooks.hook.art_log_metrics.get_hookimpls():
+        told = trackers(registry, self.report_metrics)
+        kept = [without_unsound(group, f"trajectory_groups[{g}]") for g, group in enumerate(_as_groups(trajectories))]
+        groups = [group for group, _ in kept]
+        given, problems = without_unsound_metrics(metrics or {})
+        logged = trajectory_metrics(groups, split) | with_sections(given, split)
+        if groups:
+            await announce(
+                registry,
+                "art_log_trajectories",
+                only=told,
+                model=self,
+                trajectory_groups=groups,
+                step=step,
+                split=split,
+            )
+        if logged:
+            await announce(registry, "art_log_metrics", only=told, model=self, metrics=logged, step=step, split=split)
+        # Last, since who has warnings raised as errors is to lose nothing by them.
+        if (groups or logged) and not told and self.report_metrics is None:
             warnings.warn(
                 "model.log: no tracker is installed, so nothing is kept. To keep history.jsonl and the trajectories:"
                 " pip install art-tracker-files",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        if groups:
-            await announce(
-                registry, "art_log_trajectories", model=self, trajectory_groups=groups, step=step, split=split
-            )
-        if logged:
-            await announce(registry, "art_log_metrics", model=self, metrics=logged, step=step, split=split)
+        warn_of_non_finite(logged)
+        warn_of_left_out([problem for _, said in kept for problem in said] + problems)
 
 
 class TrainableModel(Model):
@@ -254,7 +295,11 @@ class TrainableModel(Model):
         return dict(self._internal_config or {})
 
     async def register(self, backend: Backend) -> None:
-        """Have the backend serve this model, and learn its endpoint, key and folder. Again, it changes nothing."""
+        """Have the backend serve this model, and learn its endpoint, key and folder. Again, it changes nothing.
+
+        Raises PluginNotInstalled for a name in `report_metrics` that is no tracker, and what the backend raises.
+        """
+        trackers(installed_plugins(), self.report_metrics)
         registration = await backend.register(self)
         self.inference_base_url = registration.inference_base_url
         self.inference_api_key = registration.inference_api_key
@@ -336,6 +381,13 @@ def _as_groups(trajectories: TrajectoriesToLog | None) -> list[TrajectoryGroup]:
     groups = [item for item in given if isinstance(item, TrajectoryGroup)]
     loose = [item for item in given if not isinstance(item, TrajectoryGroup)]
     return [*groups, TrajectoryGroup(loose)] if loose else groups
+
+
+def _whole(step: Any) -> int:
+    try:
+        return operator.index(step)
+    except TypeError as error:
+        raise TypeError(f"model.log: step must be a whole number, not {step!r}") from error
 
 
 def _as_json(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ async def ask_permission(registry: PluginRegistry, hook: str, **arguments: Any) 
         await _call(implementation, hook, arguments)
 
 
-async def announce(registry: PluginRegistry, hook: str, **arguments: Any) -> None:
-    """Call an announcing hook. An implementation that raises is warned of by name and keeps no other from being
-    called; nor does a cancellation, which ends the one that is being called and is raised when all have been.
+async def announce(registry: PluginRegistry, hook: str, *, only: Collection[str] | None = None, **said: Any) -> None:
+    """Call an announcing hook, of all plugins or of those named. An implementation that raises is warned of by name and
+    keeps no other from being called; nor does a cancellation, which ends the one that is being called and is raised
+    when all have been.
     """
     cancelled: asyncio.CancelledError | None = None
-    for implementation in _implementations(registry, hook, arguments):
+    for implementation in _implementations(registry, hook, said, only):
         try:
-            await _call(implementation, hook, arguments)
+            await _call(implementation, hook, said)
         except asyncio.CancelledError as error:
             cancelled = error
         except Exception as error:
@@ -81,8 +83,9 @@ async def resolve_checkpoint(registry: PluginRegistry, model: PolicyModel, step:
     return None if found is None else Path(found)
 
 
-def _implementations(registry: PluginRegistry, hook: str, arguments: dict[str, Any]) -> list[Any]:
-    implementations = list(reversed(getattr(registry.hooks.hook, hook).get_hookimpls()))
+def _implementations(registry: PluginRegistry, hook: str, arguments: Any, only: Any = None) -> list[Any]:
+    found = reversed(getattr(registry.hooks.hook, hook).get_hookimpls())
+    implementations = [each for each in found if only is None or each.plugin_name in only]
     registry.trace(hook, arguments, [implementation.plugin_name for implementation in implementations])
     return implementations
 

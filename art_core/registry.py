@@ -7,8 +7,8 @@ against is `loading`'s and `plugin_gates`'.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
+import pkgutil
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -224,14 +224,9 @@ def instantiate(spec: PluginSpec, **arguments: Any) -> Any:
 
 def load_factory(spec: PluginSpec) -> Any:
     """Import a card's factory without calling it. Raises PluginError naming the plugin when that fails."""
-    module_name, _, attribute = spec.factory.partition(":")
-    factory: Any
     try:
-        factory = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            factory = getattr(factory, part)
+        return pkgutil.resolve_name(spec.factory)
     except Exception as error:
         raise PluginError(
             f"{spec.name!r} is registered as {spec.factory}, which cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    return factory

@@ -71,7 +71,7 @@ async def run_step(
     Raises what a plugin refused with, and what a verb raised; the step before is served then. A cancellation that comes
     once the step is served is raised after all have been told that it worked.
     """
-    told = {"backend": backend, "model": model}
+    told: dict[str, Any] = {"backend": backend, "model": model}
     try:
         await ask_permission(registry, "art_before_train", **told, step=step, trajectory_groups=trajectory_groups)
         saved = await verbs.train_and_save()

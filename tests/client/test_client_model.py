@@ -14,7 +14,7 @@ from art.best_step import best_step
 from art.dev import InternalModelConfig
 from art.train_config import TrainConfig
 from art_core import ModelKey, PluginRegistry, hookimpl, installed_plugins
-from art_core.errors import InvalidName, NotRegistered, UnknownArgument
+from art_core.errors import InvalidName, NotRegistered, PluginNotInstalled, UnknownArgument
 from art_core.history import append_history
 
 
@@ -336,6 +336,103 @@ async def test_a_tracker_that_fails_keeps_no_other_from_being_told(model, tracke
     with pytest.warns(RuntimeWarning, match="'broken' failed in art_log_metrics.*the disk is full"):
         await model.log(metrics={"a": 1})
     assert len(recorder.metrics) == 1
+
+
+async def test_a_metric_that_is_no_number_costs_only_itself(model, recorder):
+    given = groups()
+    given[1][0].metrics["judge"] = "timeout"
+    given[0].metrics["judge"] = None
+    given[0][0].logs.append(3)
+    with pytest.warns(RuntimeWarning) as said:
+        await model.log(
+            given, metrics={"loss": "high", "loss/train": 0.5, "data/n": [1], 7: "2"}, step=1, split="train"
+        )
+    assert str(said.pop().message).splitlines() == [
+        "left out of the log, where all else is kept:",
+        "trajectory_groups[0].metrics['judge'] cannot be kept: None is not one number",
+        "trajectory_groups[1].trajectories[0].metrics['judge'] cannot be kept: 'timeout' is not one number",
+        "metrics['loss'] cannot be kept: 'high' is not one number",
+        "metrics['data/n'] cannot be kept: [1] is not one number",
+    ]
+    ((_, metrics, _, _),) = recorder.metrics
+    assert metrics == {**EXPECTED, "train/group_judge": 1.0, "loss/train": 0.5, "train/7": 2.0}
+    ((_, logged, _, _),) = recorder.groups
+    assert [len(group) for group in logged] == [2, 1]
+    assert logged[0][0].logs == ["3"]
+    assert given[1][0].metrics == {"costs/tokens": 7.0, "judge": "timeout"}  # the user's own stay as they are
+
+
+async def test_nothing_is_lost_to_a_warning_raised_as_an_error(model, recorder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="left out of the log"):
+            await model.log(groups(), metrics={"loss/a": "high", "loss/b": 1}, split="train")
+    assert len(recorder.groups[0][1]) == 2
+    assert recorder.metrics[0][1] == {**EXPECTED, "loss/b": 1.0}
+
+
+@pytest.mark.parametrize(
+    "values", [[1.7e308] * 3, [1e308, -1e308], [math.inf, -math.inf], [2**1023, 0.5], [5e-324] * 2]
+)
+async def test_metrics_of_any_size_are_averaged(model, recorder, values):
+    trajectories = [art.Trajectory(metrics={"m": value}) for value in values]
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        await model.log(trajectories, split="train", metrics={"loss/train": 1})
+    mean = recorder.metrics[0][1]["train/m"]
+    assert math.isnan(mean) or min(map(float, values)) <= mean <= max(map(float, values))
+
+
+@pytest.mark.parametrize("step", ["3", 3.0, 2.5, object()])
+async def test_a_step_that_is_no_whole_number_is_refused(model, recorder, step):
+    with pytest.raises(TypeError, match=r"model\.log: step must be a whole number, not "):
+        await model.log(metrics={"a": 1}, step=step)
+    assert recorder.metrics == []
+
+
+async def test_a_step_of_another_library_is_a_step(model, recorder):
+    np = pytest.importorskip("numpy")
+    await model.log(metrics={"a": 1}, step=np.int64(3))
+    assert [type(step) for _, _, step, _ in recorder.metrics] == [int]
+
+
+@pytest.mark.parametrize(
+    ("report", "told"), [(None, ["one", "two"]), (["one"], ["one"]), (["two", "one"], ["one", "two"]), ([], [])]
+)
+async def test_only_the_trackers_that_are_named_are_told(backend, trackers, report, told):
+    recorders = {name: Recorder() for name in ("one", "two")}
+    for name, recorder in recorders.items():
+        trackers.register(recorder, name)
+    model = art.TrainableModel(name="m", project="p", base_model="b", report_metrics=report)
+    await model.register(backend)
+    await model.log(groups(), metrics={"loss/train": 1}, step=1, split="train")
+    assert [name for name, recorder in recorders.items() if recorder.metrics] == told
+    assert [name for name, recorder in recorders.items() if recorder.groups] == told
+    assert all(recorder.registered for recorder in recorders.values())
+
+
+async def test_a_tracker_that_is_not_there_is_refused_with_those_that_are(backend, trackers):
+    class NoTracker:
+        art_api = 1
+
+        @hookimpl
+        def art_model_registered(self, backend, model):
+            raise AssertionError("nothing may be registered")
+
+    trackers.register(Recorder(), "recorder")
+    trackers.register(NoTracker(), "watcher")
+    for name, why in (
+        ("recordr", "which is no tracker here. Did you mean 'recorder'? Installed trackers: recorder."),
+        ("watcher", "The plugin is active: it is told nothing that is logged. Installed trackers: recorder."),
+        ("wandb", "which is no tracker here. Installed trackers: recorder."),
+    ):
+        model = art.TrainableModel(name="m", project="p", base_model="b", report_metrics=["recorder", name])
+        with pytest.raises(PluginNotInstalled, match=f"report_metrics names '{name}'") as refused:
+            await model.register(backend)
+        assert str(refused.value).endswith(why)
+        assert backend.calls == []
+        with pytest.raises(PluginNotInstalled):
+            await art.Model(name="m", project="p", report_metrics=[name]).log(metrics={"a": 1})
 
 
 async def test_without_a_tracker_the_pip_line_is_named(model, trackers):

@@ -152,6 +152,26 @@ def test_what_cannot_be_written_is_named_by_its_place(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("group", "place"),
+    [
+        (group_of({"role": "tool", "content": object()}), "in item 1: "),
+        (group_of(choice([1], [2]), choice([1], [2], judge=object())), "in item 2: "),
+        (
+            group_of(additional_histories=[History(), History(messages_and_choices=[{"role": "tool", "a": b"\xff"}])]),
+            "in additional history 1, in item 0: ",
+        ),
+        (group_of(tools=[{"type": "function", "function": object()}]), "in field 'tools': "),
+    ],
+)
+def test_it_is_named_by_message_too(tmp_path: Path, group: TrajectoryGroup, place: str) -> None:
+    with pytest.raises(InvalidTrajectory) as error:
+        write_groups(tmp_path / "step.groups", [group])
+    assert f"trajectory_groups[0].trajectories[0] holds a value that cannot be written down, {place}" in str(
+        error.value
+    )
+
+
 def test_rows_continue_while_prompts_do_and_no_token_is_in_two() -> None:
     first, second, other = choice([1, 2], [3, 4]), choice([1, 2, 3, 4, 5], [6]), choice([1, 9], [7])
     group = group_of(first, {"role": "user", "content": "more"}, second, other)

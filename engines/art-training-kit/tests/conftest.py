@@ -54,6 +54,7 @@ class SmallPolicy:
         self._adapters: dict[str, dict[str, nn.Parameter]] = {}
         self._active: str | None = None
         self.loads = 0
+        self.squash: Callable[[Tensor], Tensor] = torch.tanh
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return self._adapters["trained"]
@@ -65,7 +66,7 @@ class SmallPolicy:
             q, k, v = (self._project(x, weights[name], f"{layer}.{name}") for name in ("q", "k", "v"))
             split = [y.view(len(row), -1, HIDDEN // HEADS).transpose(0, 1)[None] for y in (q, k, v)]
             out = tree_attention(split[0], split[1], split[2], plan, 0.5)
-            x = x + torch.tanh(out[0].transpose(0, 1).reshape(len(row), HIDDEN))
+            x = x + self.squash(out[0].transpose(0, 1).reshape(len(row), HIDDEN))
         return x
 
     def _project(self, x: Tensor, weight: Tensor, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,40 @@ def test_ids_and_logprobs_must_be_one_for_one(make_choice: Make) -> None:
         tokenize((trajectory(bad), 1.0), (trajectory(make_choice([1], [2])), 0.0))
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf])
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, 1.1e150, -1e300])
 def test_a_reward_that_is_not_finite_is_named(make_choice: Make, reward: float) -> None:
     with pytest.raises(InvalidTrajectory, match=r"trajectory_groups\[0\].trajectories\[1\].reward"):
         tokenize((trajectory(make_choice([1], [2])), 0.0), (trajectory(make_choice([1], [2])), reward))
+
+
+def test_rewards_that_differ_by_rounding_are_counted_as_equal(make_choice: Make) -> None:
+    real = TrajectoryGroup([trajectory(make_choice([1], [2]), reward=reward) for reward in (0.0, 1.0)])
+    noise = TrajectoryGroup([trajectory(make_choice([1], [2]), reward=reward) for reward in (0.3, 0.1 + 0.2)])
+    step = tokenize_groups([record_of(noise), record_of(real)], vocabulary_size=9, max_length=9)
+    assert step.advantages.tolist() == pytest.approx([-1, 1], rel=1e-5)
+    assert step.metrics["data/step_num_groups_trainable"] == 1
+    assert step.metrics["data/step_num_trajectories_zero_advantage"] == 2
+
+
+def test_all_that_cannot_be_trained_on_is_named_at_once(make_choice: Make) -> None:
+    good = lambda: trajectory(make_choice([1], [2]))  # noqa: E731
+    groups = [
+        [(good(), 1.0), (trajectory(make_choice([1], [200])), 0.0), (trajectory(make_choice([], [2])), 2.0)],
+        [(good(), math.nan), (good(), 1.0), (good(), math.inf)],
+        [(trajectory(make_choice([1], [2], 0.5)), 1.0), (good(), 0.0)],
+    ]
+    for group in groups:
+        for each, reward in group:
+            each.reward = reward
+    records = [record_of(TrajectoryGroup([each for each, _ in group])) for group in groups]
+    with pytest.raises(InvalidTrajectory) as refused:
+        tokenize_groups(records, vocabulary_size=100, max_length=50)
+    first, *lines, todo = str(refused.value).splitlines()
+    assert first == "5 values cannot be trained on:"
+    assert "drop their trajectories" in todo
+    places = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0)]
+    for line, (g, t) in zip(lines, places, strict=True):
+        assert re.match(rf"trajectory_groups\[{g}\]\.trajectories\[{t}\][. ]", line)
 
 
 class Letters:
@@ -167,6 +198,19 @@ def test_a_template_that_moves_the_message_is_refused(make_choice: Make) -> None
     bare = [trajectory(make_choice([1], [2], None, token_ids=None)) for _ in range(2)]
     with pytest.raises(InvalidTrajectory, match="right after its prompt"):
         tokenize((bare[0], 1.0), (bare[1], 0.0), without_logprobs=ChatTemplate(Moving()), vocabulary_size=128)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), TypeError("can only concatenate"), UnicodeError("?")])
+def test_a_template_that_raises_is_told_by_the_choice_it_was_for(make_choice: Make, error: Exception) -> None:
+    class Raising(Letters):
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            raise error
+
+    bare = [trajectory(make_choice([1], [2], None, token_ids=None)) for _ in range(2)]
+    with pytest.raises(InvalidTrajectory, match=f"{type(error).__name__}: ") as refused:
+        tokenize((bare[0], 1.0), (bare[1], 0.0), without_logprobs=ChatTemplate(Raising()), vocabulary_size=128)
+    for t in range(2):
+        assert f"trajectory_groups[0].trajectories[{t}].messages_and_choices[1] came without" in str(refused.value)
 
 
 def test_rows_survive_being_written_and_read(make_groups: Make, tmp_path: Path) -> None:

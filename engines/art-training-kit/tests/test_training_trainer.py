@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from art_core.errors import AdapterMismatch, CorruptCheckpoint, InvalidTrajectory, UnknownArgument
+from art_core.errors import AdapterMismatch, CorruptCheckpoint, InvalidTrajectory, TrainingFailed, UnknownArgument
 from art_engine_kit.canary import read_canary
 from art_engine_kit.checkpoint_folder import read_manifest
 from art_engine_kit.group_records import record_of
@@ -295,11 +295,63 @@ def test_settings_are_read_or_refused_by_name(small_policy: Make, job: Make) -> 
     )
 
 
-def test_too_long_trajectories_are_left_out_whole_and_counted(small_policy: Make, job: Make, make_groups: Make) -> None:
+def test_too_long_trajectories_are_left_out_whole_and_counted(
+    small_policy: Make, job: Make, make_groups: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     groups = make_groups(1)
     longest = max(len(c.prompt_token_ids) + len(c.token_ids) for g in groups for t in g for c in t.choices())
-    metrics = run(Trainer(small_policy()), job(1, groups=groups, packed_sequence_length=longest - 1))
+    with caplog.at_level("WARNING"):
+        metrics = run(Trainer(small_policy()), job(1, groups=groups, packed_sequence_length=longest - 1))
     assert metrics["data/step_num_trajectories_too_long"] >= 1
+    assert f"trajectories are longer than packed_sequence_length={longest - 1} and are left out" in caplog.text
+    assert f"the longest has {longest} tokens. To train on them raise packed_sequence_length" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"packed_sequence_length": 3}, "packed_sequence_length=3 leaves out every trajectory of the step"),
+        ({"adapter": {"max_seq_length": 5}}, "max_seq_length=5 leaves out every trajectory of the step"),
+    ],
+)
+def test_a_limit_that_leaves_out_every_trajectory_stops_the_step(
+    small_policy: Make, job: Make, checkpoints: Path, told: Any, words: str
+) -> None:
+    policy = small_policy()
+    with pytest.raises(ValueError, match=words):
+        run(Trainer(policy), job(1, **told))
+    assert policy.loads == 0
+    assert not (checkpoints / "0001").exists()
+
+
+@pytest.mark.parametrize("learning_rate", [1e3, 1e6, 1e30])
+def test_a_step_that_diverged_says_so_with_its_learning_rate_and_gradient(
+    small_policy: Make, job: Make, checkpoints: Path, learning_rate: float
+) -> None:
+    def policy() -> Any:
+        made = small_policy()
+        made.squash = torch.nn.Identity()  # as in a real model, what comes out of a layer has no bound
+        return made
+
+    trainer = Trainer(policy())
+    expected = run(Trainer(policy()), job(1))
+    shutil.rmtree(checkpoints / "0001")
+    with pytest.raises(TrainingFailed, match=r"step 1 of project/agent diverged: ") as refused:
+        run(trainer, job(1, learning_rate=learning_rate))
+    assert f"Its learning rate was {learning_rate:g}, the gradient's norm " in str(refused.value)
+    assert "smaller learning_rate" in str(refused.value)
+    assert [path.name for path in checkpoints.iterdir()] == ["0000"]
+    assert run(trainer, job(1))["loss/train"] == expected["loss/train"]
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-3, 3e-2])
+def test_a_large_step_that_is_none_the_worse_is_kept(
+    small_policy: Make, job: Make, checkpoints: Path, learning_rate: float
+) -> None:
+    trainer = Trainer(small_policy())
+    for step in (1, 2, 3):
+        run(trainer, job(step, learning_rate=learning_rate))
+    assert (checkpoints / "0003").exists()
 
 
 def test_after_a_fault_nothing_is_left_and_the_next_job_is_as_if_it_had_not_been(
@@ -329,7 +381,9 @@ def test_after_a_fault_nothing_is_left_and_the_next_job_is_as_if_it_had_not_been
 def test_gradients_that_are_not_finite_stop_the_job(small_policy: Make, job: Make, checkpoints: Path) -> None:
     policy = small_policy()
     policy.output_weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="norm is nan"):
+    with pytest.raises(
+        FloatingPointError, match="the step diverged: the gradient's norm is nan at a learning rate of "
+    ):
         run(Trainer(policy), job(1))
     assert not (checkpoints / "0001").exists()
 

@@ -8,6 +8,7 @@ import inspect
 import json
 
 import pytest
+from openai.types.chat.chat_completion import Choice
 
 from art_backend_local import LocalBackend
 from art_core import Backend, Trajectory, TrajectoryGroup, hookimpl, installed_plugins
@@ -47,6 +48,45 @@ async def test_a_step_is_trained_saved_verified_and_served(backend, policy, grou
     assert recorder.calls == [(hook, 1) for hook in hooks]
     assert not list((checkpoints(backend).parent / "jobs").iterdir())
     assert json.loads((checkpoints(backend).parent / "model.json").read_text())["base_model"] == policy.base_model
+
+
+def sampled(*lengths):
+    """A group whose trajectories have as many tokens, one of each sampled."""
+
+    def choice(length):
+        message = {"role": "assistant", "content": "a"}
+        ids = {"prompt_token_ids": [1] * (length - 1), "token_ids": [7]}
+        return Choice.model_validate({"finish_reason": "stop", "index": 0, "message": message, **ids})
+
+    return TrajectoryGroup(
+        [Trajectory(messages_and_choices=[choice(length)], reward=i) for i, length in enumerate(lengths)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "config", "words"),
+    [
+        ({"packed_sequence_length": 3}, {}, "packed_sequence_length=3 leaves out every trajectory of the step"),
+        ({}, {"trainer_args": {"max_seq_length": 5}}, "max_seq_length=5 leaves out every trajectory of the step"),
+        ({"packed_sequence_length": 9}, {"init_args": {"max_seq_length": 8}}, "9 and max_seq_length 8: a packed row"),
+    ],
+)
+async def test_a_limit_that_leaves_out_everything_is_refused_before_the_step(
+    backend, make_policy, told, config, words, recorder
+):
+    policy = make_policy(config=config)
+    await backend.register(policy)
+    with pytest.raises(ValueError, match=words):
+        await backend.train(policy, [sampled(40, 50), sampled(6)], **told)
+    assert await backend.list_steps(policy) == [0]
+    assert recorder.calls == []
+
+
+async def test_a_limit_that_leaves_out_some_is_warned_of_and_the_step_goes_on(backend, policy):
+    await backend.register(policy)
+    with pytest.warns(RuntimeWarning, match="2 of 3 trajectories are longer than packed_sequence_length=6 and"):
+        result = await backend.train(policy, [sampled(40, 6, 50)], packed_sequence_length=6, learning_rate=0.5)
+    assert result.step == 1
 
 
 async def test_a_choice_carries_what_training_needs(backend, policy, client):

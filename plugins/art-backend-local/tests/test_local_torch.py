@@ -14,7 +14,7 @@ import pytest
 
 from art_backend_local.wire.host_files import read_host
 from art_core import Trajectory, TrajectoryGroup
-from art_core.errors import CheckpointNotFound
+from art_core.errors import CheckpointNotFound, TrainingFailed
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("art_engine_torch")
@@ -270,6 +270,22 @@ async def test_a_full_disk_fails_the_step_and_the_next_one_works_once_there_is_r
             (small_disk / "filler").unlink()
         assert (await backend.train(policy, groups, learning_rate=1e-2)).step == 2
         assert (await attempt(asked)).choices()[0].policy_version == 2
+
+
+@pytest.mark.parametrize("learning_rate", [1e3, 1e6])
+async def test_a_step_that_diverged_says_so_and_blames_no_engine(
+    torch_backend, policy, client, checkpoints, learning_rate
+):
+    asked = client(await torch_backend.register(policy))
+    groups = await gather(asked)
+    with pytest.raises(TrainingFailed, match="diverged: ") as refused:
+        await torch_backend.train(policy, groups, learning_rate=learning_rate)
+    assert re.search(rf"learning rate .*{re.escape(f'{learning_rate:g}')}\b", str(refused.value))
+    assert "the gradient's norm " in str(refused.value)
+    assert "canary" not in str(refused.value)
+    assert not list(checkpoints(torch_backend).glob("0001*"))
+    assert (await attempt(asked)).choices()[0].policy_version == 0
+    assert (await torch_backend.train(policy, groups, learning_rate=1e-3)).step == 1
 
 
 async def test_a_kl_reference_is_a_step_an_adapter_folder_or_the_base(torch_backend, policy, client):

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
-from operator import attrgetter, index, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
-from pydantic_core import from_json, to_json, to_jsonable_python
+from pydantic_core import from_json, to_json
 
 from art_core import History, TrajectoryGroup
 from art_core.errors import InvalidTrajectory
-from art_core.trajectories import is_choice
+from art_core.trajectories import as_json, as_number, is_choice
 
 from .group_records import LOGPROB, TOKEN_ID, HistoryRecord, Sample, TrajectoryRecord, samples_of
 
@@ -26,7 +25,7 @@ _IN_RECORDS = {"token_ids", "prompt_token_ids", "logprobs"}
 
 
 def group_to_text(group: TrajectoryGroup, records: Sequence[TrajectoryRecord], *, where: str) -> bytes:
-    """Raises InvalidTrajectory, naming group and trajectory, for a value that JSON cannot hold."""
+    """Raises InvalidTrajectory, naming group, trajectory and item, for a value that JSON cannot hold."""
     fields = _fields(group, without="trajectories") | {"exceptions": [vars(error) for error in group.exceptions]}
     trajectories = []
     for t, (trajectory, record) in enumerate(zip(group, records, strict=True)):
@@ -109,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 def _dump(value: Any, where: str) -> bytes:
     try:
-        return to_json(value, inf_nan_mode="constants", fallback=_number)
+        return to_json(value, inf_nan_mode="constants", fallback=as_number)
     except (TypeError, ValueError):
         return _dump_escaped(value, where)
 
@@ -117,17 +116,24 @@ def _dump(value: Any, where: str) -> bytes:
 def _dump_escaped(value: Any, where: str) -> bytes:
     """A lone surrogate is no UTF-8, but JSON has an escape for it."""
     try:
-        return json.dumps(value, default=partial(to_jsonable_python, fallback=_number)).encode()
+        return json.dumps(value, default=as_json).encode()
     except (TypeError, ValueError) as error:
-        raise InvalidTrajectory(f"{where} holds a value that cannot be written down: {error}") from error
+        place = _place(value)
+        raise InvalidTrajectory(f"{where} holds a value that cannot be written down{place}: {error}") from error
 
 
-def _number(value: Any) -> int | float:
-    """What numpy or torch calls a scalar is a number. Raises TypeError or ValueError for what isn't one."""
-    try:
-        return index(value)
-    except TypeError:
-        return float(value)
+def _place(fields: JSON) -> str:
+    """Where in a trajectory's fields the value is that JSON cannot hold."""
+    items = fields.get("messages_and_choices") or ()
+    histories = fields.get("additional_histories") or ()
+    for what, parts in (("item", items), ("additional history", histories), ("field", fields)):
+        for name, part in parts.items() if isinstance(parts, dict) else enumerate(parts):
+            try:
+                json.dumps(part, default=as_json)
+            except (TypeError, ValueError):
+                inner = _place(part) if what == "additional history" else ""
+                return f", in {what} {name!r}{inner}"
+    return ""
 
 
 def _load(text: bytes) -> Any:

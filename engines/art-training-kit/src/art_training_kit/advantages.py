@@ -12,15 +12,27 @@ import numpy.typing as npt
 Values = npt.NDArray[np.float64]
 
 _STD_FLOOR = 1e-6
+# Of the largest reward, or of 1. Rounding in float64 makes 1e-16, summing up a thousand terms 1e-13.
+_ROUNDING = 1e-12
+
+
+def differ(rewards: Values) -> bool:
+    """Whether the rewards of a group differ by more than rounding: by more than 1e-12 of the largest of them, or of 1
+    where all are smaller.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if rewards.size == 0:
+        return False
+    return bool(np.ptp(rewards) > _ROUNDING * max(1.0, float(np.abs(rewards).max())))
 
 
 def group_advantages(rewards: Values, *, scale: bool) -> Values:
     """A = (r - mean) / (population std + 1e-6) within one group, or r - mean when `scale` is off.
 
-    Equal rewards give exactly 0, whatever the rounding of their mean.
+    Rewards that don't `differ` give exactly 0. They are at most 1e150 in size, so that their squares are finite.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    if rewards.size == 0 or rewards.max() == rewards.min():
+    if not differ(rewards):
         return np.zeros_like(rewards)
     centred: Values = rewards - rewards.mean()
     return centred / (rewards.std() + _STD_FLOOR) if scale else centred

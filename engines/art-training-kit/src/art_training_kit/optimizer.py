@@ -70,9 +70,9 @@ class AdapterOptimizer:
         norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self.options.max_grad_norm))
         if not norm < float("inf"):
             raise FloatingPointError(
-                f"the gradient's norm is {norm}: the loss or the logprobs are not finite. Lower the learning rate,"
-                " or look at"
-                " the trajectories' logprobs. Nothing was saved; the step before is unchanged."
+                f"the step diverged: the gradient's norm is {norm} at a learning rate of {learning_rate:g}, so the loss"
+                " or the logprobs are not finite. Nothing was saved; the step before is unchanged. Lower the learning"
+                " rate, or look at the trajectories' logprobs."
             )
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate

@@ -39,12 +39,14 @@ class TokenizedStep:
 
     `advantages` holds one value a trajectory, from the rewards of its group, never 0. `trained_tokens` is the number of
     sampled tokens of each trajectory over all its rows. `metrics` counts what was given and what was left out, and why.
+    `lengths` are those of the longest sequences of the trajectories with something to train on, too long ones included.
     """
 
     rows: list[TokenRow]
     advantages: npt.NDArray[np.float64]
     trained_tokens: npt.NDArray[np.int64]
     metrics: dict[str, float] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

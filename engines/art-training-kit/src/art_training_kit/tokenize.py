@@ -13,7 +13,9 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from art_core import History
 from art_core.errors import InvalidTrajectory
+from art_core.trajectories import LARGEST_REWARD, refuse
 from art_engine_kit.group_records import (
     LOGPROB,
     NO_LOGPROBS,
@@ -30,7 +32,7 @@ from art_engine_kit.group_records import (
     samples_of,
 )
 
-from .advantages import group_advantages
+from .advantages import differ, group_advantages
 from .chat_template import ChatTemplate
 from .rows import TokenizedStep, TokenRow
 
@@ -49,39 +51,50 @@ def tokenize_groups(
     trajectory, and counted.
 
     `without_logprobs` is what a choice without ids goes through where that is allowed; None refuses it. Raises
-    InvalidTrajectory, naming group, trajectory and choice, for rewards that are not finite and for tokens that cannot
-    be trained on.
+    InvalidTrajectory, naming group, trajectory and choice of each, for rewards that are not finite and for tokens that
+    cannot be trained on.
     """
     rows: list[TokenRow] = []
     advantages: list[float] = []
     trained_tokens: list[int] = []
+    lengths: list[int] = []
+    problems: list[str] = []
     submitted = unequal = zero = no_choice = too_long = exceptions = total = 0
     for g, group in enumerate(groups):
         submitted += 1
         exceptions += group.exceptions
         total += len(group.trajectories)
         rewards = np.array([trajectory.reward for trajectory in group.trajectories], dtype=np.float64)
-        _check_rewards(rewards, f"trajectory_groups[{g}]")
-        unequal += bool(len(rewards) and rewards.min() != rewards.max())
+        unsound = _unsound_rewards(rewards, f"trajectory_groups[{g}]")
+        if unsound:
+            problems += unsound
+            continue
+        unequal += differ(rewards)
         for t, advantage in enumerate(group_advantages(rewards, scale=scale_rewards).tolist()):
             if advantage == 0.0:
                 zero += 1
                 continue
             where = f"trajectory_groups[{g}].trajectories[{t}]"
-            sampled = list(_sampled_rows(group.trajectories[t], where, without_logprobs))
-            if not sampled:
-                no_choice += 1
+            try:
+                sampled = list(_sampled_rows(group.trajectories[t], where, without_logprobs))
+                if not sampled:
+                    no_choice += 1
+                    continue
+                lengths.append(max(len(row.token_ids) for _, row in sampled))
+                if lengths[-1] > max_length:
+                    too_long += 1
+                    continue
+                made = [
+                    _row(row, len(advantages), vocabulary_size, name, logprobs_needed=without_logprobs is None)
+                    for name, row in sampled
+                ]
+            except InvalidTrajectory as error:
+                problems.append(str(error))
                 continue
-            if max(len(row.token_ids) for _, row in sampled) > max_length:
-                too_long += 1
-                continue
-            made = [
-                _row(row, len(advantages), vocabulary_size, name, logprobs_needed=without_logprobs is None)
-                for name, row in sampled
-            ]
             rows.extend(made)
             advantages.append(advantage)
             trained_tokens.append(sum(len(row.trained) for row in made))
+    refuse(problems)
     metrics = {
         "data/step_num_scenarios": float(submitted),
         "data/step_num_groups_submitted": float(submitted),
@@ -92,15 +105,15 @@ def tokenize_groups(
         "data/step_num_trajectories_without_choice": float(no_choice),
         "data/step_num_trajectories_too_long": float(too_long),
     }
-    return TokenizedStep(rows, np.array(advantages), np.array(trained_tokens, dtype=np.int64), metrics)
+    return TokenizedStep(rows, np.array(advantages), np.array(trained_tokens, dtype=np.int64), metrics, lengths)
 
 
-def _check_rewards(rewards: npt.NDArray[np.float64], where: str) -> None:
-    for t in np.flatnonzero(~np.isfinite(rewards)):
-        raise InvalidTrajectory(
-            f"{where}.trajectories[{t}].reward is {rewards[t]}: a reward must be a finite number, since every advantage"
-            " of its group is computed from it. Set it, or drop the trajectory."
-        )
+def _unsound_rewards(rewards: npt.NDArray[np.float64], where: str) -> list[str]:
+    return [
+        f"{where}.trajectories[{t}].reward is {rewards[t]}: a reward must be a finite number of at most"
+        f" {LARGEST_REWARD}, since every advantage of its group is computed from it. Set it, or drop the trajectory."
+        for t in np.flatnonzero(~(np.abs(rewards) <= LARGEST_REWARD))
+    ]
 
 
 def _sampled_rows(
@@ -138,7 +151,7 @@ def _rows_by_template(history: HistoryRecord, name: str, template: ChatTemplate)
         if item in known:
             sample = known[item]
         elif item in missing or (isinstance(said, dict) and said["role"] == "assistant"):
-            prompt, ids = template.sampled(whole, item, where=f"{name}.messages_and_choices[{item}]")
+            prompt, ids = _sampled(template, whole, item, f"{name}.messages_and_choices[{item}]")
             sample = Sample.of(item, prompt, ids, logprobs_of(said) if item in missing else None)
         else:
             continue
@@ -146,6 +159,18 @@ def _rows_by_template(history: HistoryRecord, name: str, template: ChatTemplate)
             unknown = np.full(len(sample.token_ids) // TOKEN_ID.itemsize, np.nan, dtype=LOGPROB).tobytes()
             samples.append(sample._replace(logprobs=sample.logprobs or unknown))
     return join_rows(samples)
+
+
+def _sampled(template: ChatTemplate, history: History, item: int, where: str) -> tuple[list[int], list[int]]:
+    try:
+        return template.sampled(history, item, where=where)
+    except InvalidTrajectory:
+        raise
+    except Exception as error:  # a template may raise whatever it likes, and a tokenizer takes no lone surrogates
+        raise InvalidTrajectory(
+            f"{where} came without token ids, and the conversation up to it cannot be put through the chat template:"
+            f" {type(error).__name__}: {error}. Take choices from the gateway, which carry their token ids, or mend it."
+        ) from error
 
 
 def _row(row: SampledRow, trajectory: int, vocabulary_size: int, name: str, *, logprobs_needed: bool) -> TokenRow:

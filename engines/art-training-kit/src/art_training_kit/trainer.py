@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from art_core.errors import TrainingFailed
 from art_engine_kit.canary import CANARY, Canary, read_canary
 from art_engine_kit.checkpoint_folder import (
     ADAPTER_CONFIG,
@@ -30,6 +31,7 @@ from art_engine_kit.checkpoint_folder import (
     saving,
 )
 from art_engine_kit.groups_file import read_records
+from art_engine_kit.sequence_limit import SequenceLimit, check_lengths
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import (
     GradientStep,
@@ -56,6 +58,8 @@ from .tokenize import tokenize_groups
 _log = logging.getLogger(__name__)
 
 _ROW_MULTIPLE = 2048
+# A LoRA's weights stay below 1, and an AdamW step moves them by about the learning rate.
+_GROWTH = 10.0
 
 
 class JobCancelled(Exception):
@@ -103,7 +107,7 @@ class Trainer:
 
             plot_rows(packed, advantages, weights, job.destination.parent.parent / "plots" / f"step-{job.step:04d}.png")
         self._load(job.start, optimizer_options)
-        canary = CanaryMaker(self._policy, rows)
+        canary, largest = CanaryMaker(self._policy, rows), self._largest_weight()
         tensors = self._prepare(packed, advantages, weights, options, job.reference, cancelled)
         window = options.grad_accumulation_sequences or 1
         total = -(-len(tensors) // window)
@@ -122,6 +126,7 @@ class Trainer:
         metrics = step.metrics | _totals(tokens, trained, sum(map(len, packed)), total) | _mean(samples)
         metrics |= {"time/step_trainer_s": seconds, "throughput/step_trainer_tok_per_s": tokens / seconds}
         made = canary.make()
+        self._refuse_diverged(job, canary, samples[-1], largest)
         _stop_if(cancelled)
         self._save(job, metrics, made)
         self._remember(job.destination, optimizer_options)
@@ -129,28 +134,19 @@ class Trainer:
         yield JobEnded(metrics=metrics)
 
     def _tokenize(self, job: TrainJob) -> TokenizedStep:
-        options, limit = job.options, job.adapter.max_seq_length
-        if options.packed_sequence_length is not None and options.packed_sequence_length > limit:
-            raise ValueError(
-                f"packed_sequence_length is {options.packed_sequence_length} and max_seq_length {limit}: a packed"
-                " row cannot be longer"
-                " than the longest sequence. Lower the one or raise the other."
-            )
+        options = job.options
+        limit = SequenceLimit.of(options.packed_sequence_length, job.adapter.max_seq_length, self._policy.max_length)
         template = ChatTemplate(self._policy.tokenizer, job.adapter.chat_template, job.adapter.chat_template_kwargs)
         step = tokenize_groups(
             read_records(job.groups_file),
             vocabulary_size=self._policy.vocabulary_size,
-            max_length=min(options.packed_sequence_length or limit, limit, self._policy.max_length),
+            max_length=limit.tokens,
             scale_rewards=options.scale_rewards and options.normalize_advantages,
             without_logprobs=template if options.allow_training_without_logprobs else None,
         )
-        if step.metrics["data/step_num_trajectories_too_long"]:
-            _log.warning(
-                "%d trajectories are longer than a row (packed_sequence_length, max_seq_length or the model's %d"
-                " tokens) and were left out",
-                step.metrics["data/step_num_trajectories_too_long"],
-                self._policy.max_length,
-            )
+        left_out = check_lengths(step.lengths, limit)
+        if left_out:
+            _log.warning("step %d of %s: %s", job.step, job.model, left_out)
         return step
 
     def _row_length(self, job: TrainJob, longest: int) -> int:
@@ -232,6 +228,27 @@ class Trainer:
             "loss/grad_norm": norm,
             "loss/learning_rate": learning_rate,
         }
+
+    def _refuse_diverged(self, job: TrainJob, canary: CanaryMaker, last: dict[str, float], largest: float) -> None:
+        """Raise TrainingFailed, saving nothing, for a step after which nothing could be learnt or served any more.
+
+        `largest` was the size of the largest weight before it.
+        """
+        now, problem = self._largest_weight(), canary.went_wrong()
+        if not now <= _GROWTH * max(1.0, largest):
+            problem = f"the adapter's largest weight went from {largest:.2g} to {now:.2g}"
+        if problem:
+            raise TrainingFailed(
+                f"step {job.step} of {job.model} diverged: {problem}. Its learning rate was"
+                f" {last['loss/learning_rate']:g}, the gradient's norm {last['loss/grad_norm']:.4g} before clipping."
+                " Nothing of it was kept; the step before is unchanged and still served. Train it again with a smaller"
+                " learning_rate."
+            )
+
+    def _largest_weight(self) -> float:
+        """Of the adapter, in size; NaN when one of them is."""
+        weights = self._policy.adapter_parameters().values()
+        return float(torch.stack([weight.detach().abs().max().float() for weight in weights]).max())
 
     def _save(self, job: TrainJob, metrics: dict[str, float], canary: Canary) -> None:
         assert self._optimizer is not None

@@ -1,4 +1,4 @@
-"""The tracker's hooks. Files are written in a thread, one at a time per model folder.
+"""The tracker's hooks. Files are written in a thread, one at a time per model folder, whatever process logs to it.
 
 Imports pyarrow only when trajectories are logged.
 """
@@ -6,9 +6,8 @@ Imports pyarrow only when trajectories are logged.
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from art_core import ModelKey, TrajectoryGroup, hookimpl
 from art_core.history import HISTORY, append_history
 
 art_api = 1
+LOCK_LIMIT_S = 240.0
 
 
 class LoggedModel(Protocol):
@@ -32,7 +32,7 @@ async def art_log_metrics(model: LoggedModel, metrics: dict[str, float], step: i
     folder = _folder(model)
 
     def write() -> None:
-        with _lock(folder):
+        with _locked(folder):
             append_history(folder / HISTORY, metrics, step=step, split=split)
 
     await asyncio.to_thread(write)
@@ -48,7 +48,7 @@ async def art_log_trajectories(
     def write() -> None:
         from .trajectory_files import add_trajectories, trajectories_path
 
-        with _lock(folder):
+        with _locked(folder):
             add_trajectories(trajectories_path(folder, split, step), trajectory_groups)
 
     await asyncio.to_thread(write)
@@ -58,6 +58,24 @@ def _folder(model: LoggedModel) -> Path:
     return ModelKey(model.project, model.name).folder(Path(model.base_path)).absolute()
 
 
-@cache
-def _lock(_folder: Path) -> threading.Lock:
-    return threading.Lock()
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep whoever else logs to the model waiting, in other processes too. The lock lies beside the folder.
+
+    Raises TimeoutError when one keeps this one waiting too long.
+    """
+    from filelock import FileLock, Timeout  # only when something is logged
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.log.lock"))
+    try:
+        lock.acquire(timeout=LOCK_LIMIT_S, poll_interval=0.01)
+    except Timeout as error:
+        raise TimeoutError(
+            f"another process has been writing to {folder} for {LOCK_LIMIT_S:.0f} s, so this was not logged; it holds"
+            f" {lock.lock_file}. End that process, and log again."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -2,17 +2,22 @@
 
 One row per trajectory and one per rollout that raised; a group's own fields stand on its first row. What is worth a
 query has a column of its own: rewards, policy versions, token ids, logprobs. Everything else is JSON.
+
+A lone surrogate, which no UTF-8 has a form for, is escaped: in JSON as JSON does it, and in a column of text for people
+to read, beside which `other` holds the text itself.
 """
 
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from art_core import TrajectoryGroup
+from art_core import Trajectory, TrajectoryGroup
+from art_core.trajectories import as_json
 
 Row = dict[str, Any]
 
@@ -41,35 +46,33 @@ SCHEMA = pa.schema(
         ("error_message", pa.large_string()),
         ("error_traceback", pa.large_string()),
         ("histories", pa.list_(_HISTORY)),  # the trajectory's own history, then its additional ones, in full
-        ("other", pa.large_string()),  # fields of a trajectory that have no column
+        ("other", pa.large_string()),  # fields that have no column, and those whose text no column can hold
         ("group", pa.large_string()),  # on a group's first row: its metrics, metadata, logs
     ]
 )
 _OF_HISTORY = ("messages_and_choices", "tools")
 _COLUMNS = ("reward", "initial_policy_version", "final_policy_version", "logs", "start_time")
 _JSON_COLUMNS = ("metrics", "metadata")
+_OF_ERROR = ("type", "message", "traceback")
 
 
-def rows_of(groups: Sequence[TrajectoryGroup], first_index: int = 0) -> list[Row]:
-    """The rows of groups, which are numbered from `first_index`."""
+def rows_of(groups: Sequence[TrajectoryGroup], first_index: int = 0) -> tuple[list[Row], list[str]]:
+    """The rows of groups, which are numbered from `first_index`, and the problems of trajectories that have none."""
     rows: list[Row] = []
-    for index, group in enumerate(groups, first_index):
-        own: list[Row] = [_trajectory_row(trajectory.for_logging()) for trajectory in group]
-        for trajectory, row in zip(group, own, strict=True):
-            row["messages"] = _json(trajectory.messages())
-        own += [
-            {
-                "kind": "exception",
-                "error_type": error.type,
-                "error_message": error.message,
-                "error_traceback": error.traceback,
-            }
-            for error in group.exceptions
-        ]
+    problems: list[str] = []
+    for g, group in enumerate(groups):
+        own: list[Row] = []
+        for t, trajectory in enumerate(group):
+            try:
+                own.append(_trajectory_row(trajectory))
+            except Exception as error:  # whatever was put in: the others must not pay for it
+                where = f"trajectory_groups[{g}].trajectories[{t}]"
+                problems.append(f"{where} cannot be written down: {type(error).__name__}: {error}.")
+        own += [_error_row({name: getattr(error, name) for name in _OF_ERROR}) for error in group.exceptions]
         own = own or [{"kind": "empty"}]
-        own[0]["group"] = _json(group.model_dump(mode="json", exclude={"trajectories", "exceptions"}))
-        rows += [{"group_index": index, **row} for row in own]
-    return rows
+        own[0]["group"] = _json({name: getattr(group, name) for name in ("metadata", "metrics", "logs")})
+        rows += [{"group_index": first_index + g, **row} for row in own]
+    return rows, problems
 
 
 def groups_of(rows: Iterable[Row]) -> list[TrajectoryGroup]:
@@ -82,19 +85,28 @@ def groups_of(rows: Iterable[Row]) -> list[TrajectoryGroup]:
         if row["kind"] == "trajectory":
             fields["trajectories"].append(_trajectory_of(row))
         elif row["kind"] == "exception":
-            fields["exceptions"].append(
-                {"type": row["error_type"], "message": row["error_message"], "traceback": row["error_traceback"]}
-            )
+            error = {name: row[f"error_{name}"] for name in _OF_ERROR}
+            fields["exceptions"].append(error | (json.loads(row["other"]) if row["other"] else {}))
     return [TrajectoryGroup.model_validate(groups[index]) for index in sorted(groups)]
 
 
-def _trajectory_row(fields: dict[str, Any]) -> Row:
+def _trajectory_row(trajectory: Trajectory) -> Row:
+    fields, messages = trajectory.for_logging(), _json(as_json(trajectory.messages()))
     histories = [{name: fields.pop(name) for name in _OF_HISTORY}, *fields.pop("additional_histories")]
     row: Row = {"kind": "trajectory", "histories": [_history_cell(history) for history in histories]}
     row |= {name: fields.pop(name) for name in _COLUMNS}
     row |= {name: _json(fields.pop(name)) for name in _JSON_COLUMNS}
+    readable = [_readable(line) for line in row["logs"]]
+    if readable != row["logs"]:
+        fields["logs"], row["logs"] = row["logs"], readable
     row["other"] = _json(fields) if fields else None
-    return row
+    return {**row, "messages": messages}
+
+
+def _error_row(error: dict[str, str]) -> Row:
+    readable = {name: _readable(text) for name, text in error.items()}
+    row = {"kind": "exception", **{f"error_{name}": text for name, text in readable.items()}}
+    return row if readable == error else {**row, "other": _json(error)}
 
 
 def _trajectory_of(row: Row) -> dict[str, Any]:
@@ -122,7 +134,7 @@ def _item_cell(item: dict[str, Any]) -> dict[str, Any]:
     """A message or a choice: its long lists of numbers in columns, the rest as JSON."""
     rest, cell = dict(item), {}
     for name in ("token_ids", "prompt_token_ids"):
-        if _all_of(int, rest.get(name)):
+        if _all_of(int, rest.get(name)) and _fit(rest[name]):
             cell[name] = rest.pop(name)
     content = (rest.get("logprobs") or {}).get("content") if isinstance(rest.get("logprobs"), dict) else None
     if content is not None and _all_of(float, [token.get("logprob") for token in content]):
@@ -148,11 +160,22 @@ def _all_of(kind: type, values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
+def _fit(values: list[int]) -> bool:
+    try:
+        array("q", values)
+    except OverflowError:
+        return False
+    return True
+
+
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_plain)
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
-def _plain(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", exclude_none=True)
-    raise TypeError(f"a trajectory holds a {type(value).__name__}, which cannot be written as JSON")
+def _readable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -27,7 +27,8 @@ def trajectories_path(folder: Path, split: str, step: int) -> Path:
 def add_trajectories(path: Path, groups: Sequence[TrajectoryGroup]) -> None:
     """Add groups after those that the file holds already. Raises OSError; the file is then as it was before.
 
-    A file that cannot be read is kept under another name, with a warning.
+    A file that cannot be read is kept under another name, with a warning. A trajectory that can't be written is named
+    in a warning and left out.
     """
     table = None
     if path.exists():
@@ -38,8 +39,11 @@ def add_trajectories(path: Path, groups: Sequence[TrajectoryGroup]) -> None:
             path.rename(aside)
             warnings.warn(f"{error} It is kept as {aside.name}.", RuntimeWarning, stacklevel=2)
     first = 0 if table is None or not table.num_rows else max(table["group_index"].to_pylist()) + 1
-    added = pa.Table.from_pylist(rows_of(groups, first), schema=SCHEMA)
+    rows, problems = rows_of(groups, first)
+    added = pa.Table.from_pylist(rows, schema=SCHEMA)
     _write(path, added if table is None else pa.concat_tables([table, added]))
+    for problem in problems:
+        warnings.warn(f"{problem} It is left out of {path}.", RuntimeWarning, stacklevel=2)
 
 
 def read_files(path: Path) -> list[TrajectoryGroup]:

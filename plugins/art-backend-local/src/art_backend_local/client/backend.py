@@ -31,6 +31,7 @@ from art_core import (
 from art_core.cancellation import to_the_end
 from art_core.errors import BackendUnreachable, CheckpointNotFound, NotRegistered, PluginError
 from art_engine_kit.model_folder import ModelFolder
+from art_engine_kit.sequence_limit import SequenceLimit, check_lengths, known_lengths
 from art_engine_kit.train_options import TrainOptions
 from art_runtime import accelerators
 from art_runtime.environments import engine_for
@@ -222,15 +223,19 @@ class LocalBackend:
 
         Logs nothing; `model.log` does. A step with nothing to train on carries the checkpoint on to the next step.
         `art_engine_kit.train_options.TrainOptions` documents the arguments. Raises UnknownArgument for any other,
-        InvalidTrajectory, ModelBusy while the model is being trained, TrainingFailed, PublicationFailed; after each the
-        step before is still served. Cancelling it stops the step; one that was saved already is kept beside its place
-        as `NNNN.refused-…`, and never published.
+        InvalidTrajectory, ValueError when a limit leaves out every trajectory, ModelBusy while the model is being
+        trained, TrainingFailed, PublicationFailed; after each the step before is still served. Cancelling it stops the
+        step; one that was saved already is kept beside its place as `NNNN.refused-…`, and never published.
         """
         given = {k: v for k, v in locals().items() if k not in ("self", "model", "trajectory_groups", "unknown")}
         options = TrainOptions.of({**given, **unknown}, where="LocalBackend.train")
         groups = list(trajectory_groups)
         check_groups(groups)
         self._require_registered(model)
+        longest = read_settings(model.internal_config).adapter.max_seq_length
+        limit = SequenceLimit.of(options.packed_sequence_length, longest)
+        if left_out := check_lengths(known_lengths(groups) or [], limit):
+            warnings.warn(left_out, RuntimeWarning, stacklevel=2)
         step = await self._step(model, groups=groups, options=options, show=self._show)
         try:
             return await run_step(self._registry, self, model, groups, step, step=await step.begin())
