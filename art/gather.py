@@ -20,6 +20,7 @@ from art_core.trajectories import pending_group, read_attempt
 from .collector import fewer_collections
 from .leave_out import without_unsound_fields
 from .progress import RolloutProgress
+from .step_clock import moment, note_gathered
 
 T = TypeVar("T")
 GroupOrPending: TypeAlias = TrajectoryGroup | Awaitable[TrajectoryGroup]
@@ -149,6 +150,7 @@ async def _finish_group(
     progress: RolloutProgress,
     after_each: AfterEach | None,
 ) -> list[TrajectoryGroup]:
+    began = moment()
     if isinstance(group, PendingTrajectoryGroup):
         finished = group.group_of(await _run_rollouts(group, tolerance, progress))
     else:
@@ -158,6 +160,7 @@ async def _finish_group(
             progress.rollout(result)
         for error in finished.exceptions:
             tolerance.count(error, progress.total)
+    note_gathered(finished, began)
     if after_each is None:
         return [finished]
     kept = await outcome_of(_kept(finished, after_each))

@@ -36,6 +36,7 @@ from .best_step import best_step
 from .dev import InternalModelConfig, read_internal_config
 from .leave_out import without_unsound
 from .metrics import trajectory_metrics, warn_of_left_out, warn_of_non_finite, with_sections, without_unsound_metrics
+from .step_clock import StepClock
 from .trackers import trackers
 from .train_config import TrainConfig
 
@@ -84,9 +85,14 @@ class Model(BaseModel):
 
     _backend: Backend | None = PrivateAttr(None)
     _openai_client: tuple[tuple[Any, ...], AsyncOpenAI] | None = PrivateAttr(None)
+    _clock: StepClock = PrivateAttr(default_factory=StepClock)
 
     def __init__(self, **fields: Any) -> None:
-        known = {*type(self).model_fields, *type(self).__private_attributes__} - {"_backend", "_openai_client"}
+        known = {*type(self).model_fields, *type(self).__private_attributes__} - {
+            "_backend",
+            "_openai_client",
+            "_clock",
+        }
         for field in fields:
             if field not in known:
                 raise UnknownArgument(field, where=type(self).__name__, known=known)
@@ -234,10 +240,11 @@ class Model(BaseModel):
         """Send trajectories and metrics to the trackers that `report_metrics` names, or to all that are installed.
 
         `trajectories` are groups, or trajectories and exceptions of one group. Rewards, their spread and the other
-        metrics of the trajectories are computed; `metrics` are added and win over a computed one of the same name. A
-        name without a section is put under `split`. `step` None means the current step. Metrics that are not finite
-        are kept, with a warning. A value that can't be kept is named in a warning and left out; it costs nothing else.
-        A tracker that fails is warned of and does not keep the others from being told.
+        metrics of the trajectories are computed, and for gathered groups how long that took and how many tokens a
+        second it gave (`art.step_clock`). `metrics` are added and win over a computed one of the same name. A name
+        without a section is put under `split`. `step` None means the current step. Metrics that are not finite are
+        kept, with a warning. A value that can't be kept is named in a warning and left out; it costs nothing else. A
+        tracker that fails is warned of and does not keep the others from being told.
         """
         check_name(split, what="split")
         step = await self.get_step() if step is None else _whole(step)
@@ -246,7 +253,8 @@ class Model(BaseModel):
         kept = [without_unsound(group, f"trajectory_groups[{g}]") for g, group in enumerate(_as_groups(trajectories))]
         groups = [group for group, _ in kept]
         given, problems = without_unsound_metrics(metrics or {})
-        logged = trajectory_metrics(groups, split) | with_sections(given, split)
+        given = with_sections(given, split)
+        logged = trajectory_metrics(groups, split) | self._clock.metrics(groups, split, given) | given
         if groups:
             await announce(
                 registry,
