@@ -14,6 +14,8 @@ EDITABLE := $(addprefix -e ,$(addprefix ./,$(DISTRIBUTIONS)))
 READY := $(VENV)/.ready
 OPENAI2_VENV := .venv-openai2
 OPENAI2_READY := $(OPENAI2_VENV)/.ready
+# uv, looking where pip looks; needs nothing of ours installed.
+INSTALL := plugins/art-runtime/src/art_runtime/environments/indexes.py
 PYTEST := $(BIN)/python -m pytest
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 # Engines in environments of their own; their tests fail without.
@@ -30,9 +32,16 @@ setup: $(READY)  ## Make the environment in .venv (Python 3.11 or newer)
 
 $(READY): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found. Install it, or: make setup PYTHON=/path/to/python" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing ART and what it needs into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) --requirement requirements-dev.txt
+	@$(BIN)/python -P -m pip --version >/dev/null 2>&1 \
+	    || { echo "Making an environment in $(VENV), of $$($(PYTHON) --version) ..."; $(PYTHON) -P -m venv $(VENV); }
+	@echo "Fetching uv, which installs the rest ..."
+	@$(BIN)/python -P -m pip install --quiet --constraint constraints.txt uv || echo "There is no uv to be had; pip installs the rest, more slowly." >&2
+	@echo "Installing ART and what it needs into $(VENV): about $$(grep -c == constraints.txt) packages, torch the largest. A minute or two ..."
+	@if test -x $(BIN)/uv; then \
+	    $(BIN)/python -P $(INSTALL) --constraint constraints.txt $(EDITABLE) --requirement requirements-dev.txt; \
+	else \
+	    $(BIN)/python -P -m pip install --progress-bar off --constraint constraints.txt $(EDITABLE) --requirement requirements-dev.txt; \
+	fi
 	@touch $(READY)
 
 demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU: watch the reward rise

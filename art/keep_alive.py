@@ -8,7 +8,9 @@ OSError. Responses are parsed by httptools.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
+import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from urllib.parse import SplitResult
 
 import httptools
 
+from .open_files import file_limit, room_for_a_file
 from .pacing import WakingPace
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 # Servers queue a limited number of connections that they have not accepted yet (2048 for uvicorn); one more is dropped
 # and costs its client a second.
 CONNECTING_AT_ONCE = 256
+# Files are closed by others too, who tell nobody.
+_LOOK_AGAIN_S = 0.2
 
 
 @dataclass(slots=True)
@@ -116,7 +121,7 @@ class KeepAlivePool:
     """Connections to one server, of one event loop. Whoever makes it closes it.
 
     A connection that was idle for longer than `idle_s` seconds is not used again, as the server may be about to close
-    it.
+    it. When this process may open no more files, requests wait for the connections of those before them.
     """
 
     def __init__(self, address: SplitResult, *, tls: SSLContext | None, idle_s: float = 15.0) -> None:
@@ -127,6 +132,8 @@ class KeepAlivePool:
         self._idle: dict[_Connection, None] = {}
         self._resolved: str | None = None
         self._connecting = asyncio.Semaphore(CONNECTING_AT_ONCE)
+        self._file_limit = file_limit()
+        self._short_of_files: deque[asyncio.Future[None]] = deque()
         self._answered: deque[tuple[asyncio.Future[Answer], Answer]] = deque()
         self._pace = WakingPace()
         self.connections: set[_Connection] = set()
@@ -137,7 +144,9 @@ class KeepAlivePool:
         Raises OSError (TimeoutError among them) when no whole answer came.
         """
         loop = asyncio.get_running_loop()
-        connection = self._take(loop) or await self._connect(loop, connect_s)
+        connection = None if self._short_of_files else self._take(loop)
+        if connection is None:
+            connection = await self._connect(loop, connect_s, answer_s)
         waiter: asyncio.Future[Answer] = loop.create_future()
         late = loop.call_later(answer_s, _time_out, waiter, answer_s) if answer_s is not None else None
         try:
@@ -153,6 +162,7 @@ class KeepAlivePool:
         if connection.open:
             connection.idle_since = loop.time()
             self._idle[connection] = None
+        self._wake_one()
         return answer
 
     def hand_out(self, waiter: asyncio.Future[Answer], answer: Answer) -> None:
@@ -173,6 +183,15 @@ class KeepAlivePool:
         """The connection is gone."""
         self.connections.discard(connection)
         self._idle.pop(connection, None)
+        self._wake_one()
+
+    def give_up_idle(self) -> bool:
+        """Drop a connection that has nothing to do, for the sake of its file; False when there is none."""
+        if not self._idle:
+            return False
+        connection, _ = self._idle.popitem()
+        connection.close()
+        return True
 
     def close(self) -> None:
         """Drop every connection; requests under way fail."""
@@ -187,26 +206,63 @@ class KeepAlivePool:
             connection.close()
         return None
 
-    async def _connect(self, loop: asyncio.AbstractEventLoop, limit_s: float | None) -> _Connection:
-        async with self._connecting:
-            if (freed := self._take(loop)) is not None:
-                return freed
-            async with asyncio.timeout(limit_s):
-                if self._resolved is None:
-                    found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-                    self._resolved = str(found[0][4][0])
+    async def _connect(
+        self, loop: asyncio.AbstractEventLoop, limit_s: float | None, answer_s: float | None
+    ) -> _Connection:
+        async with self._connecting, asyncio.timeout(answer_s):
+            while True:
+                async with asyncio.timeout(limit_s):
+                    resolved = await self._address(loop)
+                if (freed := self._take(loop)) is not None:
+                    return freed
+                if not room_for_a_file(self._file_limit):
+                    _say_that_files_are_short(self._file_limit)
+                    await self._until_freed(loop)
+                    continue
                 try:
-                    _, connection = await loop.create_connection(
-                        lambda: _Connection(self),
-                        self._resolved,
-                        self._port,
-                        ssl=self._tls,
-                        server_hostname=self._host if self._tls else None,
-                    )
-                except OSError:
-                    self._resolved = None  # the name may stand for another address by now
-                    raise
-        return connection
+                    async with asyncio.timeout(limit_s):
+                        _, connection = await loop.create_connection(
+                            lambda: _Connection(self),
+                            resolved,
+                            self._port,
+                            ssl=self._tls,
+                            server_hostname=self._host if self._tls else None,
+                        )
+                    return connection
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE):
+                        self._resolved = None  # the name may stand for another address by now
+                        raise
+
+    async def _address(self, loop: asyncio.AbstractEventLoop) -> str:
+        if self._resolved is None:
+            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            self._resolved = str(found[0][4][0])
+        return self._resolved
+
+    async def _until_freed(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait in line until a connection is idle or closed, or for a moment."""
+        freed: asyncio.Future[None] = loop.create_future()
+        self._short_of_files.append(freed)
+        try:
+            await asyncio.wait({freed}, timeout=_LOOK_AGAIN_S)
+        finally:
+            if not freed.done():
+                self._short_of_files.remove(freed)
+
+    def _wake_one(self) -> None:
+        if self._short_of_files:
+            self._short_of_files.popleft().set_result(None)
+
+
+def _say_that_files_are_short(limit: int) -> None:
+    # Python says it once.
+    warnings.warn(
+        f"This process may have {limit} files open at once, and each request takes one: those beyond it wait for those"
+        " before them. To have more at once, raise the limit before you start it: ulimit -n (its bound: ulimit -Hn).",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _time_out(waiter: asyncio.Future[Answer], limit_s: float) -> None:

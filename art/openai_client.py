@@ -11,10 +11,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import ssl
-import sys
-import urllib.request
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,20 +22,13 @@ from openai.resources.chat.completions import AsyncCompletions
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ValidationError
 
+from .http_client import AnyLoopClient, httpx
 from .keep_alive import Answer, KeepAlivePool
 
 REQUEST_TIMEOUT_S = 1200.0
 CONNECT_TIMEOUT_S = 5.0
-MAX_CONNECTIONS = 100_000
-IDLE_CONNECTION_S = 15.0
 USUAL_WAIT_S = 0.5
 LONGEST_WAIT_S = 60.0
-# The HTTP package that this version of openai is built on: httpx for 2.x, httpx2 for 3.x.
-_httpx: Any = sys.modules[
-    next(kind for kind in openai.DefaultAioHttpClient.__mro__ if kind.__name__ == "AsyncClient").__module__.split(".")[
-        0
-    ]
-]
 _UNDERSTOOD = inspect.signature(AsyncCompletions.create).parameters.keys() - {
     "self",
     "extra_headers",
@@ -53,77 +42,24 @@ _RETRIED_STATUSES = frozenset({408, 409, 429})
 
 
 def make_openai_client(*, base_url: str, api_key: str) -> openai.AsyncOpenAI:
-    """A client for any OpenAI-compatible endpoint.
+    """A client for any OpenAI-compatible endpoint, to be used on any event loop.
 
-    A request may take 1200 s, connecting 5 s; there is no limit on requests at once below 100,000. Its connections
-    belong to the event loop it is first used on.
+    A request may take 1200 s, connecting 5 s. Requests beyond what files may be open, or beyond 100,000, wait for those
+    before them.
     """
     return _ManyRequestsClient(
         base_url=base_url,
         api_key=api_key,
         timeout=openai.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-        http_client=_SharedTransport(
-            # Loading the certificates takes a tenth of a second, for which a plain http address has no use.
-            verify=True if base_url.startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            limits=_httpx.Limits(
-                max_connections=MAX_CONNECTIONS,
-                max_keepalive_connections=MAX_CONNECTIONS,
-                keepalive_expiry=IDLE_CONNECTION_S,
-            ),
-        ),
+        http_client=AnyLoopClient(),
     )
-
-
-class _SharedTransport(openai.DefaultAioHttpClient):
-    """What a client and its copies (`with_options`) share: the package's aiohttp transport and our own connections.
-
-    Both belong to the event loop of the first request, and are closed when it ends.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._pools: dict[str, KeepAlivePool | None] = {}
-        self._closer: AsyncGenerator[None] | None = None
-
-    def pool(self, base_url: str) -> KeepAlivePool | None:
-        """Our connections to a server; None when a proxy stands between, which is the package's affair."""
-        address = urlsplit(base_url)
-        server = f"{address.scheme}://{address.netloc}"
-        if server not in self._pools:
-            proxied = address.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(
-                address.hostname or ""
-            )
-            tls: ssl.SSLContext | None = _httpx.create_ssl_context() if address.scheme == "https" else None
-            self._pools[server] = None if proxied else KeepAlivePool(address, tls=tls, idle_s=IDLE_CONNECTION_S)
-        return self._pools[server]
-
-    async def belong_to_loop(self) -> None:
-        """Have the running event loop close this when it ends, as it does with its asynchronous generators."""
-        if self._closer is None:
-            self._closer = self._close_at_end()
-            await anext(self._closer)
-
-    async def _close_at_end(self) -> AsyncGenerator[None]:
-        try:
-            yield
-        finally:
-            await self.aclose()
-
-    async def send(self, request: Any, **options: Any) -> Any:
-        await self.belong_to_loop()
-        return await super().send(request, **options)
-
-    async def aclose(self) -> None:
-        for pool in self._pools.values():
-            if pool is not None:
-                pool.close()
-        await super().aclose()
 
 
 @dataclass(frozen=True, slots=True)
 class _Plain:
-    """How plain requests are sent, for as long as the client's address and key stay what they were."""
+    """How plain requests are sent, for as long as the event loop, the client's address and its key stay the same."""
 
+    loop: asyncio.AbstractEventLoop
     address: object
     key: str
     request: tuple[KeepAlivePool, bytes] | None
@@ -138,16 +74,16 @@ class _ManyRequestsClient(openai.AsyncOpenAI):
 
     async def plain_request(self) -> tuple[KeepAlivePool, bytes] | None:
         """The connections for a plain chat completion and the head of its request; None when it can't be plain."""
-        transport, address, key = self._client, self.base_url, self.api_key
-        if self._plain is None or self._plain.address is not address or self._plain.key != key:
+        transport, address, key, loop = self._client, self.base_url, self.api_key, asyncio.get_running_loop()
+        plain = self._plain
+        if plain is None or plain.loop is not loop or plain.address is not address or plain.key != key:
             pool = None
             # Without a key of its own, the client asks a function for one at each request.
-            if isinstance(transport, _SharedTransport) and key and self.max_retries >= 1 and not self.default_query:
-                await transport.belong_to_loop()
-                pool = transport.pool(str(address))
+            if isinstance(transport, AnyLoopClient) and key and self.max_retries >= 1 and not self.default_query:
+                pool = (await transport.of_loop()).pool(str(address))
             head = self._request_head(str(address)) if pool is not None else b""
-            self._plain = _Plain(address, key, None if pool is None else (pool, head))
-        return self._plain.request
+            plain = self._plain = _Plain(loop, address, key, None if pool is None else (pool, head))
+        return plain.request
 
     def _request_head(self, base_url: str) -> bytes:
         address = urlsplit(base_url)
@@ -196,11 +132,11 @@ class _Completions(AsyncCompletions):
         if 200 <= answer.status < 300 and "content-encoding" not in answer.headers:
             return _read_completion(answer)
         if 400 <= answer.status < 500 and answer.status not in _RETRIED_STATUSES:
-            response = _httpx.Response(
+            response = httpx.Response(
                 answer.status,
                 headers=answer.headers,
                 content=answer.body,
-                request=_httpx.Request("POST", f"{str(client.base_url).rstrip('/')}/chat/completions"),
+                request=httpx.Request("POST", f"{str(client.base_url).rstrip('/')}/chat/completions"),
             )
             raise client._make_status_error_from_response(response)
         await asyncio.sleep(_wait_s(answer))
@@ -260,7 +196,7 @@ def _read_completion(answer: Answer) -> ChatCompletion:
             raise openai.APIConnectionError(
                 message=f"the endpoint answered with HTTP {answer.status} and something that is no chat completion:"
                 f" {answer.body[:200].decode(errors='replace')!r}",
-                request=_httpx.Request("POST", "chat/completions"),
+                request=httpx.Request("POST", "chat/completions"),
             ) from error
     completion._request_id = answer.headers.get("x-request-id")
     return completion

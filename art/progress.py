@@ -1,11 +1,13 @@
 """The bar of a gathering: how many rollouts are done, the mean reward and metrics so far, and how many raised.
 
 Work per finished rollout is fixed, whatever their number: sums are kept, and the bar's text is made only when it is
-about to be drawn. Knows trajectories and tqdm; decides nothing.
+about to be drawn. Where nobody sees a bar move, a plain line comes now and then instead, and one in the end. Knows
+trajectories and tqdm; decides nothing.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,6 +16,8 @@ from typing import Any, Self
 from art_core import RolloutError, Trajectory, TrajectoryGroup
 
 REDRAW_S = 0.1
+PLAIN_EVERY_S = 10.0
+_PLAIN = "{desc}: {percentage:.0f}%, {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class RolloutProgress:
@@ -32,21 +36,23 @@ class RolloutProgress:
         self._count_tokens = completion_tokens
         self._sums: dict[str, tuple[float, int]] = {}
         self._tokens = 0
-        self._unsaid = 0
-        self._drawn_at = 0.0
+        self._done = 0
+        self._begun = self._drawn_at = time.monotonic()
+        self._every_s = REDRAW_S if _moves() else PLAIN_EVERY_S
         self._bar: Any = None
         self.exceptions = 0
 
     def __enter__(self) -> Self:
-        if self._description is not None:
+        if self._description is not None and _moves():
             from tqdm import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(desc=self._description, total=self.total, mininterval=REDRAW_S, dynamic_ncols=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._bar is not None:
+        if self._description is not None:
             self._draw()
+        if self._bar is not None:
             self._bar.close()
 
     def expect(self, more: int) -> None:
@@ -74,14 +80,14 @@ class RolloutProgress:
             self._add("reward", result.reward)
             for name, value in result.metrics.items():
                 self._add(name, float(value))
-            if self._count_tokens and self._bar is not None:
+            if self._count_tokens and self._description is not None:
                 self._tokens += completion_tokens(result)
         else:
             self.exceptions += 1
 
     def _advance(self) -> None:
-        self._unsaid += 1
-        if self._bar is not None and time.monotonic() - self._drawn_at >= REDRAW_S:
+        self._done += 1
+        if self._description is not None and time.monotonic() - self._drawn_at >= self._every_s:
             self._draw()
 
     def _add(self, name: str, value: float) -> None:
@@ -96,12 +102,28 @@ class RolloutProgress:
             text["completion_tokens"] = self._tokens
         if self.exceptions:
             text["exceptions"] = self.exceptions
-        self._bar.set_postfix(text, refresh=False)
-        self._bar.update(self._unsaid)
-        self._unsaid = 0
+        if self._bar is not None:
+            self._bar.set_postfix(text, refresh=False)
+            self._bar.update(self._done - self._bar.n)
+        else:
+            self._print(", ".join(f"{name}={value}" for name, value in text.items()))
+
+    def _print(self, postfix: str) -> None:
+        from tqdm import tqdm
+
+        elapsed = time.monotonic() - self._begun
+        line = tqdm.format_meter(
+            self._done, self.total, elapsed, prefix=self._description, postfix=postfix, bar_format=_PLAIN
+        )
+        print(line, file=sys.stderr, flush=True)
 
     def _shown_metrics(self) -> int | None:
         return None if self._max_metrics is None else self._max_metrics + 1  # the reward comes first
+
+
+def _moves() -> bool:
+    """Whether what is written to stderr can be written over: on a terminal, and in a notebook's cell."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def completion_tokens(trajectory: Trajectory) -> int:

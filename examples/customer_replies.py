@@ -18,7 +18,7 @@ import art
 from art.local import LocalBackend
 from art_core import installed_plugins
 from art_tracker_files import read_history
-from reward_display import PublicationDisplay, save_curve, show_step
+from reward_display import PublicationDisplay, save_curve, show_next, show_step, shown_path
 
 OPENING: art.Messages = [
     {"role": "system", "content": "You answer customers of a small shop in one short, friendly sentence."},
@@ -136,6 +136,17 @@ async def main(arguments: argparse.Namespace) -> None:
             read_history(folder / "history.jsonl"), "Customer replies, SmolLM2-135M", folder / "reward.png"
         )
         console.print(f"the curve:  {curve}\neverything: {folder}\n{time.monotonic() - start:.0f} s in all")
+        show_next(
+            console,
+            {
+                "go on with this model": [
+                    __file__, "--name", model.name, "--path", arguments.path, "--steps", str(2 * arguments.steps)
+                ],
+                "a tool over several turns": [str(Path(__file__).with_name("shop_tool.py"))],
+                "when something is wrong": ["-m", "art_core", "doctor"],
+            },
+            f"a task of your own: copy {shown_path(__file__)}, and change COMPLAINTS, rollout and reward_of",
+        )  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:

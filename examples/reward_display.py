@@ -1,10 +1,13 @@
-"""What the examples show on the way: a row for each step, and the curve as a picture at the end.
+"""What the examples show: a row for each step, the curve as a picture at the end, and what to do next.
 
 Knows rewards and files. Knows nothing of models, backends or training; none of it is needed to train.
 """
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,22 @@ def show_step(console: Console, step: int, reward: float, first_reward: float, s
     console.print(
         f"step {step:3d}  reward {reward:.3f} {bar} {reward - first_reward:+.3f}  {seconds:4.1f} s", highlight=False
     )
+
+
+def show_next(console: Console, commands: dict[str, list[str]], hint: str) -> None:
+    """What to do now, each with the line that does it: arguments for this Python."""
+    console.rule("what next")
+    width = max(map(len, commands))
+    for what, arguments in commands.items():
+        program, *rest = arguments
+        line = shlex.join([shown_path(sys.executable), shown_path(program) if "/" in program else program, *rest])
+        console.print(f"{what:{width}}  {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(hint, markup=False, highlight=False, soft_wrap=True)
+
+
+def shown_path(path: str) -> str:
+    """The path from here, when that is shorter."""
+    return min(path, os.path.relpath(path), key=len)
 
 
 def save_curve(history: list[dict[str, Any]], title: str, destination: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -134,6 +135,15 @@ async def endpoint():
     served.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     yield served
     await runner.cleanup()
+
+
+@pytest.fixture
+def many_files():
+    """This process may open as many files as it ever may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_importing_has_no_side_effects(package):
         sys.addaudithook(lambda event, args: opened.append((event, args)) if event.startswith(
             ("socket.", "subprocess.", "os.putenv", "os.system", "urllib.")) else None)
         import {package}
-        heavy = {{"torch", "transformers", "openai", "httpx", "httpx2", "aiohttp", "pyarrow", "numpy", "tqdm",
+        heavy = {{"torch", "transformers", "openai", "httpx", "httpx2", "aiohttp", "pyarrow", "numpy", "rich", "tqdm",
                   "tenacity", "requests", "wandb", "dotenv"}}
         assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
         assert read == [], read

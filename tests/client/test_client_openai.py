@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import json
-import resource
 import shutil
 import ssl
 import subprocess
@@ -272,14 +271,6 @@ async def test_a_cancelled_request_gives_its_connection_up(client, endpoint):
     assert len(endpoint.connections) == 2
 
 
-@pytest.fixture
-def many_files():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 async def test_two_thousand_requests_at_once(many_files, client, endpoint):
     waiting, everyone = 0, asyncio.Event()
 
@@ -387,27 +378,4 @@ async def test_an_https_endpoint(tmp_path, monkeypatch):
         assert completion.id == "x"
     assert len(connections) == 1
     await model.openai_client().close()
-    server.close()
-
-
-async def test_a_proxy_is_the_packages_affair(endpoint, monkeypatch):
-    """With HTTP_PROXY set, requests go to the proxy."""
-    seen = []
-
-    async def proxy(reader, writer):
-        seen.append(await reader.readline())
-        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(proxy, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    model = art.Model(name="m", project="p", inference_base_url="http://somewhere.example/v1", inference_api_key="k")
-    with pytest.raises(openai.BadRequestError):
-        await model.openai_client().chat.completions.create(messages=[], model="gpt")
-    assert seen == [b"POST http://somewhere.example/v1/chat/completions HTTP/1.1\r\n"]
     server.close()

@@ -4,6 +4,7 @@ there.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,12 @@ def test_customer_replies_improve_and_a_second_run_goes_on(tmp_path: Path) -> No
     assert sum(curve[-2:]) / 2 > curve[0] + 0.15, f"the reward did not rise: {curve}"
     assert "published test@6" in printed
     assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+    # The last screen says what to do next, in lines that can be run as they are.
+    next_line = next(line for line in printed.splitlines() if line.startswith("go on with this model"))
+    assert "--name test" in next_line
+    assert "--steps 12" in next_line
+    command = shlex.split(next_line.removeprefix("go on with this model"))
+    subprocess.run([*command, "--help"], check=True, capture_output=True, timeout=60)
 
 
 def test_a_tool_is_used_over_several_turns(tmp_path: Path) -> None:

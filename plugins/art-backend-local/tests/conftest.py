@@ -19,6 +19,7 @@ from openai import AsyncOpenAI
 from art.dev import read_internal_config
 from art_core import Trajectory, TrajectoryGroup, hookimpl, installed_plugins
 from art_engine_kit.checkpoint_folder import read_manifest
+from art_runtime.process_identity import identity_of
 
 FAKE_PLUGIN = Path(__file__).parent / "fake_plugin"
 
@@ -296,8 +297,8 @@ class ClientProcess(subprocess.Popen):
         self.wait(20)
 
     def below(self):
-        """The processes below it, with their start times."""
-        return [(p.pid, p.create_time()) for p in psutil.Process(self.pid).children(recursive=True)]
+        """The processes below it, with what tells them from others of their numbers."""
+        return [(p.pid, identity_of(p.pid)) for p in psutil.Process(self.pid).children(recursive=True)]
 
 
 @pytest.fixture

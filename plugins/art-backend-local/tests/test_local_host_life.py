@@ -12,8 +12,9 @@ import warnings
 import pytest
 
 from art_backend_local import PathInUse
-from art_backend_local.wire.host_files import known_hosts, process_lives, read_host
+from art_backend_local.wire.host_files import known_hosts, read_host
 from art_core.errors import BackendUnreachable
+from art_runtime.process_identity import process_lives
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -152,7 +153,7 @@ async def test_ctrl_c_cancels_the_step_and_ends_everything(
     process.send_signal(signal.SIGINT)
     assert process.said("interrupted")
     await until(lambda: process.poll() is not None)
-    await until(lambda: not any(process_lives(pid, started) for pid, started in below))
+    await until(lambda: not any(process_lives(pid, identity) for pid, identity in below))
 
 
 async def test_a_second_ctrl_c_ends_the_client_at_once(
@@ -182,4 +183,4 @@ async def test_a_second_ctrl_c_ends_the_client_at_once(
         print(f"ended {time.monotonic() - began:.2f} s after the second signal")
     finally:
         os.kill(host, signal.SIGCONT)
-    await until(lambda: not any(process_lives(pid, started) for pid, started in below))
+    await until(lambda: not any(process_lives(pid, identity) for pid, identity in below))

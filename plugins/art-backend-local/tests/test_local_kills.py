@@ -1,15 +1,17 @@
 """Clients, engines and workers killed, disks full: what LocalBackend keeps, and how it goes on. On the fake engines."""
 
 import asyncio
+import os
 import resource
 import warnings
 
 import pytest
 from openai import APIStatusError
 
-from art_backend_local.wire.host_files import process_lives, read_host
+from art_backend_local.wire.host_files import read_host
 from art_core.errors import CheckpointInUse, ProcessFailed, TrainingFailed
 from art_engine_kit.checkpoint_folder import whole_steps
+from art_runtime.process_identity import process_lives
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -20,7 +22,7 @@ async def test_everything_ends_with_a_client_that_is_killed(run_client, tmp_path
     below = process.below()
     assert len(below) >= 3
     process.kill_and_wait()
-    await until(lambda: not any(process_lives(pid, started) for pid, started in below))
+    await until(lambda: not any(process_lives(pid, identity) for pid, identity in below))
     assert not (tmp_path / "art/host.json").exists()
 
 
@@ -183,3 +185,62 @@ async def test_a_full_disk_at_writing_the_trajectories_is_clear(backend, policy,
     assert not list(jobs.iterdir())
     assert (await backend.train(policy, groups, learning_rate=0.5)).step == 1
     assert await asked.served_by() == ("m@1", -1.5)
+
+
+@pytest.fixture
+def looks_often(monkeypatch, tmp_path):
+    """Hosts started from here look often whether their servers stand still."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "from art_backend_local.servers import standstill\nstandstill.EVERY_S, standstill.TIMEOUT_S = 0.2, 0.3\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}")
+
+
+async def test_a_training_worker_that_stands_still_is_noticed_and_ended(
+    fake_engines, looks_often, tmp_path, new_backend, policy, groups, program, said_by_engine
+):
+    async with new_backend(tmp_path / "art") as backend:
+        await backend.register(policy)
+        fake_engines(hold_train=True)
+        step = asyncio.create_task(backend.train(policy, groups))
+        await said_by_engine(backend.path, "training", f"job begun {policy.project}/m@1")
+        worker = program(read_host(backend.path).pid, "training_worker")
+        worker.suspend()
+        with pytest.raises(TrainingFailed, match="had not answered its health check") as raised:
+            await asyncio.wait_for(step, 60)
+        assert "the next step starts a new worker" in str(raised.value)
+        assert not process_lives(worker.pid, None)
+        fake_engines()
+        assert (await backend.train(policy, groups)).step == 1
+
+
+async def test_a_step_is_cancelled_though_its_worker_stands_still(
+    fake_engines, looks_often, tmp_path, new_backend, policy, groups, program, said_by_engine, until
+):
+    async with new_backend(tmp_path / "art") as backend:
+        await backend.register(policy)
+        fake_engines(hold_train=True)
+        step = asyncio.create_task(backend.train(policy, groups))
+        await said_by_engine(backend.path, "training", f"job begun {policy.project}/m@1")
+        worker = program(read_host(backend.path).pid, "training_worker")
+        worker.suspend()
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(step, 60)
+        await until(lambda: not process_lives(worker.pid, None))
+        fake_engines()
+        assert (await backend.train(policy, groups)).step == 1
+
+
+async def test_an_idle_worker_that_stands_still_fails_the_next_step_alone(
+    fake_engines, looks_often, tmp_path, new_backend, policy, groups, program
+):
+    async with new_backend(tmp_path / "art") as backend:
+        await backend.register(policy)
+        assert (await backend.train(policy, groups)).step == 1
+        program(read_host(backend.path).pid, "training_worker").suspend()
+        with pytest.raises(TrainingFailed, match="had not answered its health check"):
+            await asyncio.wait_for(backend.train(policy, groups), 60)
+        assert (await backend.train(policy, groups)).step == 2

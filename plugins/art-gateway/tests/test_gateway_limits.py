@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 from starlette.responses import StreamingResponse
 
-from art_gateway import GatewayLimits, create_app, raise_file_limit
+from art_gateway import GatewayLimits, Listener, create_app, raise_file_limit
 
 
 @pytest.fixture
@@ -102,3 +105,81 @@ def test_a_gateway_without_a_key_is_refused(stage: Any) -> None:
 def test_the_file_limit_is_raised_to_what_is_allowed() -> None:
     allowed = raise_file_limit()
     assert allowed == raise_file_limit()
+
+
+async def test_connections_beyond_what_files_allow_wait_for_those_before() -> None:
+    served, open_now, most = 0, 0, 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served, open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        await reader.readline()
+        await asyncio.sleep(0.05)
+        served += 1
+        writer.write(b"done\n")
+        writer.close()
+        open_now -= 1
+
+    async def ask(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"please\n")
+        answer = await reader.readline()
+        writer.close()
+        return answer
+
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    with Listener(backlog=100, full=lambda: open_now >= 10) as listener:
+        async with await asyncio.start_server(serve, sock=listener, backlog=5):
+            answers = await asyncio.gather(*(ask(listener.getsockname()[1]) for _ in range(40)))
+    assert answers == [b"done\n"] * 40
+    # A few more than the limit are taken before the first of them is counted.
+    assert most < 20
+
+
+SMALL_GATEWAY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+sys.path.insert(0, sys.argv[1])
+import uvicorn
+from conftest import API_KEY, TableRoutes
+from art_gateway import SERVER_OPTIONS, GatewayLimits, create_app
+routes = TableRoutes(sys.argv[2])
+routes.publish("p", "agent", 3)
+app = create_app(routes, api_key=API_KEY, limits=GatewayLimits(refused_again_s=()))
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[3]), **SERVER_OPTIONS)
+"""
+
+
+async def test_a_gateway_with_few_files_answers_all_the_same(stage: Any, unused_tcp_port: int) -> None:
+    """Its connections to the engine are fewer than there are requests; the others wait."""
+    folder = str(Path(__file__).parent)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SMALL_GATEWAY, folder, stage.routes.upstream_url, str(unused_tcp_port)),
+    )
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    try:
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    async with stage.client.get(f"{url}/health") as answer:
+                        assert answer.status == 200
+                        break
+                except aiohttp.ClientConnectorError:
+                    await asyncio.sleep(0.05)
+
+        async def ask() -> int:
+            request = {"model": "agent", "messages": []}
+            async with stage.client.post(f"{url}/p/v1/chat/completions", json=request) as answer:
+                await answer.read()
+                return int(answer.status)
+
+        stage.upstream.gate.clear()
+        asked = [asyncio.create_task(ask()) for _ in range(48)]
+        for _ in range(30):
+            await asyncio.wait_for(stage.upstream.arrived.acquire(), 10)
+        stage.upstream.gate.set()
+        assert await asyncio.gather(*asked) == [200] * 48
+    finally:
+        process.terminate()
+        await process.wait()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from art_runtime.environments import (
     engine_for,
     environment_for,
     first_met,
+    indexes,
     locate,
     machine_flavour,
     python_for,
@@ -151,6 +156,39 @@ def test_uv_looks_where_pip_looks() -> None:
     assert own == []
     assert "SSL_CERT_FILE" not in added
     assert as_uv({}, {})[0] == []
+
+
+def test_a_cache_that_pip_is_told_not_to_keep_uv_keeps_neither() -> None:
+    assert as_uv({"no-cache-dir": "1"}, {})[1]["UV_NO_CACHE"] == "1"
+    assert "UV_NO_CACHE" not in as_uv({"no-cache-dir": "false"}, {})[1]
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null", "/"])
+def test_run_as_a_program_it_installs_where_pip_would_with_nothing_of_ours(tmp_path: Path, home: str | None) -> None:
+    """As `make setup` does, in an environment that holds uv alone, from a place that only pip was told of."""
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
+    if uv is None:
+        pytest.skip("there is no uv to install with")
+    venv, wheels = tmp_path / "venv", tmp_path / "wheels"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    (venv / "bin" / "uv").symlink_to(uv)
+    wheels.mkdir()
+    info = "art_tiny_7c2-1.0.dist-info"
+    with zipfile.ZipFile(wheels / "art_tiny_7c2-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("art_tiny_7c2.py", "VALUE = 1\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: art-tiny-7c2\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    env = {"PATH": os.defpath, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+    if home is not None:
+        env["HOME"] = home
+    python = str(venv / "bin" / "python")
+    done = subprocess.run(
+        [python, "-P", indexes.__file__, "art-tiny-7c2"], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "art-tiny-7c2==1.0" in done.stderr
+    subprocess.run([python, "-c", "import art_tiny_7c2"], env=env, check=True)
 
 
 @pytest.mark.parametrize("uv", ["/usr/bin/uv", None])

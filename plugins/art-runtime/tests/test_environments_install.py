@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,8 +47,10 @@ def write_wheel(folder: Path, *, works: bool = True) -> Path:
     return wheel
 
 
-def flavours(*requirements: str) -> EnvironmentSpec:
-    flavour = FlavourSpec(requirements=requirements, probe=("-c", "import art_tiny_7c1"), hint="Ask the wheel.")
+def flavours(*requirements: str, disk_bytes: int | None = None) -> EnvironmentSpec:
+    flavour = FlavourSpec(
+        requirements=requirements, probe=("-c", "import art_tiny_7c1"), hint="Ask the wheel.", disk_bytes=disk_bytes
+    )
     return EnvironmentSpec(
         provided_by=("art-tiny-7c1",), shown=("art-tiny-7c1",), flavours={"cpu": flavour, "cuda": flavour}
     )
@@ -98,6 +101,26 @@ def test_a_failure_says_why_and_leaves_nothing(module: ModuleType) -> None:
     assert "no/such/wheel" in str(failure.value)
     assert environment.python() is None
     assert not list(environment.folder.glob("venv-*"))
+
+
+@pytest.mark.parametrize(
+    ("disk_bytes", "said"),
+    [
+        (None, r"[\d.]+ GB are free"),
+        (2_000_000, r"takes about 0\.0 GB of the [\d.]+ GB that are free, with"),
+        (10**18, r"takes about 1000000000\.0 GB of the .* \(perhaps too little: .*ART_CACHE_DIR"),
+    ],
+)
+def test_sizes_are_said_before_and_after(
+    module: ModuleType, capfd: pytest.CaptureFixture[str], disk_bytes: int | None, said: str
+) -> None:
+    module.ENVIRONMENT = flavours(*module.ENVIRONMENT.flavours["cpu"].requirements, disk_bytes=disk_bytes)
+    environment = environment_for(SPEC)
+    install(environment)
+    before, after = capfd.readouterr().err.splitlines()
+    assert re.search(said, before), before
+    assert str(environment.folder) in before
+    assert re.search(r"installed in \d+ s, [\d.]+ GB", after), after
 
 
 def child(environment: EngineEnvironment, before: str) -> subprocess.Popen[str]:

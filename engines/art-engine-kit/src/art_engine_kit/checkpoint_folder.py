@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from art_core.atomic_files import write_atomically
 from art_core.errors import CorruptCheckpoint
 
+from .live_folders import entries_in, remove_folder
+
 MANIFEST = "checkpoint.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -142,15 +144,15 @@ def whole_steps(checkpoints: Path) -> dict[int, Path]:
     A corrupt one is named in a warning and skipped; nothing is deleted.
     """
     found: dict[int, Path] = {}
-    if not checkpoints.is_dir():
-        return found
-    for folder in sorted(checkpoints.iterdir()):
+    for folder in entries_in(checkpoints):
         step = _step_of(folder)
         if step is None or not folder.is_dir():
             continue
         try:
             read_manifest(folder)
         except CorruptCheckpoint as error:
+            if not folder.exists():
+                continue  # it was deleted meanwhile
             warnings.warn(f"{error} It is skipped and kept as it is.", RuntimeWarning, stacklevel=2)
         else:
             found[step] = folder
@@ -161,9 +163,9 @@ def remove_unfinished(checkpoints: Path) -> list[Path]:
     """Remove the temporary folders that killed writers left, and say which they were. Call it only when no writer
     runs.
     """
-    left = sorted(checkpoints.glob(f"{_TEMPORARY}*")) if checkpoints.is_dir() else []
+    left = [folder for folder in entries_in(checkpoints) if folder.name.startswith(_TEMPORARY)]
     for folder in left:
-        shutil.rmtree(folder)
+        remove_folder(folder)
     return left
 
 

@@ -17,7 +17,7 @@ class FlavourSpec:
     Installed in this order: `requirements`; `without_dependencies`, whose own needs are left out; `local_projects`,
     folders of small distributions shipped with the engine. Then `uninstall` is taken out again. `probe` is run by the
     environment's interpreter (arguments and added variables) and ends with 0 when the engine can be used. `hint` says
-    what to try when installing fails.
+    what to try when installing fails, `disk_bytes` about how much it takes on the disk where that was seen.
     """
 
     requirements: tuple[str, ...]
@@ -27,6 +27,7 @@ class FlavourSpec:
     probe: tuple[str, ...]
     probe_env: Mapping[str, str] = field(default_factory=dict)
     hint: str = ""
+    disk_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ requirements change, and hold the module against `options_of` in a test.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+from .process_environment import process_environment
 from .server_arguments import ServerArguments
 
 _READER = Path(__file__).with_name("parser_options.py")
@@ -42,7 +42,14 @@ def options_of(
     """
     command = [python, str(_READER), str(file)]
     answer = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **(env or {})}
+        command,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout_s,
+        # Both scripts import what lies beside them.
+        env=process_environment({"PYTHONSAFEPATH": "", **(env or {})}),
     )
     if answer.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {answer.returncode}: {answer.stderr[-2000:]}")

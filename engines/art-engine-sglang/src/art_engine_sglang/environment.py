@@ -78,6 +78,7 @@ ENVIRONMENT: Final = EnvironmentSpec(
             probe_env={"PYTHONPATH": str(CPU_SHIMS), "SGLANG_USE_CPU_ENGINE": "1"},
             hint="torch must be its CPU build (2.13.0+cpu): if your package index gives the CUDA one, add PyTorch's CPU"
             " index in pip's configuration (extra-index-url).",
+            disk_bytes=2_800_000_000,
         ),
         "cuda": FlavourSpec(
             requirements=("sglang>=0.5.23,<0.6",),

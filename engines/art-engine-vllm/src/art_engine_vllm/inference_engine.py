@@ -14,7 +14,7 @@ from art_engine_kit.openai_server import OpenAIServerEngine
 from art_engine_kit.server_arguments import users_arguments
 
 from .declared import BY_FLAVOUR, EVERYWHERE
-from .environment import SERVE
+from .environment import FOLDER, SERVE
 from .options import ARGUMENTS
 
 WHERE: Final = "engine_args of the vllm inference engine"
@@ -67,7 +67,8 @@ class VllmInferenceEngine(OpenAIServerEngine):
         argv += ARGUMENTS.command_line(options, where=WHERE)
         env = {
             # The environment is whole in itself: what the client's process imports from elsewhere must not reach it.
-            "PYTHONPATH": "",
+            # Only our own module, the one that guards its API, is added.
+            "PYTHONPATH": str(FOLDER),
             # Its thousands of modules are compiled once, not by each of its processes at every start, even where the
             # client's process keeps no bytecode.
             "PYTHONDONTWRITEBYTECODE": "",

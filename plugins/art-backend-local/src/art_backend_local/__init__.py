@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client.backend import LocalBackend
+    from .client.backend_path import PathUnusable
     from .client.host_start import PathInUse
 
-__all__ = ["LocalBackend", "PathInUse"]
+__all__ = ["LocalBackend", "PathInUse", "PathUnusable"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from .client.host_start import PathInUse
 
         return PathInUse
+    if name == "PathUnusable":
+        from .client.backend_path import PathUnusable
+
+        return PathUnusable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

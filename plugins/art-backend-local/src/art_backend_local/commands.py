@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.request import ProxyHandler, Request, build_opener
@@ -48,6 +49,8 @@ def ps(
     for path, record, status in hosts:
         kind = f"ends with process {record.owner_pid}" if record.owner_pid else "outlives its clients"
         console.print(f"{path}: process {record.pid}, port {record.port}, {kind}", markup=False, soft_wrap=True)
+        if read_host(path) != record:
+            console.print(f"  its folder was deleted or moved away; end it: art down --path {path}", markup=False)
         if status is None:
             console.print("  does not answer; see its logs/host.log, or end it: art down --path PATH", markup=False)
             continue
@@ -60,11 +63,7 @@ def down(
     ] = None,
 ) -> None:
     """End the hosts of local backends: their engines stop, nothing on disk is touched."""
-    if path is None:
-        hosts = known_hosts()
-    else:
-        record = read_host(path.expanduser().resolve())
-        hosts = [(path, record)] if record is not None and record.alive else []
+    hosts = known_hosts() if path is None else _hosts_of(path.expanduser().resolve())
     if not hosts:
         typer.echo(f"No local backend runs{f' on {path}' if path else ''}.")
         return
@@ -77,11 +76,20 @@ def down(
         raise typer.Exit(1)
 
 
+def _hosts_of(path: Path) -> list[tuple[Path, HostRecord]]:
+    """The host of a path, and those whose path it was before the folder was deleted."""
+    record = read_host(path)
+    found = {record.pid: record} if record is not None and record.alive else {}
+    found |= {known.pid: known for where, known in known_hosts() if where == path}
+    return [(path, record) for record in found.values()]
+
+
 def _end(record: HostRecord) -> bool:
     try:
         _ask("POST", record, "shutdown")
     except OSError:
-        os.kill(record.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(record.pid, signal.SIGTERM)
     deadline = time.monotonic() + _END_LIMIT_S
     while record.alive and time.monotonic() < deadline:
         time.sleep(0.05)

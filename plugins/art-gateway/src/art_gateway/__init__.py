@@ -4,17 +4,20 @@
 """
 
 from .app import Gateway, create_app
-from .limits import SERVER_OPTIONS, GatewayLimits, raise_file_limit
+from .limits import SERVER_OPTIONS, GatewayLimits
+from .open_files import Listener, raise_file_limit, requests_at_once
 from .routes import Route, Routes, RouteUnavailable, ServedModel
 
 __all__ = [
     "SERVER_OPTIONS",
     "Gateway",
     "GatewayLimits",
+    "Listener",
     "Route",
     "RouteUnavailable",
     "Routes",
     "ServedModel",
     "create_app",
     "raise_file_limit",
+    "requests_at_once",
 ]

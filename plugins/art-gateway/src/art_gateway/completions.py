@@ -24,6 +24,7 @@ from .answers import StreamNormaliser, died, normalise_answer
 from .catalogue import not_served, several_projects
 from .errors import ApiError, engine_error, send_bytes
 from .limits import GatewayLimits
+from .open_files import requests_at_once
 from .routes import Route, Routes, RouteUnavailable
 
 # Below every server's own limit for idle connections (uvicorn's is 5 s), so that none is used while it is being closed.
@@ -46,7 +47,7 @@ class EngineLost(Exception):
 
 
 class Upstream:
-    """The connections to the engines: as many as there are requests, kept for the next ones."""
+    """The connections to the engines: as many as there are requests and files allow, kept for the next ones."""
 
     def __init__(self, limits: GatewayLimits) -> None:
         self._limits = limits
@@ -57,7 +58,7 @@ class Upstream:
         """The open session, made at the first request."""
         if self._session is None or self._session.closed:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_CONNECTION_S),
+                connector=aiohttp.TCPConnector(limit=requests_at_once(), keepalive_timeout=_IDLE_CONNECTION_S),
                 timeout=aiohttp.ClientTimeout(total=self._limits.answer_s, sock_connect=self._limits.connect_s),
                 headers={"Accept-Encoding": "identity", "Content-Type": "application/json"},
                 cookie_jar=aiohttp.DummyCookieJar(),

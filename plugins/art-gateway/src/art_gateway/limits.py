@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +40,3 @@ class GatewayLimits:
     reader_s: float = 60.0
     refused_again_s: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
     broken_again_s: float = 0.2
-
-
-def raise_file_limit() -> int:
-    """Let this process open as many files as the system allows it, and say how many.
-
-    Every request in flight takes two: the client's connection and the engine's. The usual limit of 1,024 is spent at
-    some 500 requests.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard

@@ -7,6 +7,7 @@ of what the programs do or when they are ready.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from art_core.errors import ProcessFailed
+from art_engine_kit.process_environment import process_environment
 
 _TETHER = Path(__file__).with_name("tether.py")
 _KILL_MARGIN_S = 10.0
@@ -109,7 +111,7 @@ def spawn_tethered(
 ) -> Child:
     """Start a program that ends when this process ends in whatever way, SIGKILL included, with all its descendants.
 
-    `env` is added to this process's environment. The program keeps to the CPU `cores` of these numbers, or to none in
+    `env` is added to `process_environment`. The program keeps to the CPU `cores` of these numbers, or to none in
     particular. Output is appended to `log_file` (None: thrown away). When the owner
     is gone, the program's group gets SIGTERM and, after `stop_timeout_s` seconds, every process of the tree SIGKILL.
     Raises ProcessFailed when the program does not exist.
@@ -183,15 +185,13 @@ def _popen(
     *,
     keep: tuple[int, ...],
 ) -> subprocess.Popen[bytes]:
-    output = subprocess.DEVNULL
+    output = _open_log(log_file, command[0]) if log_file is not None else subprocess.DEVNULL
     try:
-        if log_file is not None:
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.write(output, f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} starting {shlex.join(command)}\n".encode())
+        if output >= 0:
+            os.write(output, _first_line(command))
         return subprocess.Popen(
             [*tether, *command],
-            env={**os.environ, **(env or {})},
+            env=process_environment(env),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output >= 0 else subprocess.DEVNULL,
@@ -200,7 +200,26 @@ def _popen(
             start_new_session=True,
         )
     except OSError as error:
-        raise ProcessFailed(f"{command[0]!r} cannot be started with its log at {log_file}: {error}") from error
+        hint = ""
+        if error.errno in (errno.EAGAIN, errno.ENOMEM):
+            hint = (
+                " This user may have no more processes, or there is no memory for one: see ulimit -u, and art doctor."
+            )
+        raise ProcessFailed(f"{command[0]!r} cannot be started: {error}.{hint}") from error
     finally:
         if output >= 0:
             os.close(output)
+
+
+def _open_log(file: Path, program: str) -> int:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise ProcessFailed(f"{program!r} cannot be started: its log at {file} cannot be written: {error}.") from error
+
+
+def _first_line(command: list[str]) -> bytes:
+    line = f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} starting {shlex.join(command)}\n"
+    # A path may hold bytes that are no text.
+    return line.encode("utf-8", "surrogateescape")

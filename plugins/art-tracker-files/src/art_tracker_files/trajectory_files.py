@@ -50,7 +50,10 @@ def read_files(path: Path) -> list[TrajectoryGroup]:
     """The groups in a file, or in every file of a folder in the order of their names."""
     if not path.is_dir():
         return groups_of(_read_table(path).to_pylist())
-    files = sorted(path.rglob("*.parquet"))
+    # Path.rglob raises when a folder is moved away while it walks.
+    files = sorted(
+        Path(folder, name) for folder, _, names in os.walk(path) for name in names if name.endswith(".parquet")
+    )
     if not files:
         raise FileNotFoundError(f"there is no parquet file under {path}")
     return [group for file in files for group in groups_of(_read_table(file).to_pylist())]

@@ -40,8 +40,8 @@ from ..adapters.copies import copy_adapter
 from ..wire.deployment import works_at_once
 from ..wire.messages import ForkRequest, LeaseEnd, LeaseRequest, OfModel, StepsRequest
 from ..wire.settings import ModelSettings, read_settings
+from .backend_path import backend_path
 from .control_client import ControlClient
-from .default_path import default_path
 from .engine_choice import EngineChoice, choose_engines
 from .registration import EnginePythons, registration_request
 from .server_choice import choose_servers
@@ -106,7 +106,7 @@ class LocalBackend:
             if given is not None:
                 card(given)
         self._inference_engine, self._training_engine = inference_engine, training_engine
-        self._path = Path(path).expanduser().resolve() if path is not None else default_path()
+        self._path = backend_path(path)
         self._max_adapters = max_adapters
         self._show = show_progress
         self._servers = choose_servers(
@@ -117,7 +117,9 @@ class LocalBackend:
             inference_api_key=inference_api_key,
         )
         self._pythons = EnginePythons(inference=inference_python, training=training_python, auto_install=auto_install)
-        self._client = ControlClient(self._path, in_process=in_process, idle_timeout_s=idle_timeout_s)
+        self._client = ControlClient(
+            self._path, in_process=in_process, idle_timeout_s=idle_timeout_s, show=show_progress
+        )
         self._registered: dict[ModelKey, int] = {}
         self._choice: EngineChoice | None = None
         self._has_gpu = bool(accelerators())

@@ -21,12 +21,14 @@ from pydantic import BaseModel
 
 from art_core.errors import BackendUnreachable
 from art_engine_kit.event_stream import EventLines, LineTooLong
+from art_engine_kit.showing import Shown
 from art_runtime import Child
 
 from ..wire.errors import error_from_json, unreachable
 from ..wire.host_files import HostRecord
 from ..wire.messages import PREFIX
 from ..wire.told_work import followed
+from .backend_path import check_tellable
 from .host_start import find_host, start_host
 
 JSON = dict[str, Any]
@@ -46,13 +48,16 @@ class _Connection:
 
 
 class ControlClient:
-    """Talks to the host of a path. `in_process` ties the host's life to this process."""
+    """Talks to the host of a path. `in_process` ties the host's life to this process; `show` says what it waits for."""
 
-    def __init__(self, path: Path, *, in_process: bool, idle_timeout_s: float) -> None:
+    def __init__(self, path: Path, *, in_process: bool, idle_timeout_s: float, show: bool = True) -> None:
         self.path = path
+        self._show = show
         self._in_process = in_process
         self._idle_timeout_s = idle_timeout_s
         self._child: Child | None = None
+        # Hosts whose path was deleted: they end by themselves, and are waited for with the last.
+        self._left: list[Child] = []
         self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, _Connection] = WeakKeyDictionary()
         self._locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -67,7 +72,7 @@ class ControlClient:
         async def ask() -> JSON:
             async with connection.http.post(
                 f"{PREFIX}/{name}",
-                data=request.model_dump_json(),
+                data=_body(request),
                 timeout=aiohttp.ClientTimeout(total=CALL_LIMIT_S),
             ) as response:
                 answer: JSON = orjson.loads(await response.read())
@@ -76,7 +81,7 @@ class ControlClient:
         try:
             answer = await self._while_connected(connection, ask())
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise unreachable(self.path, repr(error)) from error
+            raise await self._lost(connection, error) from error
         if "error" in answer:
             raise error_from_json(answer["error"])
         return answer
@@ -91,7 +96,7 @@ class ControlClient:
         async def ask() -> JSON | None:
             async with connection.http.post(
                 f"{PREFIX}/{name}",
-                data=request.model_dump_json(),
+                data=_body(request),
                 timeout=aiohttp.ClientTimeout(total=None, sock_read=SILENCE_LIMIT_S),
             ) as response:
                 return await followed(response.content.iter_any(), on_event)
@@ -99,10 +104,18 @@ class ControlClient:
         try:
             result = await self._while_connected(connection, ask())
         except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError, LineTooLong) as error:
-            raise unreachable(self.path, repr(error)) from error
+            raise await self._lost(connection, error) from error
         if result is None:
             raise unreachable(self.path, "its answer ended early")
         return result
+
+    async def _lost(self, connection: _Connection, error: Exception) -> BackendUnreachable:
+        """The error for a host that didn't answer. One that takes no connections is given up at once, so that the next
+        call looks for another, even before the session is seen to end.
+        """
+        if isinstance(error, aiohttp.ClientConnectorError) and connection in self._connections.values():
+            await self.hang_up()
+        return unreachable(self.path, repr(error))
 
     async def _while_connected(self, connection: _Connection, work: Coroutine[Any, Any, T]) -> T:
         """What `work` gives. Raises BackendUnreachable when the session ends meanwhile, since a request that was under
@@ -132,22 +145,28 @@ class ControlClient:
     async def close(self) -> None:
         """Hang up; a host that belongs to this client is stopped and waited for."""
         await self.hang_up()
-        child, self._child = self._child, None
-        if child is not None and self._in_process:
+        children = self._own_hosts()
+        for child in children:
             child.end()
-            task = asyncio.current_task()
-            try:
-                # Whoever cancels a second time is in a hurry, also when the first was long before.
-                while child.poll() is None and (task is None or task.cancelling() < 2):
-                    await asyncio.sleep(_LEAVE_POLL_S)
-            finally:
+        task = asyncio.current_task()
+        try:
+            # Whoever cancels a second time is in a hurry, also when the first was long before.
+            while any(child.poll() is None for child in children) and (task is None or task.cancelling() < 2):
+                await asyncio.sleep(_LEAVE_POLL_S)
+        finally:
+            for child in children:
                 child.let_go()
 
     def close_now(self) -> None:
         """`close` for code without an event loop; connections end with their loops."""
-        child, self._child = self._child, None
-        if child is not None and self._in_process:
+        for child in self._own_hosts():
             child.stop()
+
+    def _own_hosts(self) -> list[Child]:
+        """The hosts that end with this client, from now on forgotten."""
+        children = [*self._left, *([self._child] if self._child is not None else [])]
+        self._left, self._child = [], None
+        return children if self._in_process else []
 
     async def _connected(self) -> _Connection:
         loop = asyncio.get_running_loop()
@@ -156,21 +175,27 @@ class ControlClient:
             connection = self._connections.get(loop)
             if connection is not None and not connection.listening.done():
                 return connection
-            record = await self._host()
+            with Shown(f"Finding the host of {self.path}", enabled=self._show) as shown:
+                record = await self._host(shown.update)
             try:
                 connection = await self._connect(record)
             except BackendUnreachable:
                 if not await _dies(record):
                     raise
-                connection = await self._connect(await self._host())
+                connection = await self._connect(await self._host(lambda _: None))
             self._connections[loop] = connection
             return connection
 
-    async def _host(self) -> HostRecord:
-        record = await find_host(self.path, in_process=self._in_process, own=self._child)
+    async def _host(self, say: Callable[[str], None]) -> HostRecord:
+        def of_host(what: str) -> None:
+            say(f"The host of {self.path}: {what}")
+
+        record = await find_host(self.path, in_process=self._in_process, own=self._child, say=of_host)
         if record is None:
+            if self._child is not None:
+                self._left.append(self._child)
             started, self._child = await start_host(
-                self.path, in_process=self._in_process, idle_timeout_s=self._idle_timeout_s
+                self.path, in_process=self._in_process, idle_timeout_s=self._idle_timeout_s, say=of_host
             )
             return started
         return record
@@ -211,6 +236,14 @@ def _warn(sentence: str) -> None:
     except RuntimeWarning:
         # Where warnings are errors, this one has nobody to reach, and the session must not end of it.
         _log.warning(sentence)
+
+
+def _body(request: BaseModel) -> str:
+    """The request as JSON. Raises PathUnusable for a path in it that other processes can't be told of."""
+    for name, value in request:
+        if isinstance(value, Path):
+            check_tellable(value, name)
+    return request.model_dump_json()
 
 
 async def _dies(record: HostRecord) -> bool:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from art_core.errors import ProcessFailed
 from art_runtime import Child, spawn_detached, spawn_tethered
 from art_runtime.spawning import last_lines
 
-from ..wire.host_files import PATH_IN_USE, HostRecord, path_is_locked, read_host
+from ..wire.host_files import LOCK_FILE, PATH_IN_USE, HostRecord, path_is_locked, read_host
+from .backend_path import make_usable
 
 DISTRIBUTION = "art-backend-local"
 START_LIMIT_S = 60.0
@@ -31,7 +33,9 @@ class PathInUse(ArtError):
     """The path belongs to a host that this client may not share; the message names the process and what to do."""
 
 
-async def find_host(path: Path, *, in_process: bool, own: Child | None) -> HostRecord | None:
+async def find_host(
+    path: Path, *, in_process: bool, own: Child | None, say: Callable[[str], None] = lambda _: None
+) -> HostRecord | None:
     """The path's running host, if this client may use it. `own` is the tethered host that this client started.
 
     Raises PathInUse when it belongs to somebody else.
@@ -43,6 +47,7 @@ async def find_host(path: Path, *, in_process: bool, own: Child | None) -> HostR
         return record
     if record.owner_pid is not None and not record.owner_alive:
         # It ends with its client, after stopping its engines.
+        say(f"waiting for host process {record.pid}, whose client has ended, to stop its engines")
         await _wait_until_gone(path, record)
         return None
     if record.owner_pid is not None:
@@ -64,19 +69,30 @@ async def find_host(path: Path, *, in_process: bool, own: Child | None) -> HostR
     return record
 
 
-async def start_host(path: Path, *, in_process: bool, idle_timeout_s: float) -> tuple[HostRecord, Child | None]:
-    """Start a host and wait until it answers, which takes a second or two.
+async def start_host(
+    path: Path, *, in_process: bool, idle_timeout_s: float, say: Callable[[str], None] = lambda _: None
+) -> tuple[HostRecord, Child | None]:
+    """Start a host and wait until it answers, which takes a second or two. `say` is told what is waited for.
 
-    The child is None when another client started the host at the same time and it can be shared. Raises PathInUse when
-    it can't, ProcessFailed with the end of the log when the host doesn't start.
+    The child is None when another client started the host at the same time and it can be shared. Raises PathUnusable,
+    PathInUse when the host can't be shared, ProcessFailed with the end of the log when it doesn't start.
     """
+    await asyncio.to_thread(make_usable, path)
     deadline = time.monotonic() + LEAVING_LIMIT_S
-    while path_is_locked(path) and time.monotonic() < deadline:
+    while path_is_locked(path):
         # Another client is starting one, or the last one is stopping its engines.
+        say("waiting for another host, which is starting or stopping")
         record = await find_host(path, in_process=in_process, own=None)
         if record is not None:
             return record, None
+        if time.monotonic() > deadline:
+            raise PathInUse(
+                f"{path} is held by a process that can't be seen from here, for {LEAVING_LIMIT_S:g} s now: in another"
+                f" container, perhaps, or by a host that hangs (fuser {path / LOCK_FILE} names it). Use another path,"
+                " or end that process."
+            )
         await asyncio.sleep(_POLL_S)
+    say("waiting for its first answer")
     log = path / "logs" / "host.log"
     argv = [sys.executable, "-m", "art_backend_local.host", "--path", str(path), "--idle-timeout", str(idle_timeout_s)]
     if in_process:

@@ -25,16 +25,17 @@ from filelock import FileLock
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from art_core import installed_plugins
-from art_gateway import SERVER_OPTIONS, Gateway, GatewayLimits, raise_file_limit
+from art_gateway import SERVER_OPTIONS, Gateway, GatewayLimits, Listener, raise_file_limit, requests_at_once
+from art_runtime.process_identity import identity_of
 
 from ..wire.host_files import (
+    LOCK_FILE,
     PATH_IN_USE,
     HostRecord,
     lock_path,
-    process_lives,
-    remember_path,
+    read_host,
+    remember_host,
     remove_host,
-    start_time,
     write_host,
 )
 from ..wire.messages import PREFIX
@@ -45,6 +46,8 @@ from .sessions import Sessions
 
 DISTRIBUTION = "art-backend-local"
 _LOOK_EVERY_S = 1.0
+# A file system of other machines may be away for a moment.
+_LOST_LOOKS = 3
 _log = logging.getLogger("art_backend_local.host")
 
 
@@ -57,7 +60,7 @@ async def run_host(path: Path, *, idle_timeout_s: float, owner_pid: int | None) 
     _tell_warnings(host, loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
-    with socket.create_server(("127.0.0.1", 0), backlog=SERVER_OPTIONS["backlog"]) as listener:
+    with Listener(backlog=SERVER_OPTIONS["backlog"], full=lambda: server.full) as listener:
         port = listener.getsockname()[1]
         token, api_key = secrets.token_urlsafe(24), f"art-{secrets.token_urlsafe(24)}"
         routes = HostRoutes(host.models, used=sessions.used)
@@ -66,18 +69,19 @@ async def run_host(path: Path, *, idle_timeout_s: float, owner_pid: int | None) 
             server = _Server(_by_address(control.app, gateway.app))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             record = HostRecord(
+                path=str(path),
                 pid=os.getpid(),
-                started=start_time(os.getpid()),
+                identity=identity_of(os.getpid()),
                 port=port,
                 token=token,
                 version=version(DISTRIBUTION),
                 owner_pid=owner_pid,
-                owner_started=start_time(owner_pid) if owner_pid is not None else None,
+                owner_identity=identity_of(owner_pid) if owner_pid is not None else None,
             )
             try:
                 await server.until_started(serving)
                 write_host(path, record)
-                await asyncio.to_thread(remember_path, path)
+                await asyncio.to_thread(_remember, record)
                 _log.info("serving %s on port %d", path, port)
                 await _until_over(ending, serving, sessions, idle_timeout_s, record)
             finally:
@@ -105,6 +109,12 @@ class _Server(uvicorn.Server):
         options = {name: value for name, value in SERVER_OPTIONS.items() if name != "loop"}
         super().__init__(uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=3, **options))
         self._accepting = asyncio.Event()
+        self._most = requests_at_once()
+
+    @property
+    def full(self) -> bool:
+        """Whether each further request would take a file that one of those here needs."""
+        return len(self.server_state.connections) >= self._most
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Tells `until_started`."""
@@ -129,16 +139,57 @@ class _Server(uvicorn.Server):
 async def _until_over(
     ending: asyncio.Event, serving: asyncio.Task[None], sessions: Sessions, idle_timeout_s: float, record: HostRecord
 ) -> None:
+    path, lock = Path(record.path), _file_of(Path(record.path) / LOCK_FILE)
+    lost = 0
     while not ending.is_set() and not serving.done():
         try:
             await asyncio.wait_for(ending.wait(), _LOOK_EVERY_S)
         except TimeoutError:
-            if record.owner_pid is not None and not process_lives(record.owner_pid, record.owner_started):
+            if record.owner_pid is not None and not record.owner_alive:
                 _log.info("the client %d has gone", record.owner_pid)
                 return
             if record.owner_pid is None and sessions.idle_s > idle_timeout_s:
                 _log.info("nobody has used this host for %g s", idle_timeout_s)
                 return
+            lost = 0 if await asyncio.to_thread(_still_told, path, lock, record) else lost + 1
+            if lost == _LOST_LOOKS:
+                # What it served is gone with it, and the next client starts a host of its own.
+                sessions.tell_all(f"The folder {path} was deleted or moved away, so its host ends.")
+                _log.warning("%s was deleted or moved away", path)
+                return
+
+
+def _still_told(path: Path, lock: tuple[int, int] | None, record: HostRecord) -> bool:
+    """Whether the path is still this host's, whose lock is this file. A record that somebody removed is put back."""
+    if lock is None or _file_of(path / LOCK_FILE) != lock:
+        return False
+    if read_host(path) != record:
+        try:
+            write_host(path, record)
+        except OSError as error:
+            _log.warning("host.json is gone and cannot be written again: %s", error)
+    return True
+
+
+def _file_of(path: Path) -> tuple[int, int] | None:
+    """Which file lies at a path; None when there is none. Raises nothing: what can't be looked at is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remember(record: HostRecord) -> None:
+    try:
+        remember_host(record)
+    except OSError as error:
+        warnings.warn(
+            f"`art ps` and `art down` without a path won't find the host of {record.path}: there is no place for the"
+            f" list of hosts ({error}). To end it: art down --path {record.path}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _by_address(control: ASGIApp, gateway: ASGIApp) -> ASGIApp:

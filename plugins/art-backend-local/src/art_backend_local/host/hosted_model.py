@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from art_core.publication import publish
 from art_engine_kit.adapter_files import check_adapter
 from art_engine_kit.base_shapes import LinearShapes
 from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest, whole_steps
+from art_engine_kit.live_folders import remove_folder
 from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.served_steps import ServedSteps
 
@@ -322,7 +322,7 @@ class HostedModel:
         folder = self.ref(step).path
         doomed = folder.with_name(f".saving-deleted-{folder.name}-{uuid4().hex[:8]}")
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_folder(doomed)
 
     async def remove_not_kept(self) -> list[int]:
         """Delete the steps made with save_checkpoint=False that a later one has replaced, and say which were."""

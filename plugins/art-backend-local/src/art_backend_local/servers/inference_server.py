@@ -17,6 +17,7 @@ from art_core import ArtError, InferenceEngine, InferenceLaunch, LaunchPlan
 from art_core.errors import ProcessFailed
 from art_runtime import StartProgress, SupervisedProcess
 
+from . import standstill
 from .engine_connection import EngineConnection
 from .launching import start_server
 
@@ -26,9 +27,6 @@ OnProgress = Callable[[StartProgress], None]
 # A server that dies this often within the window is broken, not unlucky.
 DEATHS_ALLOWED = 5
 DEATH_WINDOW_S = 600.0
-HEALTH_EVERY_S = 15.0
-HEALTH_TIMEOUT_S = 20.0
-SILENT_LIMIT = 4
 
 
 class InferenceServer(Protocol):
@@ -128,21 +126,22 @@ class StartedServer:
 
     async def gone(self) -> str:
         """Wait until the process has ended. One that runs but doesn't answer its health check any more is ended."""
-        process, silent = self._running(), 0
-        while True:
-            try:
-                exit_ = await asyncio.wait_for(process.wait_exit(), HEALTH_EVERY_S)
-            except TimeoutError:
-                silent = 0 if await self._answers() else silent + 1
-            else:
-                self._deaths.append(time.monotonic())
-                return f"The {self.title} died and is being restarted. {exit_}"
-            if silent == SILENT_LIMIT:
+        process = self._running()
+        still = asyncio.create_task(standstill.stands_still(self._answers), name=f"watch {self.title}")
+        ending = asyncio.create_task(process.wait_exit())
+        try:
+            await asyncio.wait({ending, still}, return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
                 self._report(
-                    f"The {self.title} runs but has not answered for"
-                    f" {SILENT_LIMIT * (HEALTH_EVERY_S + HEALTH_TIMEOUT_S):g} s, so it is ended."
+                    f"The {self.title} runs but has not answered for {standstill.limit_s():g} s, so it is ended."
                 )
                 process.kill()
+            exit_ = await ending
+        finally:
+            still.cancel()
+            ending.cancel()
+        self._deaths.append(time.monotonic())
+        return f"The {self.title} died and is being restarted. {exit_}"
 
     def unusable(self, reason: str) -> ProcessFailed:
         """With the end of its log."""
@@ -171,7 +170,7 @@ class StartedServer:
         if self._connection is None:
             return False
         try:
-            status, _ = await self._connection.request("GET", self._health_path, None, HEALTH_TIMEOUT_S)
+            status, _ = await self._connection.request("GET", self._health_path, None, standstill.TIMEOUT_S)
         except ProcessFailed:
             return False
         return status == 200

@@ -22,9 +22,10 @@ from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJ
 from art_runtime import StartProgress, SupervisedProcess
 
 from ..wire.errors import error_from_json
+from . import standstill
 from .launching import start_server
 
-# One packed row of a large model may take long; silence beyond this is a hang.
+# One packed row of a large model may take long; a worker that is there but tells of nothing for longer hangs.
 SILENCE_LIMIT_S = 1800.0
 # A cancelled job leaves between two rows.
 BUSY_LIMIT_S = 600.0
@@ -43,6 +44,7 @@ class TrainingWorker:
         self._token = ""
         self._closed = False
         self._leaving: asyncio.Task[None] | None = None
+        self._stood_still: SupervisedProcess | None = None
 
     @property
     def pid(self) -> int | None:
@@ -72,13 +74,14 @@ class TrainingWorker:
     async def run(self, job: TrainJob) -> AsyncGenerator[TrainEvent]:
         """The job's events, up to and with `JobEnded`. Closing the iterator cancels the job.
 
-        Raises TrainingFailed when the worker dies, falls silent or answers nonsense, with the end of its log; and the
-        job's own error, as the type that it was raised as, when the job fails.
+        Raises TrainingFailed when the worker dies, stands still, falls silent or answers nonsense, with the end of its
+        log; and the job's own error, as the type that it was raised as, when the job fails.
         """
         process = self._process
         if process is None:
             raise ProcessFailed("the training worker was not started.")
         ended = False
+        still = asyncio.create_task(self._end_when_still(process), name="watch the training worker")
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
         url, body = f"{process.base_url}/jobs", job.model_dump_json()
@@ -110,6 +113,7 @@ class TrainingWorker:
                 raise
             raise await self._died(process, error) from error
         finally:
+            still.cancel()
             if not ended and process.running:
                 self._leaving = asyncio.create_task(self._until_idle(process), name="wait for the cancelled job")
         raise await self._died(process, "its answer ended early")
@@ -135,18 +139,35 @@ class TrainingWorker:
 
     async def _until_idle(self, process: SupervisedProcess) -> None:
         timeout = aiohttp.ClientTimeout(total=10)
-        deadline = asyncio.get_running_loop().time() + BUSY_LIMIT_S
+        clock = asyncio.get_running_loop().time
+        deadline, answered = clock() + BUSY_LIMIT_S, clock()
         async with aiohttp.ClientSession(timeout=timeout) as http:
             while process.running:
                 # A worker that doesn't answer is dead, which `running` tells, or too busy.
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                     async with http.get(f"{process.base_url}/health") as response:
+                        answered = clock()
                         if response.status == 200 and (await response.json()).get("status") != "training":
                             return
-                if asyncio.get_running_loop().time() > deadline:
+                if clock() > deadline or clock() - answered > standstill.limit_s():
                     process.kill()
+                    await process.wait_exit()
                     return
                 await asyncio.sleep(0.1)
+
+    async def _end_when_still(self, process: SupervisedProcess) -> None:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=standstill.TIMEOUT_S)) as http:
+
+            async def answers() -> bool:
+                try:
+                    async with http.get(f"{process.base_url}/health") as response:
+                        return response.status == 200
+                except (aiohttp.ClientError, TimeoutError):
+                    return False
+
+            await standstill.stands_still(answers)
+        self._stood_still = process
+        process.kill()
 
     async def _died(self, process: SupervisedProcess, cause: object) -> TrainingFailed:
         try:
@@ -156,6 +177,8 @@ class TrainingWorker:
             how = f"broke its connection ({cause}) and was ended"
         else:
             how = exit_.cause
+        if self._stood_still is process:
+            how = f"ran, but had not answered its health check for {standstill.limit_s():g} s, and was ended"
         return TrainingFailed(
             f"the training worker {how} in the middle of the step. Nothing of it was kept; the step before is still"
             " served, and the next step starts a new worker. The end of its log"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from dataclasses import dataclass
 from typing import Final
 
 from art_engine_kit.environment import Flavour
+from art_engine_kit.process_environment import process_environment
 
 from .locate import EnginePython, locate
 from .places import EngineSpec, environment_spec, machine_flavour
@@ -64,9 +64,17 @@ def examine(spec: EngineSpec, *, python: str | None = None, flavour: Flavour | N
 
 
 def _ask(command: list[str], env: dict[str, str], limit_s: float) -> subprocess.CompletedProcess[str]:
-    environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **env}
+    environment = process_environment({"PYTHONPATH": "", **env})
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=limit_s,
+            env=environment,
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"no answer within {limit_s:g} s")
     except OSError as error:

@@ -1,6 +1,7 @@
 """Tells uv where pip looks for packages: uv reads neither pip's files nor its variables.
 
-Asks pip itself what it was configured with. Where uv has a setting of its own, that one stays.
+Asks pip itself what it was configured with. Where uv has a setting of its own, that one stays. Run as a program it is
+`uv pip install` into the environment that runs it: so `make setup` makes one, before anything of ours can be imported.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Final
 
 _TIMEOUT_S: Final = 60.0
 # Later ones win, as in pip.
 _SECTIONS: Final = ("global", "install", ":env:")
+_YES: Final = ("1", "true", "yes", "on")
 
 
 def uv_settings() -> tuple[list[str], dict[str, str]]:
@@ -59,9 +62,33 @@ def as_uv(pip: dict[str, str], environment: os._Environ[str] | dict[str, str]) -
         arguments += [word for url in pip["extra-index-url"].split() for word in ("--index", url)]
         # pip takes the best version that any index has; uv by itself asks only the first that knows the name.
         arguments += ["--index-strategy", "unsafe-best-match"]
-    if pip.get("no-index", "").lower() in ("1", "true", "yes", "on"):
+    if pip.get("no-index", "").lower() in _YES:
         arguments.append("--no-index")
     variables = {"UV_HTTP_TIMEOUT": pip.get("timeout", "120")}
     if "cert" in pip:
         variables["SSL_CERT_FILE"] = pip["cert"]
+    if pip.get("no-cache-dir", "").lower() in _YES:
+        variables["UV_NO_CACHE"] = "1"
     return arguments, {name: value for name, value in variables.items() if name not in environment}
+
+
+def main() -> None:
+    """Become `uv pip install` with the arguments given, uv being the one beside this interpreter."""
+    indexes, variables = uv_settings()
+    if not _can_be_made(Path(os.environ.get("UV_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache")):
+        # pip does without a cache by itself; uv gives up.
+        variables["UV_NO_CACHE"] = "1"
+    uv = str(Path(sys.executable).with_name("uv"))
+    command = [uv, "pip", "install", "--python", sys.executable, *indexes, *sys.argv[1:]]
+    os.execve(uv, command, {**os.environ, **variables})
+
+
+def _can_be_made(folder: Path) -> bool:
+    folder = Path(os.path.expanduser(folder)).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+if __name__ == "__main__":
+    main()

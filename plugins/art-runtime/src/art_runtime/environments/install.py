@@ -12,31 +12,34 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-
 from art_core.atomic_files import write_json_atomically
 from art_core.errors import ProcessFailed
+from art_engine_kit.live_folders import bytes_below, entries_in, remove_folder
+from art_engine_kit.showing import Shown, say
+from art_engine_kit.user_folders import CACHE_VARIABLE
+from art_engine_kit.waited_lock import held
 
 from ..spawning import last_lines, spawn_tethered
 from .indexes import uv_settings
-from .places import EngineEnvironment, engine_folder
+from .places import MARKER, EngineEnvironment, engine_folder
 
 INSTALL_LIMIT_S: Final = 3600.0
 _LOG: Final = "install.log"
+_LOOK_EVERY_S: Final = 0.2
+# Walking a gigabyte of files takes a moment itself.
+_MEASURE_EVERY_S: Final = 3.0
 _VERSIONS: Final = (
     "import json; from importlib.metadata import distributions;"
     " print(json.dumps({d.name: d.version for d in distributions()}))"
 )
 
 
-def install(environment: EngineEnvironment, *, again: bool = False, console: Console | None = None) -> Path:
+def install(environment: EngineEnvironment, *, again: bool = False) -> Path:
     """Install an environment unless it is there, and give its interpreter. `again` makes it anew.
 
     Another process that is at it already is waited for. Shows progress on stderr. Raises ProcessFailed with the end of
@@ -46,26 +49,23 @@ def install(environment: EngineEnvironment, *, again: bool = False, console: Con
     if found is not None and not again:
         return found
     environment.folder.mkdir(parents=True, exist_ok=True)
-    console = console or Console(stderr=True)
-    with _locked(environment.folder, console):
+    with _locked(environment.folder):
         found = environment.python()
         if found is not None and not again:
             return found
-        return _build(environment, console)
+        return _build(environment)
 
 
 def remove(engine: str, flavour: str | None = None) -> list[Path]:
     """Remove an engine's environments (all flavours, or one), those of older requirements too; says which."""
     removed = []
-    root = engine_folder(engine)
-    for folder in sorted(root.glob(f"{flavour or '*'}-*")) if root.is_dir() else ():
-        if not folder.is_dir():
+    for folder in entries_in(engine_folder(engine)):
+        if not folder.is_dir() or not fnmatch(folder.name, f"{flavour or '*'}-*"):
             continue
-        with _locked(folder, Console(stderr=True)):
+        with _locked(folder):
             # Without its marker it counts as missing at once, however long the rest takes.
-            for marker in folder.glob("*.json"):
-                marker.unlink()
-            shutil.rmtree(folder)
+            (folder / MARKER).unlink(missing_ok=True)
+            remove_folder(folder)
         removed.append(folder)
     return removed
 
@@ -101,36 +101,34 @@ def steps(
     return found
 
 
-def _build(environment: EngineEnvironment, console: Console) -> Path:
+def _build(environment: EngineEnvironment) -> Path:
     folder, began = environment.folder, time.monotonic()
     keep = environment.facts().get("venv")
     venv = folder / f"venv-{uuid4().hex[:8]}"
-    for left in [*folder.glob("venv-*"), *folder.glob("projects-*")]:
-        if left.name != keep:
-            shutil.rmtree(left)
+    for left in entries_in(folder):
+        if left.name.startswith(("venv-", "projects-")) and left.name != keep:
+            remove_folder(left)
     # Building a project writes into its folder, and those of an installed engine are not ours to write to.
     projects = folder / f"projects-{uuid4().hex[:8]}"
     for project in environment.spec.local_projects:
         shutil.copytree(project, projects / project.name)
     uv = installer()
     name = f"{environment.engine} ({environment.flavour})"
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-    ) as progress:
-        task = progress.add_task(name, total=None)
+    say(f"{name}: {_size_of(environment)}, with {'uv' if uv else 'pip'}, into {folder}")
+    with Shown(name, unit="B") as shown:
         indexes, variables = uv_settings() if uv else ([], {})
         env = {"PYTHONPATH": "", **variables}
         try:
             for what, command in steps(environment, venv, projects, uv, indexes):
-                console.print(f"{name}: {what} …", highlight=False)
-                _run(command, env, folder / _LOG, f"{name}: {what}", progress, task, environment.spec.hint)
+                shown.update(f"{name}: {what}")
+                _run(command, env, folder / _LOG, venv, shown, f"{name}: {what}", environment.spec.hint)
         except BaseException:
             shutil.rmtree(venv, ignore_errors=True)
             raise
         finally:
             shutil.rmtree(projects, ignore_errors=True)
     python = venv / "bin" / "python"
-    seconds, size = round(time.monotonic() - began, 1), _bytes_in(venv)
+    seconds, size = round(time.monotonic() - began, 1), bytes_below(venv)
     facts: dict[str, Any] = {
         "engine": environment.engine,
         "flavour": environment.flavour,
@@ -143,8 +141,19 @@ def _build(environment: EngineEnvironment, console: Console) -> Path:
     write_json_atomically(environment.marker, facts)
     if keep:
         shutil.rmtree(folder / keep, ignore_errors=True)
-    console.print(f"{name}: installed in {seconds:.0f} s, {size / 1e9:.1f} GB, {folder}", highlight=False)
+    say(f"{name}: installed in {seconds:.0f} s, {size / 1e9:.1f} GB")
     return python
+
+
+def _size_of(environment: EngineEnvironment) -> str:
+    """What it takes on the disk and what is free there, in words."""
+    needed, free = environment.spec.disk_bytes, shutil.disk_usage(environment.folder).free
+    if needed is None:
+        return f"{free / 1e9:.1f} GB are free"
+    words = f"takes about {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
+    # An installer that links to its own cache may take less, so it is tried.
+    advice = f" (perhaps too little: make room, or set {CACHE_VARIABLE} to a folder on another disk)"
+    return words + (advice if free < needed else "")
 
 
 def _versions(environment: EngineEnvironment, python: Path) -> dict[str, str]:
@@ -160,23 +169,20 @@ def _versions(environment: EngineEnvironment, python: Path) -> dict[str, str]:
 
 
 def _run(
-    command: Sequence[str],
-    env: Mapping[str, str],
-    log: Path,
-    what: str,
-    progress: Progress,
-    task: TaskID,
-    hint: str,
+    command: Sequence[str], env: Mapping[str, str], log: Path, venv: Path, shown: Shown, what: str, hint: str
 ) -> None:
     # Tethered: when this process is killed, so is the installer, and nothing goes on writing.
     child = spawn_tethered(command, env, log_file=log, stop_timeout_s=2.0)
     deadline = time.monotonic() + INSTALL_LIMIT_S
+    measured = 0.0
     try:
         while (code := child.poll()) is None and time.monotonic() < deadline:
             line = last_lines(log, count=1)
-            said = "" if line.startswith("---") else escape(line.strip()[-80:])
-            progress.update(task, description=f"{what}  [dim]{said}[/]")
-            time.sleep(0.2)
+            shown.update(note="" if line.startswith("---") else line.strip()[-80:])
+            if time.monotonic() - measured > _MEASURE_EVERY_S:
+                shown.update(done=bytes_below(venv))
+                measured = time.monotonic()
+            time.sleep(_LOOK_EVERY_S)
     finally:
         child.stop()
     if code == 0:
@@ -189,24 +195,9 @@ def _run(
 
 
 @contextmanager
-def _locked(folder: Path, console: Console) -> Iterator[None]:
-    lock = FileLock(f"{folder}.lock")
+def _locked(folder: Path) -> Iterator[None]:
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        console.print(f"Another process is at work in {folder}; waiting for it …", highlight=False)
-        try:
-            lock.acquire(timeout=INSTALL_LIMIT_S)
-        except Timeout:
-            raise ProcessFailed(
-                f"another process has held {folder}.lock for {INSTALL_LIMIT_S:g} s. Wait for it, or end it and try"
-                " again."
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+        with held(Path(f"{folder}.lock"), limit_s=INSTALL_LIMIT_S, what=f"is at work in {folder}"):
+            yield
+    except TimeoutError as error:
+        raise ProcessFailed(str(error)) from error

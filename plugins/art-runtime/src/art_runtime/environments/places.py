@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from art_core import ArtError, InferenceEngineSpec, TrainingEngineSpec
 from art_core.errors import PluginError, did_you_mean
 from art_core.registry import instantiate
 from art_engine_kit.environment import EnvironmentSpec, Flavour, FlavourSpec
+from art_engine_kit.live_folders import files_below
+from art_engine_kit.user_folders import cache_dir
 
 from ..devices import accelerators
 
@@ -75,12 +75,6 @@ class EngineEnvironment:
         """The command that makes it."""
         flavour = "" if self.flavour == machine_flavour() else f" --flavour {self.flavour}"
         return f"art engines install {self.engine}{flavour}"
-
-
-def cache_dir() -> Path:
-    """ART's cache folder: `ART_CACHE_DIR`, read at each call, or the user's cache folder of this platform."""
-    override = os.environ.get("ART_CACHE_DIR")
-    return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("art"))
 
 
 def engine_folder(engine: str) -> Path:
@@ -145,8 +139,7 @@ def _key(spec: FlavourSpec) -> str:
     projects = {
         f"{project.name}/{file.relative_to(project).as_posix()}": hashlib.sha256(file.read_bytes()).hexdigest()
         for project in spec.local_projects
-        for file in sorted(project.rglob("*"))
-        if file.is_file()
+        for file in sorted(file for file, _ in files_below(project))
     }
     content = [
         *(spec.requirements, spec.without_dependencies, projects, spec.uninstall),
