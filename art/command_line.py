@@ -5,7 +5,9 @@ Knows the registry and nothing of what plugins do.
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import warnings
 from typing import Annotated, Any
 
@@ -156,6 +158,9 @@ def print_plugins(infos: list[PluginInfo]) -> None:
 
 def main() -> None:
     """Run the `art` command with the commands of every active plugin."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name or a line of a log may hold letters that the locale's encoding lacks.
+        sys.stdout.reconfigure(errors="replace")
     registry = _registry()
     for implementation in registry.hooks.hook.art_register_commands.get_hookimpls():
         try:

@@ -18,7 +18,7 @@ import art
 from art.local import LocalBackend
 from art_core import installed_plugins
 from art_tracker_files import read_history
-from reward_display import PublicationDisplay, save_curve, show_next, show_step, shown_path
+from reward_display import PublicationDisplay, plain_console, save_curve, show_next, show_step, shown_path
 
 OPENING: art.Messages = [
     {"role": "system", "content": "You answer customers of a small shop in one short, friendly sentence."},
@@ -91,7 +91,7 @@ async def show_samples(console: Console, model: art.Model, title: str) -> float:
 
 async def main(arguments: argparse.Namespace) -> None:
     """Everything a training script does: register, gather, train, log, again."""
-    console = Console()
+    console = plain_console()
     start = time.monotonic()
     installed_plugins().register(PublicationDisplay(console), name="publication-display")
     backend = LocalBackend(

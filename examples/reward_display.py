@@ -5,6 +5,7 @@ Knows rewards and files. Knows nothing of models, backends or training; none of 
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -36,7 +37,8 @@ class PublicationDisplay:
 def show_step(console: Console, step: int, reward: float, first_reward: float, seconds: float) -> None:
     """One row: the mean reward as a bar, and how far it is from the first step's."""
     filled = round(BAR_WIDTH * max(0.0, min(1.0, reward)))
-    bar = f"[green]{'█' * filled}[/][dim]{'░' * (BAR_WIDTH - filled)}[/]"
+    full, empty = "█░" if console.encoding.startswith("utf") else "#."
+    bar = f"[green]{full * filled}[/][dim]{empty * (BAR_WIDTH - filled)}[/]"
     console.print(
         f"step {step:3d}  reward {reward:.3f} {bar} {reward - first_reward:+.3f}  {seconds:4.1f} s", highlight=False
     )
@@ -51,6 +53,13 @@ def show_next(console: Console, commands: dict[str, list[str]], hint: str) -> No
         line = shlex.join([shown_path(sys.executable), shown_path(program) if "/" in program else program, *rest])
         console.print(f"{what:{width}}  {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(hint, markup=False, highlight=False, soft_wrap=True)
+
+
+def plain_console() -> Console:
+    """A console on stdout that shows a question mark for a letter that the locale's encoding lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Console()
 
 
 def shown_path(path: str) -> str:

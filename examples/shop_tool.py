@@ -20,7 +20,7 @@ import art
 from art.local import LocalBackend
 from art_core import installed_plugins
 from art_tracker_files import read_history
-from reward_display import PublicationDisplay, save_curve, show_step
+from reward_display import PublicationDisplay, plain_console, save_curve, show_step
 
 PRICES = {"kettle": 17, "lamp": 24, "chair": 58, "mirror": 31, "clock": 19, "teapot": 12, "radio": 46, "ladder": 65}
 QUESTIONS = ["How much is a {}?", "What does the {} cost?"]
@@ -109,7 +109,7 @@ def show_conversation(console: Console, trajectory: art.Trajectory) -> None:
 
 async def main(arguments: argparse.Namespace) -> None:
     """Register, gather, train, log, again; with a conversation shown before and after."""
-    console = Console()
+    console = plain_console()
     installed_plugins().register(PublicationDisplay(console), name="publication-display")
     async with LocalBackend(in_process=True, path=arguments.path) as backend:
         model = art.TrainableModel(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from art_runtime.doctor import finding
+from art_runtime.doctor import Finding, examination, examine_all
 
 HEALTHY = {"HTTP_PROXY": None, "http_proxy": None, "PYTHONUTF8": "1"}
 TOPICS = [
@@ -205,13 +205,11 @@ def test_an_engine_without_its_environment_says_the_line_that_makes_it(doctor: D
 
 
 def test_a_check_that_fails_itself_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from art_runtime.doctor import machine
-
-    def fails() -> list[finding.Finding]:
+    def fails() -> list[Finding]:
         raise OSError("no such device")
 
-    monkeypatch.setattr(machine, "ports", fails)
-    found = finding.examine_all()
+    monkeypatch.setitem(examination.CHECKS, "ports", fails)
+    found = examine_all()
     (ports,) = [each for each in found if each.about == "ports"]
     assert "no such device" in ports.says
     assert list(dict.fromkeys(each.about for each in found)) == TOPICS

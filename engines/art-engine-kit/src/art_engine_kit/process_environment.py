@@ -25,6 +25,7 @@ def process_environment(added: Mapping[str, str] | None = None) -> dict[str, str
       own folder is no exception; a plan that needs that on its path names it in PYTHONPATH.
     - It asks no proxy for this machine.
     - Its files are read and written as UTF-8, and its output is UTF-8, whatever the locale.
+    - It has its docstrings, which libraries read, and no warning of a library ends it.
     - Its home is a folder that can be written, and its user has a name.
     """
     env = dict(os.environ)
@@ -35,6 +36,11 @@ def process_environment(added: Mapping[str, str] | None = None) -> dict[str, str
         env["PYTHONPATH"] = os.pathsep.join(filter(None, env["PYTHONPATH"].split(os.pathsep)))
     env["PYTHONUTF8"] = "1"
     env.pop("PYTHONIOENCODING", None)
+    env.pop("PYTHONOPTIMIZE", None)
+    if "PYTHONWARNINGS" in env:
+        # An action may be written short, as "e".
+        filters = env["PYTHONWARNINGS"].split(",")
+        env["PYTHONWARNINGS"] = ",".join(part for part in filters if not part.strip().startswith("e"))
     env |= _without_proxy_for_this_machine(env)
     # Most need none, so one that can't be made stops nobody.
     with suppress(OSError):
