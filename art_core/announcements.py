@@ -49,13 +49,12 @@ async def announce(registry: PluginRegistry, hook: str, *, only: Collection[str]
 
 def _local_folder(name: str) -> Path | None:
     folder = Path(name).expanduser()
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        return folder.resolve()
-    if folder.is_dir():
+    is_model = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    if folder.is_dir() and not is_model:
         raise BaseModelNotFound(
             f"the folder {name!r} holds neither weights (config.json) nor a PEFT adapter (adapter_config.json)."
         )
-    return None
+    return folder.resolve() if is_model else None
 
 
 async def resolve_base_model(registry: PluginRegistry, name: str) -> Path:

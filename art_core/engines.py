@@ -124,7 +124,8 @@ class InferenceEngine(Protocol):
         """A user's request as this engine takes it: names the adapter (None: the base model), asks for token ids and
         logprobs.
 
-        Does not change `body`.
+        Does not change `body`. Raises InvalidRequest, naming the field, for what its server would do nothing with or
+        stumble over.
         """
 
     def read_response(self, endpoint: Endpoint, body: JSON) -> JSON:

@@ -30,8 +30,8 @@ class UnknownArgument(ArtError, TypeError):
     def __init__(self, name: str, *, where: str, known: Iterable[str]) -> None:
         self.name, self.known = name, tuple(sorted(known))
         # A server's hundreds of options would bury the nearest one.
-        few = len(self.known) <= _READABLE
-        takes = (", ".join(self.known) or "none") if few else f"{len(self.known)} others, as its documentation lists"
+        listed = ", ".join(self.known) or "none"
+        takes = listed if len(self.known) <= _READABLE else f"{len(self.known)} others, as its documentation lists"
         super().__init__(f"{where} has no argument {name!r}.{did_you_mean(name, self.known)} It takes: {takes}.")
 
 
@@ -93,6 +93,16 @@ class PublicationFailed(ArtError):
 
     def __init__(self, message: str, *, stage: str, put_aside: Path | None = None) -> None:
         self.stage, self.put_aside = stage, put_aside
+        super().__init__(message)
+
+
+class InvalidRequest(ArtError, ValueError):
+    """A request to a model that cannot be answered as it is. `param` is the field at fault, such as
+    "messages.2.content".
+    """
+
+    def __init__(self, message: str, *, param: str) -> None:
+        self.param = param
         super().__init__(message)
 
 

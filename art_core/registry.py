@@ -162,8 +162,7 @@ class PluginRegistry:
 
     def _adopt(self, loaded: LoadedPlugin, *, warn: bool) -> None:
         for kind, card in loaded.cards:
-            rivals = self._providers(kind, card.name)
-            if rivals:
+            if rivals := self._providers(kind, card.name):
                 self._dispute(kind, card.name, [*rivals, loaded.info], warn=warn)
                 return
         for kind, card in loaded.cards:
@@ -201,11 +200,8 @@ class PluginRegistry:
         def before(hook: str, impls: Any, kwargs: Mapping[str, Any]) -> None:
             self.trace(hook, kwargs, [impl.plugin_name for impl in reversed(impls)])
 
-        def after(*_: Any) -> None:
-            return None
-
         if not self._tracing:
-            self.hooks.add_hookcall_monitoring(before, after)
+            self.hooks.add_hookcall_monitoring(before, lambda *_: None)
         self._tracing = True
 
 

@@ -60,3 +60,12 @@ def test_gateway_overhead_in_front_of_an_engine(tiny_base_model: Path) -> None:
     [rows] = [value for value in result.values() if isinstance(value, list)]
     assert [row["concurrency"] for row in rows] == [1, 4]
     assert all(len(row["lost_each_round"]) == 2 for row in rows)
+
+
+@pytest.mark.slow
+def test_no_request_ends_a_server_or_costs_another_its_answer() -> None:
+    result = run("fuzz_requests.py", "--requests", "400")
+    assert result["servers_alive"]
+    assert not result["failures"], result["first_failures"]
+    assert not result["honest_failures"], result["first_honest_failures"]
+    assert result["statuses"]["200"] > 20, "next to none of the requests reached the engine"

@@ -74,7 +74,7 @@ async def test_a_client_is_used_by_several_event_loops_at_once(endpoint):
         async def often():
             for _ in range(50):
                 assert await ask(client) == await ask(client, extra_headers={"x-a": "b"}) == "Hello."
-            print("done")
+            print("done\\n", end="")  # in one piece, since another thread may print too
 
         threads = [threading.Thread(target=asyncio.run, args=(often(),)) for _ in range(4)]
         for thread in threads:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from art_core import InferenceCapability, InferenceEngine, InferenceLaunch, LaunchPlan
-from art_core.errors import EngineRefused, UnsupportedCapability
+from art_core.errors import EngineRefused, InvalidRequest, UnsupportedCapability
 from art_engine_kit.openai_server import OpenAIServerEngine
 
 Cap = InferenceCapability
 CHAT: dict[str, Any] = {"model": "base", "messages": [], "logprobs": False}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look_up"}}
 
 
 class Engine(OpenAIServerEngine):
@@ -36,11 +37,11 @@ def test_what_is_not_declared_is_refused_with_what_to_do() -> None:
     with pytest.raises(UnsupportedCapability, match="Buy a GPU"):
         Engine().sleep()
     with pytest.raises(UnsupportedCapability, match="art plugins show"):
-        Engine().prepare_request("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, None)
+        Engine().prepare_request("chat/completions", {**CHAT, "tools": [TOOL]}, None)
     everything = Engine("cuda")
     assert everything.sleep().path.startswith("/sleep")
     assert everything.wake().action == "wake"
-    assert "tools" in everything.prepare_request("chat/completions", {**CHAT, "tools": [1]}, None)
+    assert everything.prepare_request("chat/completions", {**CHAT, "tools": [TOOL]}, None)["tools"] == [TOOL]
 
 
 def test_requests_name_the_adapter_and_ask_for_ids_and_logprobs() -> None:
@@ -96,3 +97,87 @@ def test_what_is_done_is_no_refusal(body: bytes) -> None:
 def test_adapters_are_the_models_with_a_parent() -> None:
     body = json.dumps({"data": [{"id": "base", "parent": None}, {"id": "p/m@1", "parent": "base"}]}).encode()
     assert Engine().read_adapters(body) == {"p/m@1"}
+
+
+def test_what_a_server_would_stumble_over_is_written_in_the_form_that_all_read() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": {"city": "Köln"}}}
+    asked = Engine("cuda").prepare_request(
+        "chat/completions",
+        {
+            "model": "base",
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "2"}]},
+            ],
+            "tools": [TOOL],
+            "tool_choice": "auto",
+            "max_completion_tokens": 5,
+            "temperature": None,
+            "verbosity": "low",
+            "store": True,
+        },
+        "p/m@3",
+    )
+    asked_call = {**call, "function": {"name": "look_up", "arguments": '{"city": "Köln"}'}}
+    assert asked == {
+        "model": "p/m@3",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "a\nb"},
+            {"role": "assistant", "content": "", "tool_calls": [asked_call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        ],
+        "tools": [TOOL],
+        "tool_choice": "auto",
+        "max_completion_tokens": 5,
+        "logprobs": True,
+        "return_token_ids": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "param"),
+    [
+        ("chat/completions", {}, "messages"),
+        ("chat/completions", {"messages": "text"}, "messages"),
+        ("chat/completions", {"messages": [{"role": "usr", "content": "x"}]}, "messages.0.role"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            "messages.0.content.0",
+        ),
+        ("chat/completions", {"messages": [], "tools": [{"type": "custom"}]}, "tools.0.type"),
+        ("chat/completions", {"messages": [], "tool_choice": "required"}, "tool_choice"),
+        ("chat/completions", {"messages": [], "tools": [TOOL], "tool_choice": "often"}, "tool_choice"),
+        (
+            "chat/completions",
+            {"messages": [], "tools": [TOOL], "tool_choice": {"type": "allowed_tools"}},
+            "tool_choice.type",
+        ),
+        (
+            "chat/completions",
+            {"messages": [], "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice.function.name",
+        ),
+        ("chat/completions", {"messages": [], "functions": [{"name": "f"}]}, "functions"),
+        ("chat/completions", {"messages": [], "modalities": ["text", "audio"]}, "modalities"),
+        ("completions", {"prompt": "x", "echo": True}, "echo"),
+        ("completions", {"prompt": "x", "best_of": 3}, "best_of"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "suffix"),
+    ],
+)
+def test_what_no_server_here_can_answer_is_named(endpoint: Any, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        Engine("cuda").prepare_request(endpoint, {"model": "base", **fields}, None)
+    assert refusal.value.param == param
+
+
+def test_a_server_that_names_fields_itself_gets_the_request_as_it_came() -> None:
+    class Names(Engine):
+        names_fields = True
+
+    sent = {"model": "base", "messages": "text", "verbosity": "low"}
+    asked = Names("cuda").prepare_request("chat/completions", sent, None)
+    assert {name: asked[name] for name in sent} == sent

@@ -4,6 +4,9 @@ own traps.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,9 +17,10 @@ from art_conformance.oracle import Oracle, agreement
 from art_conformance.served_weights import ASK, ONE, TWO, ServedWeights
 from art_conformance.serving import LiveEngine
 from art_core import InferenceEngine
+from art_engine_kit import hermes_calls
 from art_engine_kit.environment import Flavour
 from art_engine_kit.server_options import options_of
-from art_engine_sglang.environment import ENVIRONMENT, OPTIONS
+from art_engine_sglang.environment import ENVIRONMENT, OPTIONS, SERVE
 from art_engine_sglang.inference_engine import SglangInferenceEngine
 from art_engine_sglang.options import ARGUMENTS
 from art_engine_sglang.plugin import art_register_inference_engines
@@ -70,3 +74,50 @@ def test_the_options_are_those_of_the_real_parser() -> None:
     [card] = art_register_inference_engines()
     found = options_of(python_for(card, flavour="cpu"), OPTIONS, ENVIRONMENT.flavours["cpu"].probe_env)
     assert found == ARGUMENTS, "server_options writes options.py anew"
+
+
+# Run by the engine's own Python: the calls in a text, whole and letter by letter.
+PARSE = """
+import json, sys
+import art_sglang_serve
+import art_sglang_tools
+
+def told(result):
+    return [[call.tool_index, call.name, call.parameters] for call in result.calls]
+
+text, streaming, streamed = sys.argv[1], art_sglang_tools.ArtHermesDetector(), []
+whole = art_sglang_tools.ArtHermesDetector().detect_and_parse(text, [])
+said = ""
+for letter in text:
+    result = streaming.parse_streaming_increment(letter, [])
+    streamed += told(result)
+    said += result.normal_text
+end = streaming.finish([])
+texts = [whole.normal_text, said + end.normal_text]
+print(json.dumps({"whole": told(whole), "streamed": streamed + told(end), "texts": texts}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_call_ends_where_its_json_ends_whole_and_streamed() -> None:
+    [card] = art_register_inference_engines()
+    python = python_for(card, flavour="cpu")
+    calls = [("write", {"text": "a </tool_call> b <tool_call> c"}), ("look_up", {"city": "Köln"})]
+    written = [f"<tool_call>\n{json.dumps({'name': n, 'arguments': a})}\n</tool_call>" for n, a in calls]
+    env = {**os.environ, **ENVIRONMENT.flavours["cpu"].probe_env, "ART_HERMES_CALLS": hermes_calls.__file__}
+    env["PYTHONPATH"] = f"{env.get('PYTHONPATH', '')}{os.pathsep}{SERVE.parent}"
+    answer = subprocess.run(
+        [python, "-c", PARSE, "First. " + "\n".join(written)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-4000:]
+    found = json.loads(answer.stdout.splitlines()[-1])
+    assert [text.strip() for text in found["texts"]] == ["First.", "First."]
+    for way in ("whole", "streamed"):
+        assert [(name, json.loads(arguments)) for _, name, arguments in found[way]] == calls
+        assert [index for index, _, _ in found[way]] == [0, 1]

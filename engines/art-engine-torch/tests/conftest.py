@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +28,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from art_engine_torch.server.app import InferenceApp
+from art_engine_torch.server.decoder import Decoder
+from art_engine_torch.server.engine import InferenceEngineThread
+from art_engine_torch.server.prompts import Prompts
+from art_engine_torch.server.scheduler import Limits, Scheduler
+from art_engine_torch.server.vocabulary import Vocabulary
+
+KEY = "a-test-key"
+BASE = "tiny"
+CONTEXT = 512
+WAIT_S = 60.0
 CHAT_TEMPLATE = (
     "{% for t in tools or [] %}<tool>{{ t | tojson }}</tool>{% endfor %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -157,6 +175,62 @@ def tiny_adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Te
     ]
 
 
+@dataclass
+class Server:
+    """One running server. `failures` holds what ended its engine."""
+
+    url: str
+    engine: InferenceEngineThread
+    failures: list[BaseException]
+    folder: Path
+    prompts: Prompts
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {KEY}"}
+
+
+@contextlib.contextmanager
+def serve(folder: Path, *, trust_templates: bool = True, **limits: int) -> Iterator[Server]:
+    vocabularies: list[Vocabulary] = []
+    failures: list[BaseException] = []
+    sizes = {
+        "max_len": CONTEXT,
+        "max_sequences": 32,
+        "batch_tokens": 128,
+        "cache_tokens": 64 * 1024,
+        "prefix_bytes": 1 << 26,
+    }
+
+    def build() -> Scheduler:
+        torch.set_num_threads(1)  # of the engine's own thread, for the reason above
+        decoder = Decoder.load(folder, torch.device("cpu"), torch.float32, CONTEXT)
+        vocabularies.append(Vocabulary(folder, size=decoder.shape.vocab))
+        return Scheduler(decoder, Limits(**{**sizes, **limits}))
+
+    engine = InferenceEngineThread(
+        build, served_name=BASE, max_adapters=3, max_lora_rank=16, on_failure=failures.append
+    )
+    prompts = Prompts(folder, chat_template=None, trust_templates=trust_templates, on_failure=failures.append)
+    app = InferenceApp(engine, lambda: vocabularies[0], prompts, served_name=BASE, api_key=KEY)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app.asgi, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    engine.start()
+    thread.start()
+    deadline = time.monotonic() + WAIT_S
+    while not (server.started and engine.ready and prompts.ready) and not failures and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.started
+    assert (engine.ready and prompts.ready) or failures
+    try:
+        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, failures, folder, prompts)
+    finally:
+        engine.stop(WAIT_S)
+        server.should_exit = True
+        thread.join(WAIT_S)
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Changes fields of a JSON file; a value of None takes the field out."""
     data = json.loads(path.read_text(encoding="utf-8")) | changes
@@ -179,3 +253,25 @@ def reference() -> Callable[[Path, Path | None, list[int]], torch.Tensor]:
 def json_editor() -> Callable[..., None]:
     """`edit_json`."""
     return edit_json
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., Any]:
+    """`serve`: a context manager that runs the real server on a model's folder."""
+    return serve
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Callable[[str], Path]) -> Iterator[Server]:
+    """A server of a tiny Llama, for all tests of a module."""
+    with serve(tiny_model("llama-tied")) as running:
+        yield running
+
+
+@pytest.fixture
+async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of it that has the key. Adapters are gone afterwards."""
+    async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=WAIT_S) as client:
+        yield client
+        for name in server.engine.adapter_names():
+            server.engine.unload_adapter(name)

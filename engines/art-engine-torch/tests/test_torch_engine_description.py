@@ -59,7 +59,7 @@ def test_the_specs_name_what_can_be_imported() -> None:
 
 
 def test_the_server_reads_every_argument_that_the_plan_writes() -> None:
-    values: dict[type, Any] = {int: 3, float: 1.5, str: "info"}
+    values: dict[type, Any] = {int: 3, float: 1.5, str: "info", bool: True}
     plan = TorchInferenceEngine().launch(
         inference(
             max_model_len=100,
@@ -73,6 +73,7 @@ def test_the_server_reads_every_argument_that_the_plan_writes() -> None:
     assert options.max_model_len == 100
     assert options.kv_cache_gb == 1.5
     assert options.max_num_seqs == 3
+    assert options.trust_request_chat_template
     assert options.device == "cpu"
     assert plan.env["CUDA_VISIBLE_DEVICES"] == ""
 

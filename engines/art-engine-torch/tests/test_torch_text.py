@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from art_engine_kit.hermes_calls import ToolCallStream, parse_tool_calls
 from art_engine_torch.server.detokenize import TextStream
-from art_engine_torch.server.tool_calls import ToolCallStream, parse_tool_calls
 
 
 class Bytes:
@@ -120,3 +120,8 @@ def test_nothing_is_lost_whatever_the_pieces(text: str, size: int) -> None:
     said, calls = stream_calls(text, size)
     assert calls == []
     assert said == text
+
+
+def test_a_call_with_a_line_break_in_a_string_is_a_call_and_its_arguments_are_json() -> None:
+    [call] = parse_tool_calls('<tool_call>{"name": "write", "arguments": {"text": "a\nb"}}</tool_call>').calls
+    assert json.loads(call["function"]["arguments"]) == {"text": "a\nb"}

@@ -4,6 +4,9 @@ own traps.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from typing import ClassVar
 
 import pytest
@@ -12,9 +15,10 @@ from art_conformance import InferenceEngineConformance
 from art_conformance.served_weights import ServedWeights
 from art_conformance.serving import LiveEngine
 from art_core import InferenceEngine
+from art_engine_kit import hermes_calls
 from art_engine_kit.environment import Flavour
 from art_engine_kit.server_options import options_of
-from art_engine_vllm.environment import OPTIONS
+from art_engine_vllm.environment import OPTIONS, SERVE
 from art_engine_vllm.inference_engine import VllmInferenceEngine
 from art_engine_vllm.options import ARGUMENTS
 from art_engine_vllm.plugin import art_register_inference_engines
@@ -51,3 +55,47 @@ class TestVllmServes(OnACpu, ServedWeights):
 def test_the_options_are_those_of_the_real_parser() -> None:
     [card] = art_register_inference_engines()
     assert options_of(python_for(card, flavour="cpu"), OPTIONS) == ARGUMENTS, "server_options writes options.py anew"
+
+
+# Run by the engine's own Python: the calls in a text, whole and letter by letter.
+PARSE = """
+import json, sys, types
+import art_vllm_tools
+
+def parser():
+    return art_vllm_tools.ArtHermesToolParser(types.SimpleNamespace(get_vocab=lambda: {}))
+
+text, streaming, streamed = sys.argv[1], parser(), {}
+whole = parser().extract_tool_calls(text, None)
+for end in range(1, len(text) + 1):
+    before, now = text[: end - 1], text[:end]
+    delta = streaming.extract_tool_calls_streaming(before, now, text[end - 1], [], [], [], None)
+    for call in (delta.tool_calls or []) if delta else []:
+        said = streamed.setdefault(call.index, ["", ""])
+        said[0] += call.function.name or ""
+        said[1] += call.function.arguments or ""
+calls = [[call.function.name, call.function.arguments] for call in whole.tool_calls]
+print(json.dumps({"content": whole.content, "whole": calls, "streamed": list(streamed.values())}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_call_ends_where_its_json_ends_whole_and_streamed() -> None:
+    [card] = art_register_inference_engines()
+    python = python_for(card, flavour="cpu")
+    calls = [("write", {"text": "a </tool_call> b <tool_call> c"}), ("look_up", {"city": "Köln"})]
+    written = [f"<tool_call>\n{json.dumps({'name': n, 'arguments': a})}\n</tool_call>" for n, a in calls]
+    answer = subprocess.run(
+        [python, "-c", PARSE, "First. " + "\n".join(written)],
+        env={**os.environ, "PYTHONPATH": str(SERVE.parent), "ART_HERMES_CALLS": hermes_calls.__file__},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-4000:]
+    found = json.loads(answer.stdout.splitlines()[-1])
+    assert found["content"] == "First."
+    for way in ("whole", "streamed"):
+        assert [(name, json.loads(arguments)) for name, arguments in found[way]] == calls

@@ -106,6 +106,37 @@ async def test_an_odd_model_name_is_refused(stage: Any, model: Any) -> None:
     assert body["error"]["param"] == "model"
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "usr", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}, "messages.0.tool_calls.0.function"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"tools": {"a": 1}}, "tools"),
+    ],
+)
+async def test_what_an_engine_would_stumble_over_is_named_and_never_reaches_it(
+    stage: Any, fields: dict[str, Any], param: str
+) -> None:
+    status, body, _ = await stage.chat(**fields)
+    assert status == 400
+    assert body["error"]["param"] == param
+    assert body["error"]["message"].startswith(param)
+    assert not stage.upstream.requests
+    assert (await stage.chat())[0] == 200
+
+
+async def test_a_request_nested_too_deeply_to_be_written_is_a_400(stage: Any) -> None:
+    deep: Any = 1
+    for _ in range(400):
+        deep = [deep]
+    status, body, _ = await stage.chat(something=deep)
+    assert status == 400
+    assert body["error"]["code"] == "invalid_json"
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'"agent"'])
 async def test_a_body_that_is_no_object_is_refused(stage: Any, content: bytes) -> None:
     async with stage.client.post(f"{stage.url}/p/v1/chat/completions", data=content) as answer:

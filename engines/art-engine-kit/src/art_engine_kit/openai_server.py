@@ -17,6 +17,7 @@ from art_core.engines import JSON, Endpoint, EngineCall, InferenceLaunch, Launch
 from art_core.errors import EngineRefused
 
 from .environment import Flavour
+from .plain_request import plain_request
 
 _ASK_ELSEWHERE = "`art plugins` lists the engines that are installed, `art plugins show NAME` what each can do."
 
@@ -27,13 +28,15 @@ class OpenAIServerEngine(ABC):
     The server takes POST /v1/load_lora_adapter and /v1/unload_lora_adapter, lists adapters in /v1/models as models with
     a parent, serves an adapter under its name as a model, and answers `return_token_ids` with `token_ids` in each
     choice and `prompt_token_ids` there or beside them. `by_flavour` is for an engine whose abilities depend on the kind
-    of machine; `instead` says, for a capability that is not declared, what to do.
+    of machine; `instead` says, for a capability that is not declared, what to do. `names_fields` is true of a server
+    that by itself names the field at fault and passes over what changes nothing; for any other the dialect does.
     """
 
     name: str
     capabilities: frozenset[InferenceCapability] = frozenset()
     by_flavour: ClassVar[Mapping[Flavour, frozenset[InferenceCapability]]] = {}
     instead: ClassVar[Mapping[InferenceCapability, str]] = {}
+    names_fields: ClassVar[bool] = False
 
     load_path: ClassVar[str] = "/v1/load_lora_adapter"
     unload_path: ClassVar[str] = "/v1/unload_lora_adapter"
@@ -110,7 +113,8 @@ class OpenAIServerEngine(ABC):
         """An adapter is named as the model; without one, the model in `body` stays: the base model's served name."""
         if body.get("tools"):
             self._require(InferenceCapability.TOOL_CALLS)
-        request = {**body, "return_token_ids": True}
+        plain = body if self.names_fields else plain_request(endpoint, body)
+        request = {**plain, "return_token_ids": True}
         if adapter is not None:
             request["model"] = adapter
         if endpoint == "chat/completions":

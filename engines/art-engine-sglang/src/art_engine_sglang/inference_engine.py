@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 from art_core import EngineCall, InferenceCapability, InferenceLaunch, LaunchPlan
 from art_core.engines import JSON, Endpoint
+from art_engine_kit import hermes_calls
 from art_engine_kit.environment import cuda_env
 from art_engine_kit.openai_server import OpenAIServerEngine
 from art_engine_kit.server_arguments import users_arguments
@@ -87,6 +88,7 @@ class SglangInferenceEngine(OpenAIServerEngine):
             "TOKENIZERS_PARALLELISM": "false",
             # Otherwise the logprobs of sampled tokens are those after the temperature.
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+            "ART_HERMES_CALLS": hermes_calls.__file__,
             **({} if config.devices else on_cpu),
             **added,
             **cuda_env(config.devices),

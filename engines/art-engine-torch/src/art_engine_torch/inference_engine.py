@@ -25,6 +25,7 @@ ENGINE_ARGS: Final[Mapping[str, type]] = {
     "max_batch_tokens": int,
     "threads": int,
     "log_level": str,
+    "trust_request_chat_template": bool,
 }
 
 
@@ -37,6 +38,7 @@ class TorchInferenceEngine(OpenAIServerEngine):
 
     name = "torch"
     capabilities = INFERENCE
+    names_fields = True
 
     def launch(self, config: InferenceLaunch) -> LaunchPlan:
         """The server on a CPU, or on the one GPU of `config.devices`.
@@ -58,16 +60,19 @@ class TorchInferenceEngine(OpenAIServerEngine):
         if config.chat_template is not None:
             argv += ["--chat-template", str(config.chat_template)]
         for name, value in config.engine_args.items():
-            argv += [f"--{name.replace('_', '-')}", str(_checked(name, value))]
+            argv += _argument(name, value)
         env = {**ENVIRONMENT, **cuda_env(config.devices)}
         return LaunchPlan(argv=tuple(argv), env=env, secret_env={API_KEY_VARIABLE: config.api_key})
 
 
-def _checked(name: str, value: Any) -> Any:
+def _argument(name: str, value: Any) -> list[str]:
     kind = ENGINE_ARGS.get(name)
     if kind is None:
         raise UnknownArgument(name, where="engine_args of the torch inference engine", known=ENGINE_ARGS)
     wanted = int | float if kind is float else kind
-    if not isinstance(value, wanted) or isinstance(value, bool):
+    if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"engine_args of the torch inference engine: {name}={value!r} is no {kind.__name__}.")
-    return value
+    option = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        return [option] if value else []
+    return [option, str(value)]

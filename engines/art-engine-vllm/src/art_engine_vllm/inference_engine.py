@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from art_core import InferenceCapability, InferenceLaunch, LaunchPlan
+from art_engine_kit import hermes_calls
 from art_engine_kit.environment import cuda_env
 from art_engine_kit.openai_server import OpenAIServerEngine
 from art_engine_kit.server_arguments import users_arguments
@@ -34,6 +35,8 @@ DECIDED: Final[Mapping[str, str]] = {
 # A model's generation_config would otherwise cut what is sampled (top_k, top_p, temperature) unasked, and the logprobs
 # would no longer be those of what was sampled from. Its end-of-text ids stay in force.
 PLAIN_SAMPLING: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# Beside the script that is run, where Python finds it.
+PARSER: Final = {"tool_parser_plugin": "art_vllm_tools", "tool_call_parser": "art_hermes"}
 
 
 class VllmInferenceEngine(OpenAIServerEngine):
@@ -79,6 +82,7 @@ class VllmInferenceEngine(OpenAIServerEngine):
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             # Opens /pause, /resume, /sleep and /wake_up; the middleware guards them.
             "VLLM_SERVER_DEV_MODE": "1",
+            "ART_HERMES_CALLS": hermes_calls.__file__,
             **added,
             **cuda_env(config.devices),
         }
@@ -101,7 +105,8 @@ def _chosen(config: InferenceLaunch, given: Mapping[str, Any]) -> dict[str, Any]
         "max_model_len": config.max_model_len,
         "chat_template": config.chat_template,
         "enable_auto_tool_choice": True,
-        "tool_call_parser": "hermes",
+        # A parser of the user's own stands in the place of ours.
+        **({"tool_call_parser": "hermes"} if "tool_parser_plugin" in given else PARSER),
         "override_generation_config": PLAIN_SAMPLING,
         "disable_uvicorn_access_log": True,
     }

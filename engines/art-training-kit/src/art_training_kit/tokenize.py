@@ -13,7 +13,6 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from art_core import History
 from art_core.errors import InvalidTrajectory
 from art_core.trajectories import LARGEST_REWARD, refuse
 from art_engine_kit.group_records import (
@@ -151,7 +150,7 @@ def _rows_by_template(history: HistoryRecord, name: str, template: ChatTemplate)
         if item in known:
             sample = known[item]
         elif item in missing or (isinstance(said, dict) and said["role"] == "assistant"):
-            prompt, ids = _sampled(template, whole, item, f"{name}.messages_and_choices[{item}]")
+            prompt, ids = template.sampled(whole, item, where=name)
             sample = Sample.of(item, prompt, ids, logprobs_of(said) if item in missing else None)
         else:
             continue
@@ -159,18 +158,6 @@ def _rows_by_template(history: HistoryRecord, name: str, template: ChatTemplate)
             unknown = np.full(len(sample.token_ids) // TOKEN_ID.itemsize, np.nan, dtype=LOGPROB).tobytes()
             samples.append(sample._replace(logprobs=sample.logprobs or unknown))
     return join_rows(samples)
-
-
-def _sampled(template: ChatTemplate, history: History, item: int, where: str) -> tuple[list[int], list[int]]:
-    try:
-        return template.sampled(history, item, where=where)
-    except InvalidTrajectory:
-        raise
-    except Exception as error:  # a template may raise whatever it likes, and a tokenizer takes no lone surrogates
-        raise InvalidTrajectory(
-            f"{where} came without token ids, and the conversation up to it cannot be put through the chat template:"
-            f" {type(error).__name__}: {error}. Take choices from the gateway, which carry their token ids, or mend it."
-        ) from error
 
 
 def _row(row: SampledRow, trajectory: int, vocabulary_size: int, name: str, *, logprobs_needed: bool) -> TokenRow:

@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from art_core import ArtError
 from art_core.engines import Endpoint
-from art_core.errors import CheckpointNotFound, InvalidName
+from art_core.errors import CheckpointNotFound, InvalidName, InvalidRequest
 from art_core.names import parse_inference_name
 
 from .answers import StreamNormaliser, died, normalise_answer
@@ -197,8 +197,12 @@ class Completions:
         try:
             asked = _with_template_arguments(request, route) if self._endpoint == "chat/completions" else request
             payload = orjson.dumps(route.engine.prepare_request(self._endpoint, asked, route.adapter))
+        except InvalidRequest as error:
+            raise ApiError(400, str(error), code="invalid_request", param=error.param) from error
         except ArtError as error:
             raise ApiError(400, str(error), code="engine_cannot") from error
+        except orjson.JSONEncodeError as error:  # it reads deeper than it writes
+            raise ApiError(400, f"The request cannot be passed on: {error}.", code="invalid_json") from error
         # A large body goes out in pieces, with other requests in between.
         data = BytesIOPayload(io.BytesIO(payload)) if len(payload) > _ONE_PIECE else BytesPayload(payload)
         url = f"{route.upstream_url}/v1/{self._endpoint}"
@@ -263,12 +267,12 @@ class Completions:
 
 def _with_template_arguments(request: JSON, route: Route) -> JSON:
     """With the model's own arguments for its chat template, where the request doesn't bring others."""
+    own = request.get("chat_template_kwargs")
+    if own is not None and not isinstance(own, dict):
+        raise InvalidRequest("chat_template_kwargs: must be an object.", param="chat_template_kwargs")
     if not route.template_arguments:
         return request
-    return {
-        **request,
-        "chat_template_kwargs": {**route.template_arguments, **(request.get("chat_template_kwargs") or {})},
-    }
+    return {**request, "chat_template_kwargs": {**route.template_arguments, **(own or {})}}
 
 
 def _parse(content: bytes) -> dict[str, Any]:

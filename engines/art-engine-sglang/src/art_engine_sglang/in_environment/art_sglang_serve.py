@@ -68,6 +68,23 @@ def _with_dtype(arguments: list[str]) -> list[str]:
     return [*arguments[:place], chosen, *arguments[place + 1 :]]
 
 
+def _say_context_as_others_do() -> None:
+    """Harnesses know that a conversation has outgrown the context by these words, which SGLang says only of part."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    check = TokenizerManager._validate_one_request
+
+    def checked(self: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return check(self, *arguments, **options)
+        except ValueError as error:
+            if "longer than the model's context length" not in str(error):
+                raise
+            raise ValueError(f"This model's maximum context length is {self.context_len} tokens. {error}") from None
+
+    TokenizerManager._validate_one_request = checked
+
+
 if os.environ.get(KEY_VARIABLE):
     _keep_out_of_logs(os.environ[KEY_VARIABLE])
 if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
@@ -87,6 +104,11 @@ if __name__ == "__main__":
         sys.exit(0)
     import runpy
 
+    if "ART_HERMES_CALLS" in os.environ:
+        import art_sglang_tools  # type: ignore[import-not-found,unused-ignore]
+
+        art_sglang_tools.install()
+    _say_context_as_others_do()
     sys.argv[1:] = _with_dtype(sys.argv[1:])
     if os.environ.get(KEY_VARIABLE):
         sys.argv += ["--api-key", os.environ[KEY_VARIABLE]]

@@ -20,9 +20,10 @@ from art_training_kit.allocator import keep_freed_memory
 
 from ..names import API_KEY_VARIABLE
 from .app import InferenceApp
-from .chat_prompt import PromptBuilder
 from .engine import InferenceEngineThread
+from .prompts import Prompts
 from .scheduler import Scheduler
+from .vocabulary import Vocabulary
 
 STOP_TIMEOUT_S: Final = 10.0
 logger = logging.getLogger("art_engine_torch")
@@ -56,6 +57,9 @@ def arguments() -> argparse.ArgumentParser:
         "--prefix-cache-gb", type=float, help="memory for kept prefixes; default: a part of what is free"
     )
     parser.add_argument("--chat-template", type=Path, help="a Jinja file used instead of the model's own template")
+    parser.add_argument(
+        "--trust-request-chat-template", action="store_true", help="render templates that requests bring along"
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
 
@@ -75,15 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments().parse_args(argv)
     keep_freed_memory()
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    tokenizers: list[PromptBuilder] = []
+    vocabularies: list[Vocabulary] = []
     failures: list[BaseException] = []
 
     def build() -> Scheduler:
         from .loading import build_scheduler
 
         scheduler = build_scheduler(options)
-        vocab = scheduler.decoder.shape.vocab
-        tokenizers.append(PromptBuilder(options.model, chat_template=options.chat_template, vocab=vocab))
+        vocabularies.append(Vocabulary(options.model, size=scheduler.decoder.shape.vocab))
         return scheduler
 
     def failed(error: BaseException) -> None:
@@ -97,9 +100,16 @@ def main(argv: list[str] | None = None) -> int:
         max_lora_rank=options.max_lora_rank,
         on_failure=failed,
     )
+    prompts = Prompts(
+        options.model,
+        chat_template=options.chat_template,
+        trust_templates=options.trust_request_chat_template,
+        on_failure=failed,
+    )
     app = InferenceApp(
         engine,
-        lambda: tokenizers[0],
+        lambda: vocabularies[0],
+        prompts,
         served_name=options.served_model_name,
         api_key=os.environ.pop(API_KEY_VARIABLE, None) or None,
     )

@@ -1,18 +1,20 @@
 """Writes what was generated as OpenAI's JSON, whole or in chunks, with vLLM's fields for token ids.
 
-Knows the shapes of answers and a way to show a token id as text. Nothing here waits or calls the engine.
+Knows the shapes of answers and how tokens read. Nothing here waits or calls the engine.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from art_engine_kit.hermes_calls import ToolCallStream, parse_tool_calls
+
 from .generation import FinishReason, SequenceUpdate, TopLogprobs
-from .tool_calls import ToolCallStream, parse_tool_calls
+from .vocabulary import Vocabulary
 
 Kind = Literal["chat", "text"]
 JSON = dict[str, Any]
@@ -30,10 +32,10 @@ class AnswerForm:
     want_token_ids: bool
     parse_tools: bool
     include_usage: bool
-    token_text: Callable[[int], str]
-    decode: Callable[[list[int]], str]
+    vocabulary: Vocabulary
     end_ids: frozenset[int]
     stop_ids: frozenset[int]
+    structured: bool
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -60,22 +62,26 @@ class AnswerForm:
         """In the endpoint's own form; `offset` is where the text of the first token begins."""
         if not self.want_logprobs:
             return None
-        texts = [self.token_text(token) for token in tokens]
         if self.kind == "chat":
-            rows = zip(texts, logprobs, top, strict=True)
-            return {"content": [_entry(text, lp) | {"top_logprobs": self._tops(tops)} for text, lp, tops in rows]}
+            rows = zip(tokens, logprobs, top, strict=True)
+            return {"content": [self._entry(t, lp) | {"top_logprobs": self._tops(tops)} for t, lp, tops in rows]}
+        read = self.vocabulary.token_text
+        texts = [read(token) for token in tokens]
         offsets = []
         for text in texts:
             offsets.append(offset)
             offset += len(text)
         likeliest = [
-            {self.token_text(t): lp for t, lp in tops} | {text: own}
-            for text, own, tops in zip(texts, logprobs, top, strict=True)
+            {read(t): lp for t, lp in tops} | {text: own} for text, own, tops in zip(texts, logprobs, top, strict=True)
         ]
         return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": texts, "top_logprobs": likeliest}
 
     def _tops(self, tops: TopLogprobs) -> list[JSON]:
-        return [_entry(self.token_text(token), logprob) for token, logprob in tops]
+        return [self._entry(token, logprob) for token, logprob in tops]
+
+    def _entry(self, token: int, logprob: float) -> JSON:
+        known = self.vocabulary
+        return {"token": known.token_text(token), "logprob": logprob, "bytes": known.token_bytes(token)}
 
 
 def whole_answer(form: AnswerForm, results: list[SequenceUpdate]) -> JSON:
@@ -94,7 +100,7 @@ def _whole_choice(form: AnswerForm, index: int, result: SequenceUpdate) -> JSON:
         shown = result.tokens
         if shown and result.finished == "stop" and shown[-1] in form.end_ids | form.stop_ids:
             shown = shown[:-1]
-        text = form.decode(shown)
+        text = form.vocabulary.text(shown)
     choice: JSON = {
         "index": index,
         "logprobs": form.logprobs(result.tokens, result.logprobs, result.top, 0),
@@ -116,6 +122,8 @@ def _whole_choice(form: AnswerForm, index: int, result: SequenceUpdate) -> JSON:
             choice["prompt_token_ids"] = form.prompt_of(index)
     if form.want_token_ids:
         choice["token_ids"] = result.tokens
+    if form.structured:
+        choice["allowed_logprob"] = result.allowed_logprob
     return choice
 
 
@@ -170,6 +178,8 @@ class ChunkWriter:
         }
         if form.want_token_ids:
             choice["token_ids"] = state.tokens
+        if form.structured and update.finished is not None:
+            choice["allowed_logprob"] = update.allowed_logprob
         state.offset += len(text)
         state.tokens, state.logprobs, state.top = [], [], []
         if form.kind == "text":
@@ -197,10 +207,6 @@ class ChunkWriter:
         if form.include_usage:
             body["usage"] = None
         return body
-
-
-def _entry(text: str, logprob: float) -> JSON:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def _with_calls(finished: FinishReason | None) -> str | None:

@@ -25,3 +25,9 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The request asks for something that cannot be."""
     return ApiError(400, message, param=param, code=code)
+
+
+def context_exceeded(limit: int, what: str, param: str) -> ApiError:
+    """A conversation has outgrown the context. Harnesses look for these words; `what` says how far."""
+    message = f"This model's maximum context length is {limit} tokens. However, {what}. Shorten it."
+    return bad_request(message, param, "context_length_exceeded")

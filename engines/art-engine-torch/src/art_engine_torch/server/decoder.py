@@ -224,6 +224,20 @@ class Decoder:
         wanted = hidden if plan.outputs is None else hidden[plan.outputs]
         return F.linear(F.rms_norm(wanted, (shape.hidden,), self._final_norm, self._epsilon), self._head).float()
 
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """One small forward pass: libraries load and memory is mapped before a request waits for it.
+
+        Raises ValueError when its logits are not finite, and whatever a device raises that is at its end.
+        """
+        shape, count = self.shape, 4
+        size = (shape.layers, 2, count, shape.kv_heads, shape.head_dim)
+        kv = torch.zeros(size, device=self.device, dtype=self.dtype)
+        places = torch.arange(count, device=self.device)
+        logits = self.forward(places, places, BatchPlan(prompts=[PromptPiece(kv, 0, 0, count)]), None)
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError("The model's logits are not finite on a test input: its weights are damaged.")
+
     def move(self, device: torch.device) -> None:
         """Moves every weight, so that a sleeping server leaves the device's memory to others."""
         self._embedding, tied = self._embedding.to(device), self._head is self._embedding

@@ -5,8 +5,10 @@ Knows a tokenizer's decode and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
+
+from art_engine_kit.hermes_calls import ToolCallStream, overlap
 
 
 class Decodes(Protocol):
@@ -16,13 +18,36 @@ class Decodes(Protocol):
         """The text of token ids."""
 
 
-class TextStream:
-    """The growing text of one sequence. `text` is all that was given out so far."""
+class FirstCall:
+    """True once the text that it was given, piece by piece, holds a whole tool call."""
 
-    def __init__(self, tokenizer: Decodes, stops: Sequence[str] = (), *, include_stop: bool = False) -> None:
+    def __init__(self) -> None:
+        self._calls = ToolCallStream()
+
+    def __call__(self, piece: str) -> bool:
+        """With one more piece."""
+        self._calls.push(piece)
+        return self._calls.found > 0
+
+
+class TextStream:
+    """The growing text of one sequence. `text` is all that was given out so far.
+
+    `until` is given every piece and says when the text is to end.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Decodes,
+        stops: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        until: Callable[[str], bool] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._stops = [stop for stop in stops if stop]
         self._include_stop = include_stop
+        self._until = until
         self._ids: list[int] = []
         # Decoding starts a little before what is new: tokenizers join pieces by what stands before them.
         self._start = 0
@@ -32,7 +57,7 @@ class TextStream:
         self.text = ""
 
     def push(self, token: int) -> tuple[str, str | None]:
-        """The text that this token makes certain, and the stop string that it completed.
+        """The text that this token makes certain, and the stop string that it completed, empty where `until` ended it.
 
         With stop strings, text that may be the beginning of one is held back until it is not.
         """
@@ -43,7 +68,10 @@ class TextStream:
             return "", None
         self._start, self._read = self._read, len(self._ids)
         self._pending += now[len(known) :]
-        return self._settle()
+        piece, stop = self._settle()
+        if stop is None and self._until is not None and self._until(piece):
+            stop = ""
+        return piece, stop
 
     def flush(self) -> str:
         """What was held back, at the end of the sequence."""
@@ -63,7 +91,7 @@ class TextStream:
             self._pending, self._stopped = "", True
             self.text += piece
             return piece, stop
-        held = max((_overlap(self._pending, stop) for stop in self._stops), default=0)
+        held = max((overlap(self._pending, stop) for stop in self._stops), default=0)
         piece = self._pending[: len(self._pending) - held]
         self._pending = self._pending[len(piece) :]
         self.text += piece
@@ -71,8 +99,3 @@ class TextStream:
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# So many in a row, and the engine ends.
+FAILED_STEPS: Final = 3
 
 
 class EngineStopped(RuntimeError):
@@ -63,6 +65,7 @@ class InferenceEngineThread:
         self._stopping = False
         self._failure: BaseException | None = None
         self._end_reason: str | None = None
+        self._failed_steps = 0
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="art-torch-engine", daemon=True)
 
@@ -145,7 +148,15 @@ class InferenceEngineThread:
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request; its listener hears the rest."""
         scheduler = self.scheduler
-        self._put(lambda: scheduler.add(request))
+
+        def add() -> None:
+            try:
+                scheduler.add(request)
+            except Exception as error:  # what one request brought along must not end the others
+                logger.exception("A request could not be queued.")
+                request.fail(f"{type(error).__name__}: {error}")
+
+        self._put(add)
 
     def cancel(self, request: GenerationRequest) -> None:
         """Stops what is left of a request."""
@@ -247,16 +258,33 @@ class InferenceEngineThread:
                 self._scheduler = self._build()
                 while not self._stopping:
                     self._take_commands()
-                    if self._paused or not self._scheduler.step():
+                    if self._paused or not self._step(self._scheduler):
                         self._commands.get()()  # nothing to do until something is asked
         except BaseException as error:
             logger.exception("The engine failed.")
             self._failure = error
-            reason = f"the engine failed: {type(error).__name__}: {error}"
+            reason = _failed(error)
             self._on_failure(error)
         finally:
             self._end_reason = reason
             self._end()
+
+    def _step(self, scheduler: Scheduler) -> bool:
+        """A step. One that fails ends the requests that it was for and, unless the device is at its end or none
+        succeeds any more, nothing else.
+        """
+        try:
+            worked = scheduler.step()
+        except Exception as error:
+            self._failed_steps += 1
+            if self._failed_steps == FAILED_STEPS:
+                raise
+            logger.exception("A step failed; the requests under way end with it.")
+            scheduler.start_over(_failed(error))
+            return True
+        if worked:
+            self._failed_steps = 0
+        return worked
 
     def _put(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
@@ -277,3 +305,7 @@ class InferenceEngineThread:
             except queue.Empty:
                 return
             command()
+
+
+def _failed(error: BaseException) -> str:
+    return f"the engine failed: {type(error).__name__}: {error}"

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
 from .detokenize import TextStream
+from .logit_changes import LogitSettings
 from .lora_batch import LoraAdapter
 from .prefix_cache import Tokens
 from .sampling import SamplingSettings
+from .structure import Guide
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 TopLogprobs = list[tuple[int, float]]
+UNCHANGED: Final = LogitSettings()
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class SequenceUpdate:
 
     A streaming request hears of every token; any other hears once, at the end. `text` is set where the engine
     detokenizes (streams, and requests with stop strings). `reason` is the stop string or stop token id that ended it,
-    or an error's text.
+    or an error's text. `allowed_logprob`, at the end, is the sum over all tokens of how likely the policy's own next
+    token was to be one that the structure allowed, as logarithms.
     """
 
     index: int
@@ -36,6 +40,7 @@ class SequenceUpdate:
     text: str | None = None
     finished: FinishReason | None = None
     reason: str | int | None = None
+    allowed_logprob: float = 0.0
 
 
 @dataclass(eq=False)
@@ -43,7 +48,8 @@ class GenerationRequest:
     """One prompt and its samples. `listener` is called in the engine's thread and must only hand over.
 
     `end_ids` end a sequence without being named as a reason, `stop_ids` are the user's. `max_tokens` bounds each
-    sample.
+    sample. `changes` and the guide that `guide` makes for each sample change what tokens are drawn from. Raises
+    ValueError for a prompt without a token: after nothing there is nothing to say.
     """
 
     prompt: Tokens
@@ -55,6 +61,17 @@ class GenerationRequest:
     stop_ids: frozenset[int] = frozenset()
     streaming: bool = False
     text: Callable[[], TextStream] | None = None
+    changes: LogitSettings = UNCHANGED
+    guide: Callable[[], Guide] | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.prompt):
+            raise ValueError("the prompt has no tokens")
+
+    def fail(self, reason: str) -> None:
+        """Tells the listener that no sample will come."""
+        for index in range(len(self.samples)):
+            self.listener(SequenceUpdate(index, [], [], [], None, "error", reason))
 
     @property
     def uid(self) -> int:
@@ -75,7 +92,14 @@ class Sequence:
     computed: int = 0
     told: int = 0
     text: TextStream | None = None
+    guide: Guide | None = None
+    allowed_logprob: float = 0.0
     ended: FinishReason | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether its tokens are drawn from other logits than the policy's own."""
+        return self.guide is not None or self.request.changes.change
 
     def all_tokens(self) -> Tokens:
         """Prompt and sampled tokens."""
@@ -95,8 +119,14 @@ class Sequence:
             return True
         text, hit = self.text.push(token) if self.text is not None else (None, None)
         if hit is not None:
-            self.finish("stop", reason=hit, text=text)
+            self.finish("stop", reason=hit or None, text=text)
             return True
+        if self.guide is not None:
+            self.guide.accept(token)
+            # Where no token may end an answer, the end of the structure does.
+            if self.guide.ended and not request.end_ids:
+                self.finish("stop", text=text)
+                return True
         if len(self.tokens) >= request.max_tokens:
             self.finish("length", text=text)
             return True
@@ -118,6 +148,13 @@ class Sequence:
     def _tell(self, text: str | None, finished: FinishReason | None = None, reason: str | int | None = None) -> None:
         since, self.told = self.told, len(self.tokens)
         news = SequenceUpdate(
-            self.index, self.tokens[since:], self.logprobs[since:], self.top[since:], text, finished, reason
+            self.index,
+            self.tokens[since:],
+            self.logprobs[since:],
+            self.top[since:],
+            text,
+            finished,
+            reason,
+            self.allowed_logprob,
         )
         self.request.listener(news)

@@ -15,7 +15,7 @@ import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
-from .decoder import BatchPlan, Decoder, PromptPiece
+from .decoder import Decoder
 from .scheduler import Limits, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def build_scheduler(options: argparse.Namespace) -> Scheduler:
         prefix_bytes=int(prefix_bytes),
     )
     scheduler = Scheduler(decoder, limits)
-    _warm_up(decoder)
+    decoder.probe()
     logger.info(
         "Serving %s on %s in %s: context %d tokens, cache up to %.1f GiB (%d tokens), %d sequences at once.",
         options.model,
@@ -93,14 +93,3 @@ def build_scheduler(options: argparse.Namespace) -> Scheduler:
         limits.max_sequences,
     )
     return scheduler
-
-
-def _warm_up(decoder: Decoder) -> None:
-    """One forward pass, so that libraries load and memory is mapped before the first request waits for it."""
-    shape, device = decoder.shape, decoder.device
-    count = 4
-    kv = torch.zeros(shape.layers, 2, count, shape.kv_heads, shape.head_dim, device=device, dtype=decoder.dtype)
-    places = torch.arange(count, device=device)
-    logits = decoder.forward(places, places, BatchPlan(prompts=[PromptPiece(kv, 0, 0, count)]), None)
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError("The model's logits are not finite on a test input: its weights are damaged.")

@@ -1,13 +1,14 @@
 """Chooses the next token of every row of a batch at once, and says how likely it was.
 
-Logprobs are those of the model itself, log softmax of the logits at temperature 1, whatever temperature, top_p and
-top_k did to the choice. Knows numbers only. Randomness is a hash of (seed, position): what else is in the batch changes
-nothing.
+Logprobs are those of the model itself, log softmax of the logits at temperature 1, whatever temperature, top_p, top_k,
+min_p and what else a request changes did to the choice. Knows numbers only. Randomness is a hash of (seed, position):
+what else is in the batch changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,11 +22,15 @@ NUCLEUS: Final = 1024
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How one sequence is sampled. temperature 0 takes the likeliest token; top_k 0 and top_p 1 leave all in."""
+    """How one sequence is sampled. temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 leave all in.
+
+    min_p leaves out what is less likely than the likeliest times it.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     top_logprobs: int = 0
     seed: int = 0
 
@@ -42,17 +47,25 @@ class Sampled:
     top: dict[int, list[tuple[int, float]]]
 
 
-def sample(logits: Tensor, settings: Sequence[SamplingSettings], positions: Sequence[int]) -> Sampled:
+def sample(
+    logits: Tensor,
+    settings: Sequence[SamplingSettings],
+    positions: Sequence[int],
+    changed: Mapping[int, Tensor] | None = None,
+) -> Sampled:
     """Draws one token a row from `logits` float32 [rows, vocab], which it overwrites.
 
-    `positions` is each row's count of tokens so far, the second half of its random number.
+    `positions` is each row's count of tokens so far, the second half of its random number. A row in `changed` is drawn
+    from those logits [vocab] in place of its own; its logprob is still that of its own.
     """
+    changed = changed or {}
     device = logits.device
     uniform = torch.from_numpy(_uniform([s.seed for s in settings], positions)).to(device)
     # Relative to each row's highest from here on, where float32 is fine enough not to round the logprobs.
     logits.sub_(logits.amax(-1, keepdim=True))
     greedy = [i for i, s in enumerate(settings) if s.temperature == 0.0]
-    filtered = [i for i, s in enumerate(settings) if s.temperature != 0.0 and (s.top_p < 1.0 or s.top_k > 0)]
+    filtered = [i for i, s in enumerate(settings) if s.temperature != 0.0 and _filters(s)]
+    others = [i for i in changed if settings[i].temperature != 0.0 and not _filters(settings[i])]
     plain = all(s.temperature == 1.0 for s in settings)
     weights = logits.exp()
     normalizer = weights.sum(-1, keepdim=True).log_()
@@ -63,15 +76,37 @@ def sample(logits: Tensor, settings: Sequence[SamplingSettings], positions: Sequ
     chunks = weights.view(len(settings), -1, _chunk(logits.shape[1]))
     tokens = _draw_chunked(chunks, chunks.sum(-1), uniform)
     if greedy:
-        rows = torch.tensor(greedy, device=device)
-        tokens[rows] = logits[rows].argmax(-1)
+        tokens[torch.tensor(greedy, device=device)] = _rows(logits, greedy, changed).argmax(-1)
     if filtered:
-        rows = torch.tensor(filtered, device=device)
-        chosen = [settings[i] for i in filtered]
-        temperature = torch.tensor([s.temperature for s in chosen], device=device).unsqueeze(1)
-        tokens[rows] = _draw_filtered(logits[rows] / temperature, chosen, uniform[rows])
+        chosen = torch.tensor(filtered, device=device)
+        scaled = _scaled(logits, filtered, changed, settings)
+        tokens[chosen] = _draw_filtered(scaled, [settings[i] for i in filtered], uniform[chosen])
+    if others:
+        chosen = torch.tensor(others, device=device)
+        weights = torch.softmax(_scaled(logits, others, changed, settings), -1)
+        chunks = weights.view(len(others), -1, _chunk(logits.shape[1]))
+        tokens[chosen] = _draw_chunked(chunks, chunks.sum(-1), uniform[chosen])
     logprobs = logits.gather(1, tokens.unsqueeze(1)) - normalizer
     return Sampled(tokens.tolist(), logprobs.squeeze(1).tolist(), _top_logprobs(logits, normalizer, settings))
+
+
+def _filters(settings: SamplingSettings) -> bool:
+    return settings.top_p < 1.0 or settings.top_k > 0 or settings.min_p > 0.0
+
+
+def _rows(logits: Tensor, rows: Sequence[int], changed: Mapping[int, Tensor]) -> Tensor:
+    """Those rows, with what is in `changed` in place of their own."""
+    if not any(row in changed for row in rows):
+        return logits[torch.tensor(rows, device=logits.device)]
+    return torch.stack([changed.get(row, logits[row]) for row in rows])
+
+
+def _scaled(
+    logits: Tensor, rows: Sequence[int], changed: Mapping[int, Tensor], settings: Sequence[SamplingSettings]
+) -> Tensor:
+    temperature = torch.tensor([settings[row].temperature for row in rows], device=logits.device).unsqueeze(1)
+    found = _rows(logits, rows, changed)
+    return (found - found.amax(-1, keepdim=True)) / temperature
 
 
 def _draw_chunked(chunks: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
@@ -90,8 +125,10 @@ def _draw_chunked(chunks: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _draw_filtered(scaled: Tensor, settings: Sequence[SamplingSettings], uniform: Tensor) -> Tensor:
-    """top_k first, then top_p of what is left."""
+    """min_p first, then top_k, then top_p of what is left."""
     vocab = scaled.shape[1]
+    lowest = torch.tensor([math.log(s.min_p) if s.min_p else -math.inf for s in settings], dtype=torch.float64)
+    lowest = lowest.to(scaled.device).unsqueeze(1)
     top_k = torch.tensor([s.top_k or vocab for s in settings], device=scaled.device).unsqueeze(1)
     top_p = torch.tensor([s.top_p for s in settings], device=scaled.device, dtype=torch.float64).unsqueeze(1)
     size = min(vocab, max([NUCLEUS, *(s.top_k for s in settings)]))
@@ -99,11 +136,15 @@ def _draw_filtered(scaled: Tensor, settings: Sequence[SamplingSettings], uniform
     all_mass = torch.logsumexp(scaled.double(), -1, keepdim=True)
     if size < vocab:
         covered = (torch.logsumexp(values.double(), -1, keepdim=True) - all_mass).exp()
-        if bool(((top_k > size) & (covered < top_p)).any()):
+        ends_inside = values[:, -1:] < values[:, :1] + lowest
+        if bool(((top_k > size) & (covered < top_p) & ~ends_inside).any()):
             values, tokens = scaled.sort(dim=-1, descending=True)
             size = vocab
-    values = values.double().masked_fill(torch.arange(size, device=scaled.device)[None] >= top_k, float("-inf"))
-    left = torch.where(top_k < vocab, torch.logsumexp(values, -1, keepdim=True), all_mass)
+    values = values.double()
+    values = values.masked_fill(values < values[:, :1] + lowest, -math.inf)
+    values = values.masked_fill(torch.arange(size, device=scaled.device)[None] >= top_k, -math.inf)
+    cut = (top_k < vocab) | (lowest > -math.inf)
+    left = torch.where(cut, torch.logsumexp(values, -1, keepdim=True), all_mass)
     mass = (values - left).exp()
     mass = mass.masked_fill(mass.cumsum(-1) - mass >= top_p, 0.0)
     mass[:, 0] = mass[:, 0].clamp(min=torch.finfo(torch.float64).tiny)  # a top_p of almost 0 leaves the likeliest

@@ -7,6 +7,7 @@ HTTP.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Final, cast
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from .decoder import BatchPlan, Decoder, DecodeRows, PromptPiece
-from .generation import GenerationRequest, Sequence
+from .generation import GenerationRequest, Sequence, TopLogprobs
 from .kv_cache import KVCache
+from .logit_changes import changed_row
 from .lora_batch import LoraAdapter, LoraBatch, LoraStack
 from .prefix_cache import BLOCK, CachedPrefix, PrefixCache, Tokens, block_hashes, common_length
 from .sampling import sample
 
+logger = logging.getLogger(__name__)
 KEPT_STACKS: Final = 4
 # A prompt always moves on by this much in a step, however many sequences are running.
 SMALLEST_PIECE: Final = 32
@@ -54,12 +57,20 @@ class _Prompt:
 
 @dataclass
 class Counters:
-    """Totals since the start."""
+    """Totals since the start.
+
+    `changed_tokens` were drawn from other logits than the policy's own (a structure, a bias, penalties), of which
+    `structured_tokens` within a structure; `allowed_logprob` is how likely the policy was to stay within it, as
+    logarithms, summed over those.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
     prompt_tokens_reused: int = 0
     sampled_tokens: int = 0
+    changed_tokens: int = 0
+    structured_tokens: int = 0
+    allowed_logprob: float = 0.0
     preemptions: int = 0
 
 
@@ -78,6 +89,7 @@ class Scheduler:
         # there.
         self._ready: deque[tuple[Sequence, Tensor]] = deque()
         self._prompts: dict[tuple[int, bytes], _Prompt] = {}
+        self._lost: list[Sequence] = []
         self._stacks: OrderedDict[tuple[int, ...], LoraStack] = OrderedDict()
         self._loaded: set[int] = {0}
 
@@ -98,10 +110,17 @@ class Scheduler:
 
     def add(self, request: GenerationRequest) -> None:
         """Queues a request's samples; those with a prompt that is already queued or under way join it."""
-        prompt = self._prompt_for(request.prompt, request.adapter, request.uid)
-        for index, settings in enumerate(request.samples):
-            text = None if request.text is None else request.text()
-            prompt.sequences.append(Sequence(request, index, settings, text=text))
+        sequences = [
+            Sequence(
+                request,
+                index,
+                settings,
+                text=None if request.text is None else request.text(),
+                guide=None if request.guide is None else request.guide(),
+            )
+            for index, settings in enumerate(request.samples)
+        ]
+        self._prompt_for(request.prompt, request.adapter, request.uid).sequences.extend(sequences)
 
     @torch.inference_mode()
     def remove(self, request: GenerationRequest) -> None:
@@ -124,6 +143,24 @@ class Scheduler:
         """Ends everything with an error, as when the engine itself is ending."""
         for sequence in self._everything():
             sequence.finish("error", reason=reason)
+
+    @torch.inference_mode()
+    def start_over(self, reason: str) -> None:
+        """Forgets what was computed and ends everything with an error, after a step that failed somewhere on its way.
+
+        Raises what the device raises when it is at its end; nobody has been told then.
+        """
+        self._lost = self._everything()
+        self._waiting.clear()
+        self._started.clear()
+        self._ready.clear()
+        self._prompts.clear()
+        self._cache = self._new_cache()
+        self._prefixes.clear()
+        self._stacks.clear()
+        self.decoder.probe()
+        self.fail_all(reason)
+        self._lost = []
 
     def adapter_loaded(self, uid: int) -> None:
         """From now on what this adapter computes may be kept."""
@@ -205,12 +242,15 @@ class Scheduler:
         chosen = [row for row, _ in sampling]
         if chosen != list(range(logits.shape[0])):
             logits = logits[torch.tensor(chosen, device=logits.device)]
-        sampled = sample(logits, [s.settings for _, s in sampling], [len(s.tokens) for _, s in sampling])
+        sequences = [sequence for _, sequence in sampling]
+        changed = self._changed(logits, sequences)
+        sampled = sample(logits, [s.settings for s in sequences], [len(s.tokens) for s in sequences], changed)
         self.counters.sampled_tokens += len(sampling)
         ended = []
-        for i, (_, sequence) in enumerate(sampling):
-            done = sequence.accept(sampled.tokens[i], sampled.logprobs[i], sampled.top.get(i, []))
-            if done and sequence in self._cache:
+        for i, sequence in enumerate(sequences):
+            if sequence.ended is None:
+                self._accept(sequence, sampled.tokens[i], sampled.logprobs[i], sampled.top.get(i, []))
+            if sequence.ended is not None and sequence in self._cache:
                 ended.append(sequence)
         # Broken ones first: giving a row back may move another one, and what is not finite must not be left behind.
         for sequence in sorted(ended, key=lambda s: s.ended != "error"):
@@ -219,6 +259,33 @@ class Scheduler:
             else:
                 self._keep(sequence.all_tokens()[: sequence.computed], sequence.request.uid, sequence)
                 self._cache.remove(sequence)
+
+    def _accept(self, sequence: Sequence, token: int, logprob: float, top: TopLogprobs) -> None:
+        try:
+            sequence.accept(token, logprob, top)
+        except Exception as error:  # what one request brought along must not end the others
+            logger.exception("A sequence failed on its token.")
+            sequence.finish("error", reason=f"{type(error).__name__}: {error}")
+
+    def _changed(self, logits: Tensor, sequences: list[Sequence]) -> dict[int, Tensor]:
+        """The rows that are drawn from other logits than their own. Ends sequences that cannot go on."""
+        rows: dict[int, Tensor] = {}
+        for i, sequence in enumerate(sequences):
+            if not sequence.changed:
+                continue
+            request = sequence.request
+            try:
+                row = changed_row(logits[i], request.changes, sequence.guide, request.prompt, sequence.tokens)
+            except RuntimeError as error:
+                sequence.finish("error", reason=str(error))
+                continue
+            rows[i] = row.logits
+            sequence.allowed_logprob += row.allowed_logprob
+            self.counters.changed_tokens += 1
+            if sequence.guide is not None:
+                self.counters.structured_tokens += 1
+                self.counters.allowed_logprob += row.allowed_logprob
+        return rows
 
     def _finish_prompt(self, prompt: _Prompt) -> None:
         assert prompt.kv is not None
@@ -338,7 +405,7 @@ class Scheduler:
 
     def _everything(self) -> list[Sequence]:
         queued = [s for prompt in [*self._waiting, *self._started] for s in prompt.sequences]
-        return [*queued, *(s for s, _ in self._ready), *self._occupants()]
+        return [*queued, *(s for s, _ in self._ready), *self._occupants(), *self._lost]
 
     def _occupants(self) -> list[Sequence]:
         """Running sequences with a row, in the order in which they were given it, as far as rows tell."""

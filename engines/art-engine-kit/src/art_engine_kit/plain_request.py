@@ -1,0 +1,74 @@
+"""A user's request as servers take it that read OpenAI's form loosely: what they would stumble over, or pass over in
+silence, is refused by name or written in the form that all of them read.
+
+Knows OpenAI's two requests. What one server cannot do beside that is its engine's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from art_core.engines import JSON, Endpoint
+from art_core.errors import InvalidRequest
+
+from .chat_messages import plain_messages, plain_tools
+from .request_fields import without_harmless
+
+ALLOWED_TOOLS: Final = "send only the tools that may be called"
+
+
+def plain_request(endpoint: Endpoint, body: JSON) -> JSON:
+    """The request without what changes nothing and without nulls; messages with contents of text, calls' arguments as
+    JSON text, and no role "developer", which takes the place of "system". Raises InvalidRequest.
+    """
+    plain = {name: value for name, value in without_harmless(body).items() if value is not None}
+    if endpoint == "chat/completions":
+        plain["messages"] = [_with_text_arguments(message) for message in plain_messages(plain.get("messages"))]
+        tools = plain_tools(plain.pop("tools", None))
+        check_tool_choice(plain.get("tool_choice"), tools)
+        if tools is not None:
+            plain["tools"] = tools
+    return plain
+
+
+def check_tool_choice(choice: Any, tools: Any) -> None:
+    """Raises InvalidRequest for a choice that is none, or that the tools don't have."""
+    if choice is None or choice == "none":
+        return
+    if choice in ("auto", "required"):
+        if not tools:
+            raise InvalidRequest(f"tool_choice={choice!r} needs tools.", param="tool_choice")
+        return
+    if isinstance(choice, str):
+        raise InvalidRequest(
+            f"tool_choice={choice!r} is none; there are 'none', 'auto', 'required' and a function by name.",
+            param="tool_choice",
+        )
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind != "function":
+        instead = f"; {ALLOWED_TOOLS}" if kind == "allowed_tools" else ""
+        raise InvalidRequest(
+            f"tool_choice.type: only a function can be chosen by name{instead}.", param="tool_choice.type"
+        )
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    there = [tool["function"]["name"] for tool in plain_tools(tools) or []]
+    if not isinstance(name, str) or name not in there:
+        raise InvalidRequest(
+            f"tool_choice.function.name: must be one of the tools, which are {', '.join(there) or 'none'}.",
+            param="tool_choice.function.name",
+        )
+
+
+def _with_text_arguments(message: JSON) -> JSON:
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+
+
+def _with_text(call: JSON) -> JSON:
+    arguments = call["function"].get("arguments") or {}
+    text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else arguments
+    return {**call, "function": {**call["function"], "arguments": text}}
