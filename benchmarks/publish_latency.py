@@ -8,12 +8,13 @@ gateway all the time. The clock starts at the optimizer's last step, as the trai
 (`verbose=True`), and ends when a request for one token is answered that is sent, beside the others, as soon as the step
 is announced as published. The stages between:
 
-    canary       the trainer computes what this checkpoint is to answer, and writes the adapter
-    save         the optimizer's state is written, everything hashed and synced to disk, and the client is told
+    written      the trainer writes the adapter
+    save         it writes the optimizer's state and computes what this checkpoint is to answer, everything is hashed
+                 and synced to disk, and the client is told; the engine loads the adapter meanwhile
     hooks        plugins are asked whether to publish, the host is told to, and plugins are told of it
     checked      the file's hashes, shapes and values
-    loaded       the engine's own load of the adapter
-    verified     the engine answers the canary as this checkpoint
+    loaded       what is left of the engine's own load of the adapter
+    verified     what is left until the engine has answered the canary, as this checkpoint
     routed       new requests go to it
     first token  a request for one token, through the gateway
 
@@ -44,7 +45,7 @@ from rich.table import Table
 from art_core import CheckpointRef, PublicationReceipt, hookimpl, installed_plugins
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG
 
-STAGES = ("canary", "save", "hooks", "checked", "loaded", "verified", "routed", "first token")
+STAGES = ("written", "save", "hooks", "checked", "loaded", "verified", "routed", "first token")
 ENGINE_OWN = "loaded"
 TARGETS_MS = {"p50": 100.0, "p99": 250.0}
 WARM_UP = 1
@@ -106,7 +107,7 @@ def stages_of(watch: Watch, ends: Mapping[int, float], steps: Sequence[int]) -> 
         begun, told = watch.saved_at[step], watch.published_at[step]
         rows.append(
             {
-                "canary": watch.written_at[step] - ends[step],
+                "written": watch.written_at[step] - ends[step],
                 "save": begun - watch.written_at[step],
                 # What the host's stages leave of the time between the two moments that the client sees.
                 "hooks": told - begun - sum(known.values()),

@@ -40,8 +40,10 @@ CALL: Final[JSON] = {
     "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": '{"city": "Bonn"}'}}],
 }
 # Tokens of the suite's tiny model: the one that ends a message, which it says after a call unless it is made unlikely;
-# and white space, of which a grammar may let it say so much between JSON's parts that it comes to no end.
+# the one that begins a call; and white space, of which a grammar may let it say so much between JSON's parts that it
+# comes to no end.
 END: Final = "315"
+BEGIN_CALL: Final = "317"
 LINE_BREAK: Final = "198"
 NO_SPACE: Final = {"197": -100, LINE_BREAK: -100, "201": -100, "220": -100}
 OBEYED, HARMLESS, IGNORED, REFUSED = "obeyed", "harmless", "ignored", "refused"
@@ -245,10 +247,10 @@ def probes() -> list[Probe]:
         Probe("tool_choice none", "none", lambda found, _: not _calls(found),
               beside={"tools": TOOLS, "ignore_eos": None, "max_tokens": 30}),
         Probe("tool_choice required", "required", _called(None), beside=with_tools),
-        Probe("tool_choice named", named, _called("end"), beside=with_tools),
+        Probe("tool_choice named", named, _called("end"), beside={**with_tools, "n": 8}),
         Probe("parallel_tool_calls", False, _one_call_each,
               beside={**with_tools, "tool_choice": "required", "n": 8, "max_tokens": 150,
-                      "logit_bias": {**NO_SPACE, LINE_BREAK: 0, END: -100}}),
+                      "logit_bias": {**NO_SPACE, LINE_BREAK: 0, END: -100, BEGIN_CALL: 6}}),
         Probe("response_format json_object", {"type": "json_object"},
               _object,
               beside=closing),

@@ -14,6 +14,7 @@ from art_core.errors import UnknownArgument
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import (
     AdapterOptions,
+    AdapterWritten,
     GradientStep,
     JobEnded,
     JobFailed,
@@ -111,6 +112,7 @@ EVENTS: list[TrainEvent] = [
     JobStarted(num_sequences=8, num_rows=2, packed_tokens=100, trained_tokens=40),
     JobProgress(done=1, total=2),
     GradientStep(index=1, total=1, metrics={"loss/train": 0.5, "loss/kl_div": math.inf}),
+    AdapterWritten(folder=Path("/c/.saving-0003"), prompts=[[1, 2], [3]]),
     JobSaved(path=Path("/c/0003")),
     JobEnded(metrics={"loss/train": -math.inf}),
     JobFailed(error_type="OutOfMemory", message="48 GiB\nasked", traceback='File "x"'),

@@ -15,7 +15,7 @@ import pytest
 from art_core import InferenceEngine, InferenceLaunch
 from art_core.errors import EngineRefused, UnknownArgument, UnsupportedCapability
 from art_engine_sglang.declared import OWN_SERVER
-from art_engine_sglang.environment import CPU_SHIMS, ENVIRONMENT, SERVE
+from art_engine_sglang.environment import CPU_SHIMS, ENVIRONMENT, FOLDER, SERVE
 from art_engine_sglang.inference_engine import KEY_VARIABLE, SglangInferenceEngine
 from art_engine_sglang.options import ARGUMENTS
 from art_engine_sglang.plugin import art_register_inference_engines
@@ -49,7 +49,7 @@ def test_on_a_cpu() -> None:
     assert words.startswith(f"/env/bin/python {SERVE} --model-path /models/base --host 127.0.0.1 --port 4711")
     assert "--device cpu" in words
     assert "--lora-backend torch_native" in words
-    assert env["PYTHONPATH"] == str(CPU_SHIMS)
+    assert env["PYTHONPATH"] == f"{FOLDER}{os.pathsep}{CPU_SHIMS}"
     assert env["SGLANG_USE_CPU_ENGINE"] == env["OMP_NUM_THREADS"] == "1"
     assert env["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "1"
     assert env["CUDA_VISIBLE_DEVICES"] == ""
@@ -63,7 +63,7 @@ def test_on_gpus_nothing_stands_in() -> None:
     assert "--tensor-parallel-size 2" in words
     assert "torch_native" not in words
     assert "SGLANG_USE_CPU_ENGINE" not in env
-    assert env["PYTHONPATH"] == ""
+    assert env["PYTHONPATH"] == str(FOLDER)
     assert env["CUDA_VISIBLE_DEVICES"] == "1,2"
     assert "--tensor-parallel-size" not in launched(devices=(1, 2), engine_args={"tp_size": 1})[0]
 

@@ -304,3 +304,57 @@ def test_a_context_beyond_the_models_own_is_refused(tiny_model: Callable[[str], 
 def test_a_cache_too_small_for_one_sequence_is_refused(tiny_model: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="--kv-cache-gb"):
         scheduler_for(tiny_model("llama-tied"), cache_tokens=1000)
+
+
+def test_a_question_for_one_token_is_answered_in_the_next_step_while_all_places_are_taken(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    scheduler = scheduler_for(tiny_model("llama-tied"), max_sequences=2)
+    long: list[SequenceUpdate] = []
+    for i in range(4):
+        scheduler.add(request_for(prompt_of(20, seed=i), long, max_tokens=50, seed=i))
+    while scheduler.running < 2 or scheduler.counters.sampled_tokens < 4:
+        scheduler.step()
+    assert scheduler.waiting == 2
+    asked: list[SequenceUpdate] = []
+    for i in range(3):
+        scheduler.add(request_for(prompt_of(6, seed=10 + i), asked, max_tokens=1))
+    scheduler.step()
+    assert [len(update.tokens) for update in asked] == [1, 1, 1]
+    run(scheduler)
+    assert [len(update.tokens) for update in long] == [50] * 4
+
+
+def test_questions_for_one_token_leave_half_of_a_step_to_older_prompts(tiny_model: Callable[[str], Path]) -> None:
+    scheduler = scheduler_for(tiny_model("llama-tied"), prefix_bytes=0)
+    long: list[SequenceUpdate] = []
+    scheduler.add(request_for(prompt_of(240), long, max_tokens=2))
+    asked: list[SequenceUpdate] = []
+    for i in range(50):
+        scheduler.add(request_for(prompt_of(6, seed=10 + i), asked, max_tokens=1))
+    # 48 rows a step: 24 for four of the questions, and 24 for the long prompt.
+    for step in range(1, 11):
+        scheduler.step()
+        assert len(asked) == 4 * step
+    assert not long
+    scheduler.step()
+    assert [update.finished for update in long] == ["length"]
+
+
+def test_prompts_of_one_length_under_several_adapters_are_computed_beside_each_other(
+    tiny_model: Callable[[str], Path], tiny_adapters: list[Path], reference: Any
+) -> None:
+    base = tiny_model("llama-tied")
+    scheduler = scheduler_for(base, batch_tokens=96)
+    folders = [None, *tiny_adapters]
+    adapters = [None if folder is None else load(scheduler, folder, f"m@{i}") for i, folder in enumerate(folders)]
+    runs = []
+    for i, (adapter, length) in enumerate([(a, n) for n in (7, 7, 5) for a in adapters]):
+        prompt, news = prompt_of(length, seed=i), []
+        scheduler.add(request_for(prompt, news, adapter=adapter, max_tokens=3, seed=i))
+        runs.append((folders[i % len(folders)], prompt, news))
+    scheduler.step()
+    assert scheduler.counters.prompt_tokens == sum(len(prompt) for _, prompt, _ in runs)
+    run(scheduler)
+    for folder, prompt, news in runs:
+        check_against(reference(base, folder, [*prompt.tolist(), *news[0].tokens]), prompt, news[0])

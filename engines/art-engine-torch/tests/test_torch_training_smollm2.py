@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from art_core.trajectories import Trajectory, TrajectoryGroup
 from art_engine_kit.checkpoint_folder import read_manifest, saving
+from art_engine_kit.event_stream import ALIVE
 from art_engine_kit.group_records import record_of
 from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
@@ -188,7 +189,8 @@ def test_the_worker_process_trains_leaves_politely_and_another_resumes(
             model="project/agent", step=step, start=checkpoints / f"{step - 1:04d}",
             destination=checkpoints / f"{step:04d}", groups_file=file, options=TrainOptions(learning_rate=1e-3),
         )  # fmt: skip
-        events = [read_event(line) for line in client.post("/jobs", content=job.model_dump_json()).text.splitlines()]
+        answer = client.post("/jobs", content=job.model_dump_json()).text.splitlines()
+        events = [read_event(line) for line in answer if line.encode() != ALIVE]
         assert isinstance(events[-1], JobEnded), events[-1]
         assert events[-1].metrics["data/step_num_gradient_steps"] == 1
         assert read_manifest(checkpoints / f"{step:04d}", hashes=True).step == step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,18 @@ from art_engine_kit.checkpoint_folder import read_manifest
 from art_engine_kit.group_records import record_of
 from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
-from art_engine_kit.training_wire import AdapterOptions, JobEnded, JobStarted, KlReference, TrainJob
+from art_engine_kit.training_wire import (
+    AdapterOptions,
+    AdapterWritten,
+    JobEnded,
+    JobSaved,
+    JobStarted,
+    KlReference,
+    TrainJob,
+)
 from art_training_kit.advantages import balance_step
 from art_training_kit.losses import Entries, policy_loss
+from art_training_kit.optimizer import AdapterOptimizer
 from art_training_kit.packing import pack_rows
 from art_training_kit.row_tensors import RowTensors
 from art_training_kit.tokenize import tokenize_groups
@@ -395,3 +405,62 @@ def test_bad_input_is_an_error_before_anything_is_loaded(small_policy: Make, job
     with pytest.raises(InvalidTrajectory, match=r"trajectory_groups\[1\]\.trajectories\[2\]"):
         run(Trainer(policy), job(1, groups=groups))
     assert policy.loads == 0
+
+
+def test_the_adapter_is_told_of_as_soon_as_it_is_written_and_is_the_one_that_is_saved(
+    small_policy: Make, job: Make, checkpoints: Path
+) -> None:
+    told = []
+    trainer = Trainer(small_policy())
+    for event in trainer.run(job(1).model_copy(update={"tell_written": True})):
+        if isinstance(event, AdapterWritten):
+            assert not (checkpoints / "0001").exists(), "it is told of while the checkpoint is not yet there"
+            told.append((event, files(event.folder)))
+        if isinstance(event, JobSaved):
+            assert len(told) == 1
+    ((event, written),) = told
+    assert set(written) == {"adapter_model.safetensors"}
+    assert files(checkpoints / "0001") == written
+    canary = read_canary(checkpoints / "0001")
+    assert canary is not None
+    assert [prompt.token_ids for prompt in canary.prompts] == event.prompts
+
+
+def test_nothing_is_told_of_an_adapter_that_nobody_asked_about(small_policy: Make, job: Make) -> None:
+    events = list(Trainer(small_policy()).run(job(1)))
+    assert not any(isinstance(event, AdapterWritten) for event in events)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "left"])
+def test_a_job_that_ends_after_its_adapter_was_told_of_leaves_nothing(
+    small_policy: Make, job: Make, checkpoints: Path, how: str
+) -> None:
+    over: list[bool] = []
+    trainer = Trainer(small_policy())
+    events = trainer.run(job(1).model_copy(update={"tell_written": True}), lambda: bool(over))
+    written = next(event for event in events if isinstance(event, AdapterWritten))
+    if how == "left":
+        events.close()  # type: ignore[attr-defined]
+    else:
+        over.append(True)
+        with pytest.raises(JobCancelled):
+            list(events)
+    assert not written.folder.exists()
+    assert [folder.name for folder in checkpoints.iterdir()] == ["0000"]
+    run(trainer, job(1))
+    assert read_manifest(checkpoints / "0001", hashes=True).step == 1
+
+
+def test_a_disk_that_is_full_is_found_before_anybody_is_told_of_the_adapter(
+    small_policy: Make, job: Make, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdapterOptimizer, "save", _full_disk)
+    told = []
+    with pytest.raises(OSError, match="the disk is full"):
+        told.extend(Trainer(small_policy()).run(job(1).model_copy(update={"tell_written": True})))
+    assert not any(isinstance(event, AdapterWritten) for event in told)
+    assert [folder.name for folder in checkpoints.iterdir()] == ["0000"]
+
+
+def _full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

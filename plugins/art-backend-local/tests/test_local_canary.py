@@ -1,9 +1,13 @@
 """The rule by which an engine's answers are held against a checkpoint's canary."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from art_backend_local.servers.canary_reading import TOLERANCE, canary_request, first_token, read_canary_answers
+from art_backend_local.servers.verification import CanaryAnswers, ask_canary, verify_adapter
+from art_core.errors import EngineRefused
 from art_engine_kit.canary import Canary, CanaryPrompt
 
 
@@ -114,5 +118,68 @@ def test_the_first_token_is_read_from_both_shapes_of_logprobs():
 
 
 def test_the_request_asks_for_one_token_at_temperature_0():
-    body = canary_request(CanaryPrompt(token_ids=[1, 2], expected={}))
+    body = canary_request([1, 2])
     assert (body["prompt"], body["max_tokens"], body["temperature"]) == ([1, 2], 1, 0)
+
+
+class Server:
+    """Answers each prompt with its last id and a logprob made of it; `at_a_time` says how many prompts it takes."""
+
+    def __init__(self, at_a_time=100, *, refuses=False):
+        self.engine = SimpleNamespace(name="stub")
+        self.asked, self.at_a_time, self.refuses = [], at_a_time, refuses
+
+    async def complete(self, body, adapter):
+        prompt = body["prompt"]
+        prompts = prompt if isinstance(prompt[0], list) else [prompt]
+        self.asked.append(len(prompts))
+        if self.refuses and len(prompts) > self.at_a_time:
+            raise EngineRefused("stub", f"answer as {adapter}", "one prompt at a time")
+        choices = [
+            {"index": i, "token_ids": [ids[-1]], "logprobs": {"token_logprobs": [-ids[-1] / 10]}}
+            for i, ids in enumerate(prompts[: self.at_a_time])
+        ]
+        return {"choices": choices[::-1]}
+
+
+PROMPTS = [[1, 2], [3], [4, 5, 6]]
+ANSWERS = [(2, -0.2), (3, -0.3), (6, -0.6)]
+
+
+async def test_all_prompts_of_a_canary_are_one_question():
+    server = Server()
+    found = await ask_canary(server, "m@1", PROMPTS)
+    assert (found.answers, server.asked) == (ANSWERS, [3])
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+async def test_a_server_that_takes_one_prompt_at_a_time_is_asked_so(refuses):
+    server = Server(at_a_time=1, refuses=refuses)
+    found = await ask_canary(server, "m@1", PROMPTS)
+    assert (found.answers, server.asked) == (ANSWERS, [3, 1, 1, 1])
+
+
+def canary_in(folder, logprobs):
+    prompts = [
+        CanaryPrompt(token_ids=ids, expected={ids[-1]: logprob}) for ids, logprob in zip(PROMPTS, logprobs, strict=True)
+    ]
+    (folder / "canary.json").write_text(Canary(prompts=prompts).model_dump_json())
+
+
+async def test_what_a_server_said_before_is_judged_by_the_canary_and_not_asked_again(tmp_path):
+    said = CanaryAnswers(PROMPTS, ANSWERS)
+    server = Server()
+    canary_in(tmp_path, [-0.2, -0.3, -0.6])
+    await verify_adapter(server, "m@1", tmp_path, said)
+    canary_in(tmp_path, [-2.0, -3.0, -6.0])
+    with pytest.raises(EngineRefused, match="off by"):
+        await verify_adapter(server, "m@1", tmp_path, said)
+    assert server.asked == []
+
+
+async def test_answers_to_other_prompts_count_for_nothing(tmp_path):
+    server = Server()
+    canary_in(tmp_path, [-2.0, -3.0, -6.0])
+    with pytest.raises(EngineRefused, match="off by"):
+        await verify_adapter(server, "m@1", tmp_path, CanaryAnswers([[7], [8], [9]], [(2, -2.0), (3, -3.0), (6, -6.0)]))
+    assert server.asked == [3]

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -65,13 +65,20 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 @contextmanager
 def saving(
-    destination: Path, *, step: int, base_model: str, engine: str, metrics: dict[str, float] | None = None
+    destination: Path,
+    *,
+    step: int,
+    base_model: str,
+    engine: str,
+    metrics: dict[str, float] | None = None,
+    sealed: Mapping[str, FileRecord] | None = None,
 ) -> Iterator[Path]:
     """Give a temporary folder to write a checkpoint into; on leaving, seal it and rename it to `destination`.
 
-    A kill at any moment leaves either the whole checkpoint or none. An error inside removes the temporary folder.
-    Raises FileExistsError when `destination` is already a whole checkpoint, or has become one when it is left; a
-    corrupt one in its place is moved aside.
+    `sealed` may be filled on the way with what `seal` gave of files, by their path, that aren't touched any more;
+    the others are read on leaving. A kill at any moment leaves either the whole checkpoint or none. An error inside
+    removes the temporary folder. Raises FileExistsError when `destination` is already a whole checkpoint, or has
+    become one when it is left; a corrupt one in its place is moved aside.
     """
     if destination.exists():
         try:
@@ -85,9 +92,9 @@ def saving(
     folder.mkdir()
     try:
         yield folder
-        files = {
-            file.relative_to(folder).as_posix(): _record(file) for file in sorted(folder.rglob("*")) if file.is_file()
-        }
+        written = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        known = sealed or {}
+        files = {name: known[name] if name in known else file_record(file) for name, file in written.items()}
         manifest = CheckpointManifest(
             step=step, base_model=base_model, engine=engine, metrics=metrics or {}, files=files
         )
@@ -131,7 +138,7 @@ def read_manifest(folder: Path, *, hashes: bool = False) -> CheckpointManifest:
             raise CorruptCheckpoint(
                 f"{folder} is not a whole checkpoint: {name} has {size} bytes where its manifest says {record.size}."
             )
-        if hashes and _record(file) != record:
+        if hashes and file_record(file) != record:
             raise CorruptCheckpoint(
                 f"{folder} is not a whole checkpoint: {name} differs from what was saved (SHA-256)."
             )
@@ -177,7 +184,14 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def _record(file: Path) -> FileRecord:
+def seal(file: Path) -> FileRecord:
+    """Sync a file that nobody writes to any more, and hash it, while other files of its checkpoint are still made."""
+    _sync(file)
+    return file_record(file)
+
+
+def file_record(file: Path) -> FileRecord:
+    """Read and hash a file; call it off the event loop."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return FileRecord(size=file.stat().st_size, sha256=digest)

@@ -19,7 +19,7 @@ from .adapter_config import AdapterConfig, read_adapter_config
 from .adapter_files import Adapter, Float32, read_adapter, weights_file, write_adapter
 from .base_shapes import LinearShapes
 from .canary import CANARY
-from .checkpoint_folder import ADAPTER_WEIGHTS
+from .checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 # Layers that servers compute as one matrix. An adapter for one of them gets zeros for its siblings.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -60,9 +60,22 @@ def plain_adapter(folder: Path, base_shapes: LinearShapes, copy: Path) -> Path:
         adapter = read_adapter(folder)
         pairs = {module: _padded(adapter, module, base_shapes[module], rank) for module in whole}
         write_adapter(copy, _plain_config(config, whole, rank, alpha=rank), pairs)
-    if (folder / CANARY).exists():
-        _link(folder / CANARY, copy / CANARY)
+    link_canary(folder, copy)
     return copy
+
+
+def link_adapter(folder: Path, copy: Path) -> None:
+    """Make `copy` a folder with an adapter's two files that stay there when `folder` is renamed or goes."""
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    for file in (folder / ADAPTER_CONFIG, weights_file(folder)):
+        _link(file, copy / file.name)
+
+
+def link_canary(folder: Path, copy: Path) -> None:
+    """Put an adapter's canary, if it has one, beside a copy that has none yet."""
+    if (folder / CANARY).exists() and not (copy / CANARY).exists():
+        _link(folder / CANARY, copy / CANARY)
 
 
 def _plain_config(config: AdapterConfig, modules: Iterable[str], rank: int, *, alpha: float) -> AdapterConfig:

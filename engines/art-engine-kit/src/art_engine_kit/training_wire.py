@@ -2,10 +2,11 @@
 
 A worker is an HTTP server on the loopback interface: `GET /health` answers 503 until the base model is loaded and 200
 after; `POST /jobs` takes a `TrainJob` and answers with an event stream (`event_stream`) that ends with `ended` or
-`failed`. The bearer token comes to it in the environment variable `ART_WORKER_TOKEN`. Who says `ended` has saved:
-`destination` is then a whole checkpoint, with the weights and the optimizer's state of the start when there was nothing
-to train on. A client that goes away cancels its job, and nothing is saved. Knows no torch; trajectories travel in a
-file that the job names (`groups_file`), so that nothing large crosses the wire.
+`failed`. A job may ask to be told when the adapter is written, while the rest of the checkpoint is still being made
+(`AdapterWritten`). The bearer token comes to it in the environment variable `ART_WORKER_TOKEN`. Who says `ended` has
+saved: `destination` is then a whole checkpoint, with the weights and the optimizer's state of the start when there was
+nothing to train on. A client that goes away cancels its job, and nothing is saved. Knows no torch; trajectories travel
+in a file that the job names (`groups_file`), so that nothing large crosses the wire.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class TrainJob(BaseModel):
 
     `start` is the checkpoint to train from and `destination` the folder to save the new one to, which must not exist.
     `groups_file` is what `groups_file.write_groups` wrote. `reference` is all that is said of the KL reference policy,
-    None for none: what the options say of it was for whoever made the job.
+    None for none: what the options say of it was for whoever made the job. `tell_written` asks for `AdapterWritten`,
+    which a worker that can't tell leaves out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +59,7 @@ class TrainJob(BaseModel):
     destination: Path
     groups_file: Path
     reference: KlReference | None = None
+    tell_written: bool = False
     options: TrainOptions = TrainOptions()
     adapter: AdapterOptions = AdapterOptions()
 
@@ -96,6 +99,19 @@ class GradientStep(BaseModel):
     metrics: dict[str, float]
 
 
+class AdapterWritten(BaseModel):
+    """The adapter's two files are in `folder`, final, while the rest of the checkpoint is not: a server may load them,
+    and nobody may be served by them before `saved`.
+
+    The folder gets its own name later, or goes when the job fails. `prompts` are the token ids that the canary will
+    have.
+    """
+
+    event: Literal["adapter_written"] = "adapter_written"
+    folder: Path
+    prompts: list[list[int]]
+
+
 class JobSaved(BaseModel):
     """The checkpoint is on disk, whole."""
 
@@ -122,7 +138,8 @@ class JobFailed(BaseModel):
 
 
 TrainEvent = Annotated[
-    JobStarted | JobProgress | GradientStep | JobSaved | JobEnded | JobFailed, Field(discriminator="event")
+    JobStarted | JobProgress | GradientStep | AdapterWritten | JobSaved | JobEnded | JobFailed,
+    Field(discriminator="event"),
 ]
 _EVENT: TypeAdapter[TrainEvent] = TypeAdapter(TrainEvent)
 

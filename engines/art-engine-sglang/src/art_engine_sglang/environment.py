@@ -11,8 +11,9 @@ from typing import Final
 
 from art_engine_kit.environment import EnvironmentSpec, FlavourSpec
 
-SERVE: Final = Path(__file__).with_name("in_environment") / "art_sglang_serve.py"
-OPTIONS: Final = SERVE.with_name("art_sglang_options.py")
+FOLDER: Final = Path(__file__).with_name("in_environment")
+SERVE: Final = FOLDER / "art_sglang_serve.py"
+OPTIONS: Final = FOLDER / "art_sglang_options.py"
 CPU_SHIMS: Final = Path(__file__).with_name("cpu_shims")
 # What the plain CPU path needs of the wheel's own requirements, and nothing that is linked to CUDA.
 _CPU_NEEDS: Final = (

@@ -5,6 +5,7 @@ Builds and reads, and does no I/O. The server runs in SGLang's own environment (
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
@@ -16,7 +17,7 @@ from art_engine_kit.openai_server import OpenAIServerEngine
 from art_engine_kit.server_arguments import users_arguments
 
 from .declared import BY_FLAVOUR, EVERYWHERE
-from .environment import CPU_SHIMS, SERVE
+from .environment import CPU_SHIMS, FOLDER, SERVE
 from .options import ARGUMENTS
 
 WHERE: Final = "engine_args of the sglang inference engine"
@@ -80,7 +81,8 @@ class SglangInferenceEngine(OpenAIServerEngine):
         }
         env = {
             # The environment is whole in itself: what the client's process imports from elsewhere must not reach it.
-            "PYTHONPATH": "" if config.devices else str(CPU_SHIMS),
+            # Only our own modules are added.
+            "PYTHONPATH": str(FOLDER) if config.devices else f"{FOLDER}{os.pathsep}{CPU_SHIMS}",
             # Its thousands of modules are compiled once, not by each of its processes at every start, even where the
             # client's process keeps no bytecode.
             "PYTHONDONTWRITEBYTECODE": "",

@@ -10,7 +10,8 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -27,13 +28,16 @@ from art_engine_kit.checkpoint_folder import (
     ADAPTER_WEIGHTS,
     MANIFEST,
     OPTIMIZER_STATE,
+    FileRecord,
     read_manifest,
     saving,
+    seal,
 )
 from art_engine_kit.groups_file import read_records
 from art_engine_kit.sequence_limit import SequenceLimit, check_lengths
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import (
+    AdapterWritten,
     GradientStep,
     JobEnded,
     JobProgress,
@@ -125,10 +129,8 @@ class Trainer:
         seconds = time.monotonic() - started
         metrics = step.metrics | _totals(tokens, trained, sum(map(len, packed)), total) | _mean(samples)
         metrics |= {"time/step_trainer_s": seconds, "throughput/step_trainer_tok_per_s": tokens / seconds}
-        made = canary.make()
-        self._refuse_diverged(job, canary, samples[-1], largest)
-        _stop_if(cancelled)
-        self._save(job, metrics, made)
+        self._refuse_diverged(job, self._grown_from(largest), samples[-1])
+        yield from self._save(job, metrics, canary, samples[-1], cancelled)
         self._remember(job.destination, optimizer_options)
         yield JobSaved(path=job.destination)
         yield JobEnded(metrics=metrics)
@@ -229,14 +231,8 @@ class Trainer:
             "loss/learning_rate": learning_rate,
         }
 
-    def _refuse_diverged(self, job: TrainJob, canary: CanaryMaker, last: dict[str, float], largest: float) -> None:
-        """Raise TrainingFailed, saving nothing, for a step after which nothing could be learnt or served any more.
-
-        `largest` was the size of the largest weight before it.
-        """
-        now, problem = self._largest_weight(), canary.went_wrong()
-        if not now <= _GROWTH * max(1.0, largest):
-            problem = f"the adapter's largest weight went from {largest:.2g} to {now:.2g}"
+    def _refuse_diverged(self, job: TrainJob, problem: str, last: dict[str, float]) -> None:
+        """Raise TrainingFailed, saving nothing, for a step after which nothing could be learnt or served any more."""
         if problem:
             raise TrainingFailed(
                 f"step {job.step} of {job.model} diverged: {problem}. Its learning rate was"
@@ -245,17 +241,51 @@ class Trainer:
                 " learning_rate."
             )
 
+    def _grown_from(self, largest: float) -> str:
+        """What is wrong with the adapter's weights, the largest of which was this large before the step; empty when
+        nothing is.
+        """
+        now = self._largest_weight()
+        if now <= _GROWTH * max(1.0, largest):
+            return ""
+        return f"the adapter's largest weight went from {largest:.2g} to {now:.2g}"
+
     def _largest_weight(self) -> float:
         """Of the adapter, in size; NaN when one of them is."""
         weights = self._policy.adapter_parameters().values()
         return float(torch.stack([weight.detach().abs().max().float() for weight in weights]).max())
 
-    def _save(self, job: TrainJob, metrics: dict[str, float], canary: Canary) -> None:
+    def _save(
+        self,
+        job: TrainJob,
+        metrics: dict[str, float],
+        canary: CanaryMaker,
+        last: dict[str, float],
+        cancelled: Callable[[], bool],
+    ) -> Iterator[TrainEvent]:
+        """Servers may load the adapter while the canary is computed, and beside that what is written hashed and synced.
+
+        What takes room on the disk is written before anybody is told: a name that a server was given is never used
+        again.
+        """
         assert self._optimizer is not None
-        with _explained(job), self._saving(job, metrics) as folder:
+        sealed: dict[str, FileRecord] = {}
+
+        def seal_files() -> None:
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_STATE):
+                sealed[name] = seal(folder / name)
+
+        with _explained(job), self._saving(job, metrics, sealed) as folder:
             self._policy.save_adapter(folder)
             self._optimizer.save(folder)
-            (folder / CANARY).write_text(canary.model_dump_json(), encoding="utf-8")
+            if job.tell_written:
+                yield AdapterWritten(folder=folder, prompts=canary.prompts)
+            with ThreadPoolExecutor(1, "art-seal") as beside:
+                sealing = beside.submit(seal_files)
+                (folder / CANARY).write_text(canary.make().model_dump_json(), encoding="utf-8")
+                sealing.result()
+            self._refuse_diverged(job, canary.went_wrong(), last)
+            _stop_if(cancelled)
 
     def _carry(self, job: TrainJob, metrics: dict[str, float]) -> Iterator[TrainEvent]:
         """Nothing to train on: the start checkpoint becomes the new step, weights, optimizer state and canary
@@ -277,13 +307,16 @@ class Trainer:
         yield JobSaved(path=job.destination)
         yield JobEnded(metrics=metrics)
 
-    def _saving(self, job: TrainJob, metrics: dict[str, float]) -> AbstractContextManager[Path]:
+    def _saving(
+        self, job: TrainJob, metrics: dict[str, float], sealed: Mapping[str, FileRecord] | None = None
+    ) -> AbstractContextManager[Path]:
         return saving(
             job.destination,
             step=job.step,
             base_model=self._policy.base_model,
             engine=self._policy.engine,
             metrics=metrics,
+            sealed=sealed,
         )
 
 

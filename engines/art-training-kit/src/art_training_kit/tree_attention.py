@@ -29,6 +29,8 @@ class TreePlan:
     """What one packed row's attention needs, made once a row and used by every layer."""
 
     causal: list[tuple[int, int]]
+    #: causal blocks of one length that follow each other: where they start, their length, how many they are
+    runs: list[tuple[int, int, int]]
     cross: list[tuple[int, int, int, int]]
     block_mask: Any = None
 
@@ -36,8 +38,20 @@ class TreePlan:
 def plan_attention(row: PackedRow, device: torch.device) -> TreePlan:
     """Make the plan of a packed row for `device`."""
     if device.type == "cpu":
-        return TreePlan([(a, b) for a, b in row.causal_blocks.tolist()], [tuple(c) for c in row.cross_blocks.tolist()])
-    return TreePlan([], [], block_mask(row, device))
+        causal = [(a, b) for a, b in row.causal_blocks.tolist()]
+        return TreePlan(causal, _runs(causal), [tuple(c) for c in row.cross_blocks.tolist()])
+    return TreePlan([], [], [], block_mask(row, device))
+
+
+def _runs(causal: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    runs: list[tuple[int, int, int]] = []
+    for start, end in causal:
+        first, length, count = runs[-1] if runs else (0, 0, 0)
+        if count and (start, end - start) == (first + length * count, length):
+            runs[-1] = (first, length, count + 1)
+        else:
+            runs.append((start, end - start, 1))
+    return runs
 
 
 def block_mask(row: PackedRow, device: torch.device) -> Any:
@@ -82,6 +96,11 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, sc
     return result
 
 
+def _split(x: Tensor, count: int) -> Tensor:
+    """[heads, count * length, D] → [count, heads, length, D]."""
+    return x.view(x.shape[0], count, -1, x.shape[2]).transpose(0, 1)
+
+
 @cache
 def _flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
@@ -96,11 +115,13 @@ class _BlockAttention(torch.autograd.Function):
         # [1, heads, S, D] laid out as [S, heads, D], which is what the model's projections make and take.
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         log_sum = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        for start, end in plan.causal:
-            part = slice(start, end)
-            block, block_sum = _forward(query[:, :, part], key[:, :, part], value[:, :, part], 0.0, True, scale=scale)
-            out[:, :, part] = block
-            log_sum[:, :, part] = block_sum
+        for start, length, count in plan.runs:
+            # Short blocks cost more in calls than in arithmetic, so those of one length are one call.
+            part = slice(start, start + length * count)
+            blocks = (_split(x[0, :, part], count) for x in (query, key, value))
+            block, block_sum = _forward(*blocks, 0.0, True, scale=scale)
+            out[0, :, part] = block.transpose(0, 1).flatten(1, 2)
+            log_sum[0, :, part] = block_sum.transpose(0, 1).flatten(1, 2)
         for q_start, q_end, k_start, k_end in plan.cross:
             part, seen = slice(q_start, q_end), slice(k_start, k_end)
             block, block_sum = _forward(query[:, :, part], key[:, :, seen], value[:, :, seen], 0.0, False, scale=scale)

@@ -34,6 +34,12 @@ class ArtHermesDetector(HermesDetector):  # type: ignore[misc,unused-ignore]
         super().__init__()
         self._stream = _calls.ToolCallStream()
 
+    def get_structural_tag_name(self) -> str:
+        """What xgrammar calls this form of calls. SGLang's own grammar for it heeds neither which function was named
+        nor whether there may be several calls.
+        """
+        return "qwen_3"
+
     def detect_and_parse(self, text: str, tools: Any) -> StreamingParseResult:  # noqa: ARG002
         """All of a finished answer."""
         found = _calls.parse_tool_calls(text)

@@ -179,7 +179,8 @@ class Decoder:
         shape = self.shape
         total = tokens.shape[0]
         cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-        masks = [_piece_mask(piece, shape, tokens.device) for piece in plan.prompts]
+        groups = _alike(plan.prompts)
+        masks = [_piece_mask(group[0], shape, tokens.device) for group in groups]
         hidden = self._embedding[tokens]
         rotated = shape.heads + shape.kv_heads
         half = shape.head_dim // 2
@@ -197,8 +198,11 @@ class Decoder:
             attended = torch.empty_like(query, memory_format=torch.contiguous_format)
             for rows in plan.decode:
                 self._attend_decode(attended, query, key, value, rows, index)
-            for piece, mask in zip(plan.prompts, masks, strict=True):
-                self._attend_prompt(attended, query, key, value, piece, mask, index)
+            for group, mask in zip(groups, masks, strict=True):
+                if mask is None:
+                    self._attend_starts(attended, query, key, value, group, index)
+                else:
+                    self._attend_piece(attended, query, key, value, group[0], mask, index)
             flat = attended.view(total, shape.heads * shape.head_dim)
             if lora is None:
                 hidden.addmm_(flat, layer.out)
@@ -267,27 +271,39 @@ class Decoder:
         )
         attended[here] = result.flatten(1, 2)
 
-    def _attend_prompt(
+    def _attend_starts(
+        self, attended: Tensor, query: Tensor, key: Tensor, value: Tensor, group: list[PromptPiece], layer: int
+    ) -> None:
+        """First pieces of one length, row after row: short prompts cost more in calls than in arithmetic."""
+        count = group[0].count
+        here = slice(group[0].offset, group[0].offset + len(group) * count)
+        for piece in group:
+            own = slice(piece.offset, piece.offset + count)
+            piece.kv[layer, 0, :count] = key[own]
+            piece.kv[layer, 1, :count] = value[own]
+        asked, keys, values = (
+            rows[here].view(len(group), count, -1, self.shape.head_dim).transpose(1, 2) for rows in (query, key, value)
+        )
+        result = F.scaled_dot_product_attention(asked, keys, values, is_causal=True, enable_gqa=True)
+        attended[here] = result.transpose(1, 2).flatten(0, 1)
+
+    def _attend_piece(
         self,
         attended: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         piece: PromptPiece,
-        mask: Tensor | None,
+        mask: Tensor,
         layer: int,
     ) -> None:
+        """A later piece of a prompt, which sees what came before it."""
         here, end = slice(piece.offset, piece.offset + piece.count), piece.start + piece.count
         keys, values = piece.kv[layer, 0], piece.kv[layer, 1]
         keys[piece.start : end] = key[here]
         values[piece.start : end] = value[here]
         past_keys, past_values = keys[:end].transpose(0, 1).unsqueeze(0), values[:end].transpose(0, 1).unsqueeze(0)
-        asked = query[here].transpose(0, 1).unsqueeze(0)
-        if mask is None:
-            result = F.scaled_dot_product_attention(asked, past_keys, past_values, is_causal=True, enable_gqa=True)
-            attended[here] = result[0].transpose(0, 1)
-            return
-        grouped = asked.reshape(1, self.shape.kv_heads, -1, self.shape.head_dim)
+        grouped = query[here].transpose(0, 1).reshape(1, self.shape.kv_heads, -1, self.shape.head_dim)
         result = F.scaled_dot_product_attention(grouped, past_keys, past_values, attn_mask=mask)
         attended[here] = result.view(self.shape.heads, piece.count, self.shape.head_dim).transpose(0, 1)
 
@@ -326,6 +342,18 @@ class Decoder:
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def _alike(pieces: list[PromptPiece]) -> list[list[PromptPiece]]:
+    """First pieces of the same length that follow each other, together; any other piece by itself."""
+    groups: list[list[PromptPiece]] = []
+    for piece in pieces:
+        last = groups[-1][-1] if groups else None
+        if last is not None and piece.start == last.start == 0 and piece.count == last.count:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+    return groups
 
 
 def _piece_mask(piece: PromptPiece, shape: DecoderShape, device: torch.device) -> Tensor | None:

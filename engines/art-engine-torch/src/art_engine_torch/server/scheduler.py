@@ -54,6 +54,16 @@ class _Prompt:
     kv: Tensor | None = None
     done: int = 0
 
+    @property
+    def left(self) -> int:
+        """Tokens that are still to be computed."""
+        return len(self.tokens) - self.done
+
+    @property
+    def ends_with_it(self) -> bool:
+        """Whether one token each is all that is wanted, so that nothing of it will run on."""
+        return all(sequence.request.max_tokens == 1 for sequence in self.sequences)
+
 
 @dataclass
 class Counters:
@@ -305,25 +315,43 @@ class Scheduler:
             self._prefixes.add(CachedPrefix(uid, tokens, kv.clone()))
 
     def _choose_pieces(self, decoding: int) -> list[tuple[_Prompt, PromptPiece]]:
-        """Pieces of prompts for this step, oldest first, within the step's budget of rows."""
+        """Pieces of prompts for this step, within its budget of rows: short ones for one token, then oldest first."""
         left = max(self.limits.batch_tokens - decoding, SMALLEST_PIECE)
         offset = decoding
         pieces: list[tuple[_Prompt, PromptPiece]] = []
-        for prompt in [*self._started, *self._waiting]:
+        first, others = self._short_questions(left // 2)
+        for prompt in [*first, *others]:
             if left <= 0:
                 break
             if prompt.kv is None:
-                if self.running >= self.limits.max_sequences:
+                if self.running >= self.limits.max_sequences and prompt not in first:
                     break
                 if self._worth_waiting(prompt):
                     continue
                 self._start(prompt)
             assert prompt.kv is not None
-            count = min(left, len(prompt.tokens) - prompt.done)
+            count = min(left, prompt.left)
             pieces.append((prompt, PromptPiece(prompt.kv, offset, prompt.done, count)))
             offset += count
             left -= count
         return pieces
+
+    def _short_questions(self, room: int) -> tuple[list[_Prompt], list[_Prompt]]:
+        """Prompts for one token that fit into `room` rows, whole; and the others, oldest first.
+
+        Such a one takes no place among the running, so it waits for none: a publication asks like this whether an
+        adapter is the right one, while all places may be taken for long. What is left of the budget keeps the others
+        moving.
+        """
+        first: list[_Prompt] = []
+        others: list[_Prompt] = []
+        for prompt in [*self._started, *self._waiting]:
+            if prompt.ends_with_it and prompt.left <= room:
+                first.append(prompt)
+                room -= prompt.left
+            else:
+                others.append(prompt)
+        return first, others
 
     def _worth_waiting(self, prompt: _Prompt) -> bool:
         """Whether a prompt under way will leave more of this one's start than there is now."""

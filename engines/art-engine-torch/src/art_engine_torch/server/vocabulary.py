@@ -74,9 +74,14 @@ class _Spelled:
 
 def _token_bytes(tokenizer: Any, size: int) -> list[bytes]:
     """The bytes of each token, none for a logit that no token stands for."""
-    spelled = from_tokenizer(tokenizer)
-    last = max(tokenizer.get_vocab().values()) + 1
-    known = [spelled.decode_bytes([token]) for token in range(min(last, size))]
+    tokens = range(min(max(tokenizer.get_vocab().values()) + 1, size))
+    try:
+        spelled = from_tokenizer(tokenizer)
+    except ValueError:
+        # llguidance reads byte-level and byte-fallback tokenizers. Of any other kind, a token is what it reads as.
+        known = [str(tokenizer.decode([token])).encode() for token in tokens]
+    else:
+        known = [spelled.decode_bytes([token]) for token in tokens]
     for token, found in enumerate(known):
         # llguidance keeps the byte FF, which no text holds, for marks of its own.
         if not found and tokenizer.decode([token]) == "\ufffd":

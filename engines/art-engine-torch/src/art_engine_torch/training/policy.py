@@ -154,12 +154,12 @@ class TorchPolicy:
 
     def save_adapter(self, folder: Path) -> None:
         """PEFT's two files, fp32."""
-        from peft import get_peft_model_state_dict
-
-        self._require_adapter()
-        state = get_peft_model_state_dict(self._peft, adapter_name=TRAINED, save_embedding_layers=False)
+        # PEFT's own function looks at every module of the base for each module of the adapter.
         save_file(
-            {k: v.detach().cpu().contiguous() for k, v in state.items()},
+            {
+                name.replace(f".{TRAINED}.weight", ".weight"): parameter.detach().cpu().contiguous()
+                for name, parameter in self.adapter_parameters().items()
+            },
             folder / ADAPTER_WEIGHTS,
             metadata={"format": "pt"},
         )

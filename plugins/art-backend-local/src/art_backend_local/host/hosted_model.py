@@ -6,7 +6,6 @@ Implements art_core's Publisher with an engine server. Knows nothing of HTTP, tr
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,18 +13,29 @@ from pathlib import Path
 from uuid import uuid4
 
 from art_core import ArtError, CheckpointRef, PublicationReceipt
-from art_core.errors import CheckpointInUse, CheckpointNotFound, ProcessFailed, PublicationFailed
+from art_core.cancellation import to_the_end
+from art_core.errors import (
+    CheckpointInUse,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    ProcessFailed,
+    PublicationFailed,
+)
 from art_core.publication import publish
 from art_engine_kit.adapter_files import check_adapter
 from art_engine_kit.base_shapes import LinearShapes
-from art_engine_kit.checkpoint_folder import MANIFEST, read_manifest, whole_steps
+from art_engine_kit.checkpoint_folder import read_manifest, whole_steps
 from art_engine_kit.live_folders import remove_folder
 from art_engine_kit.model_folder import ModelFolder
+from art_engine_kit.plain_adapter import link_canary
 from art_engine_kit.served_steps import ServedSteps
+from art_engine_kit.training_wire import AdapterWritten
 
+from ..adapters.fingerprint import fingerprint
 from ..adapters.served_copies import forget_served_copy, served_folder
 from ..servers.replicas import Replicas
 from ..wire.deployment import Deployment
+from .early_load import EarlyLoad
 from .training_hold import TrainingTurn
 
 # Beside the leased, routed and busy ones, the newest steps that stay loaded so that asking for them costs nothing.
@@ -66,6 +76,7 @@ class HostedModel:
         self.turn = TrainingTurn(folder.key)
         self.report = report
         self._loading: dict[int, asyncio.Task[None]] = {}
+        self._early: EarlyLoad | None = None
 
     @property
     def published(self) -> tuple[int, ...]:
@@ -103,22 +114,57 @@ class HostedModel:
         When the engine dies meanwhile it is tried once more with the restarted one.
         """
         async with self.publishing:
-            restarts = self.server.restarts
             try:
-                receipt = await publish(checkpoint, self)
-            except PublicationFailed as error:
-                died = self.server.restarts != restarts or not self.server.up or _engine_gone(error)
-                if not died:
-                    raise
-                self.report(f"{error} Trying again with the restarted engine.")
-                await self.server.ready(ENGINE_BACK_LIMIT_S)
-                receipt = await publish(checkpoint, self)
+                receipt = await self._publish(checkpoint)
+            except BaseException:
+                await to_the_end(self.forget_early())
+                raise
+            self._early = None
         try:
             await asyncio.to_thread(self.folder.published(checkpoint.step).touch)
         except OSError as error:
             # It is served, and says so; a later host only asks its client's plugins about it once more.
             self.report(f"{checkpoint.inference_name} is published, which could not be noted on disk: {error}")
         return receipt
+
+    async def _publish(self, checkpoint: CheckpointRef) -> PublicationReceipt:
+        restarts = self.server.restarts
+        try:
+            return await publish(checkpoint, self)
+        except PublicationFailed as error:
+            died = self.server.restarts != restarts or not self.server.up or _engine_gone(error)
+            if not died:
+                raise
+            self.report(f"{error} Trying again with the restarted engine.")
+            await self.server.ready(ENGINE_BACK_LIMIT_S)
+            return await publish(checkpoint, self)
+
+    def load_early(self, step: int, written: AdapterWritten) -> None:
+        """Bring a step's adapter into the engine while its checkpoint is still being written. Nobody is served by it
+        until it is published, which goes on from what is done by then; `forget_early` takes it out again.
+        """
+        self._early = EarlyLoad(
+            self.ref(step),
+            written,
+            tenant=self,
+            server=self.server,
+            base_shapes=self.base_shapes,
+            folder=self.folder,
+        )
+
+    async def forget_early(self) -> None:
+        """Unload what was loaded early and is not published, if there is such a one."""
+        if self._early is not None:
+            # It may be loading just now, under the lock.
+            await self._early.stop()
+            async with self.server.adapters_lock:
+                await self._drop_early()
+
+    async def _drop_early(self) -> None:
+        early, self._early = self._early, None
+        if early is not None:
+            await early.stop()
+            await self._unload(early.checkpoint.step)
 
     async def pending(self) -> int | None:
         """The latest whole step when it isn't published; None otherwise."""
@@ -164,7 +210,12 @@ class HostedModel:
         idle = self.steps.idle()
         if idle:
             await self.give_up(idle[0])
-        return bool(idle)
+        elif self._early is not None and not self.turn.taken:
+            # Its client is gone, and the next one to publish it can load it again.
+            await self._drop_early()
+        else:
+            return False
+        return True
 
     async def rest(self) -> bool:
         """Tenant: the routed step, until somebody asks for it."""
@@ -208,6 +259,7 @@ class HostedModel:
 
     async def leave(self) -> None:
         """Unload everything once the requests that are under way have ended. Nobody asks any more."""
+        await self.forget_early()
         while True:
             self.ended.clear()
             if not any(self.steps.in_flight(step) for step in self.steps.loaded):
@@ -245,6 +297,7 @@ class HostedModel:
         async with self.publishing:
             if self.steps.routed is not None and step <= self.steps.routed:
                 return None
+            await self.forget_early()
             aside = self.folder.place_aside(step)
             self.folder.forget_marks(step)
             await asyncio.to_thread(self.ref(step).path.rename, aside)
@@ -253,6 +306,7 @@ class HostedModel:
     async def discard(self, step: int) -> None:
         """Delete what a cancelled step may have left of itself. A step that is served stays."""
         async with self.publishing:
+            await self.forget_early()
             if (self.steps.routed is None or step > self.steps.routed) and self.ref(step).path.exists():
                 await asyncio.to_thread(self._remove, step)
 
@@ -267,20 +321,38 @@ class HostedModel:
 
     async def check(self, checkpoint: CheckpointRef) -> None:
         """Publisher: files as the manifest says, shapes, rank, finite values."""
-        await asyncio.to_thread(read_manifest, checkpoint.path, hashes=True)
+        manifest = await asyncio.to_thread(read_manifest, checkpoint.path, hashes=True)
+        early = self._early_of(checkpoint)
+        judged = None if early is None else await early.judged()
+        if judged is not None and judged.fingerprint == fingerprint(manifest.files):
+            return
         await asyncio.to_thread(check_adapter, checkpoint.path, self.base_shapes, max_rank=self.server.max_lora_rank)
+        if judged is not None:
+            raise CorruptCheckpoint(
+                f"the adapter in {checkpoint.path} was changed after its trainer wrote it, while the engine was loading"
+                " it. A step's weights are its trainer's; write others as another model's."
+            )
 
     async def load(self, checkpoint: CheckpointRef) -> None:
         """Publisher: have the engine hold it, after making room among idle adapters."""
-        fingerprint = await asyncio.to_thread(_fingerprint, checkpoint.path)
+        early = self._early_of(checkpoint)
+        loaded = None if early is None else await early.loaded()
+        manifest = await asyncio.to_thread(read_manifest, checkpoint.path)
         async with self.server.adapters_lock:
-            await self.server.make_room(self)
-            folder = await asyncio.to_thread(served_folder, checkpoint, self.base_shapes, self.folder)
-            await self.server.load(checkpoint.adapter_name, folder, fingerprint)
+            if not self.server.holds(checkpoint.adapter_name):
+                await self.server.make_room(self)
+            if loaded is None:
+                folder = await asyncio.to_thread(served_folder, checkpoint, self.base_shapes, self.folder)
+            else:
+                folder = loaded.folder
+                await asyncio.to_thread(link_canary, checkpoint.path, folder)
+            await self.server.load(checkpoint.adapter_name, folder, fingerprint(manifest.files))
 
     async def verify(self, checkpoint: CheckpointRef) -> None:
         """Publisher: the engine answers under its name, and as this checkpoint."""
-        await self.server.verify(checkpoint.adapter_name, checkpoint.path)
+        early = self._early_of(checkpoint)
+        answered = {} if early is None else await early.answered()
+        await self.server.verify(checkpoint.adapter_name, checkpoint.path, answered)
 
     async def route(self, checkpoint: CheckpointRef) -> None:
         """Publisher: new requests go to it."""
@@ -289,10 +361,18 @@ class HostedModel:
         self.ended.set()
 
     async def unload(self, checkpoint: CheckpointRef) -> None:
-        """Publisher: undo `load`."""
+        """Publisher: undo `load`, begun early or not."""
+        early = self._early_of(checkpoint)
+        if early is not None:
+            self._early = None
+            await early.stop()
         async with self.server.adapters_lock:
             await self.server.unload(checkpoint.adapter_name)
             await asyncio.to_thread(forget_served_copy, checkpoint, self.folder)
+
+    def _early_of(self, checkpoint: CheckpointRef) -> EarlyLoad | None:
+        early = self._early
+        return early if early is not None and early.checkpoint == checkpoint else None
 
     async def _load_on_demand(self, step: int) -> None:
         await self.on_disk()
@@ -337,7 +417,3 @@ class HostedModel:
 
 def _engine_gone(error: PublicationFailed) -> bool:
     return isinstance(error.__cause__, ProcessFailed | OSError)
-
-
-def _fingerprint(folder: Path) -> str:
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()

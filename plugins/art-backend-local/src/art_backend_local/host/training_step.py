@@ -13,7 +13,7 @@ from typing import Any
 from art_core import TrainingCapability, require
 from art_core.errors import CheckpointNotFound, PublicationFailed, TrainingFailed
 from art_engine_kit.adapter_files import check_adapter
-from art_engine_kit.training_wire import JobEnded, KlReference, TrainJob
+from art_engine_kit.training_wire import AdapterWritten, JobEnded, KlReference, TrainJob
 from art_runtime import StartProgress
 
 from ..servers.training_worker import TrainingWorker
@@ -118,6 +118,8 @@ async def _until_settled(worker: TrainingWorker, model: HostedModel, hold: Train
     await worker.settled()
     assert hold.step is not None, "it was trained"
     hold.saved = model.ref(hold.step).path.exists()
+    if not hold.saved:
+        await model.forget_early()
     if hold.discarded and hold.saved:
         await model.discard(hold.step)
 
@@ -143,6 +145,10 @@ async def _train(
         start = await model.latest()
         reference = await _reference(model, request)
         stack.enter_context(model.used_for_training({start.step, *_step_of(request)}))
+        server = model.server
+        at_once = works_at_once(
+            settings, server.engine.capabilities, has_gpu=host.processes.has_gpu, attached=server.attached
+        )
         job = TrainJob(
             model=str(model.key),
             step=step,
@@ -150,19 +156,20 @@ async def _train(
             destination=model.ref(step).path,
             groups_file=request.groups_file,
             reference=reference,
+            tell_written=at_once,
             options=request.options,
             adapter=settings.adapter,
         )
-        server = model.server
-        if not works_at_once(
-            settings, server.engine.capabilities, has_gpu=host.processes.has_gpu, attached=server.attached
-        ):
+        if not at_once:
             await stack.enter_async_context(inference_aside(server, report=host.report))
         await worker.ensure_running(lambda progress: emit(status_event(progress)))
         emit({"event": "job", "step": step, "start": start.step})
         metrics: dict[str, float] = {}
         async with aclosing(worker.run(job)) as events:
             async for event in events:
+                if isinstance(event, AdapterWritten):
+                    model.load_early(step, event)
+                    continue
                 emit(event.model_dump(mode="json"))
                 if isinstance(event, JobEnded):
                     metrics = event.metrics

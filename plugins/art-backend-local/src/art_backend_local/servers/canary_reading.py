@@ -37,6 +37,7 @@ _NOTHING = 2e-5
 UNEXPECTED_TOKEN = 1.0
 
 JSON = dict[str, Any]
+CanaryAnswer = tuple[int, float]
 _Vector = npt.NDArray[np.float64]
 
 
@@ -78,12 +79,22 @@ class CanaryReading:
         )
 
 
-def canary_request(prompt: CanaryPrompt) -> JSON:
-    """The body for /v1/completions that shows an engine's most likely next token and its logprob."""
-    return {"prompt": list(prompt.token_ids), "max_tokens": 1, "temperature": 0, "logprobs": 1}
+def canary_request(*prompts: Sequence[int]) -> JSON:
+    """The body for /v1/completions that shows an engine's most likely next token after each prompt, with its logprob.
+
+    Prompts are token ids; several are one question, with a choice for each.
+    """
+    asked = [list(token_ids) for token_ids in prompts]
+    return {"prompt": asked[0] if len(asked) == 1 else asked, "max_tokens": 1, "temperature": 0, "logprobs": 1}
 
 
-def first_token(body: JSON) -> tuple[int, float]:
+def first_tokens(body: JSON) -> list[CanaryAnswer]:
+    """The first token of every choice of a normalized answer, in their order. Raises ValueError as `first_token`."""
+    choices = sorted(body.get("choices") or [], key=lambda choice: int(choice.get("index") or 0))
+    return [first_token({"choices": [choice]}) for choice in choices]
+
+
+def first_token(body: JSON) -> CanaryAnswer:
     """Token id and logprob of the first token in a normalized answer. Raises ValueError when it has none."""
     try:
         choice = body["choices"][0]
@@ -98,7 +109,7 @@ def first_token(body: JSON) -> tuple[int, float]:
         ) from error
 
 
-def read_canary_answers(canary: Canary, answers: Sequence[tuple[int, float]]) -> CanaryReading:
+def read_canary_answers(canary: Canary, answers: Sequence[CanaryAnswer]) -> CanaryReading:
     """Compare one (token id, logprob) for each prompt with what the canary says."""
     pairs = list(zip(canary.prompts, answers, strict=True))
     known = [(prompt, token, logprob) for prompt, (token, logprob) in pairs if token in prompt.expected]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ from art_core.errors import EngineRefused, ProcessFailed
 
 from .engine_connection import EngineConnection
 from .inference_server import BrokenServer, InferenceServer, OnProgress
-from .verification import verify_adapter
+from .verification import CanaryAnswers, ask_canary, verify_adapter
 
 RESTART_ATTEMPTS = 3
 RESTART_PAUSE_S = 1.0
@@ -200,9 +200,26 @@ class Replicas:
         self._held[adapter] = _Held(folder, fingerprint)
         await self._everywhere(lambda connection: connection.load(adapter, folder, fingerprint))
 
-    async def verify(self, adapter: str, folder: Path) -> None:
-        """See that every server answers as the checkpoint in `folder`. Raises EngineRefused."""
-        await self._everywhere(lambda connection: verify_adapter(connection, adapter, folder))
+    def holds(self, adapter: str) -> bool:
+        """True for an adapter that was loaded, or is being."""
+        return adapter in self._held
+
+    async def ask_canary(self, adapter: str, prompts: Sequence[Sequence[int]]) -> dict[EngineConnection, CanaryAnswers]:
+        """What every server says to canary prompts under the adapter's name. Raises EngineRefused."""
+        found: dict[EngineConnection, CanaryAnswers] = {}
+
+        async def ask(connection: EngineConnection) -> None:
+            found[connection] = await ask_canary(connection, adapter, prompts)
+
+        await self._everywhere(ask)
+        return found
+
+    async def verify(self, adapter: str, folder: Path, answered: Mapping[EngineConnection, CanaryAnswers]) -> None:
+        """See that every server answers as the checkpoint in `folder`. Raises EngineRefused.
+
+        Those that have `answered` its canary already aren't asked again; a server that came back since has not.
+        """
+        await self._everywhere(lambda connection: verify_adapter(connection, adapter, folder, answered.get(connection)))
 
     async def unload(self, adapter: str) -> None:
         """Have every server forget an adapter. Nothing happens for one that isn't held, or when all are down."""

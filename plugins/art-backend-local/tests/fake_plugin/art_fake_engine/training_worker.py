@@ -23,6 +23,7 @@ state = {"busy": False}
 
 
 def train(job, poison):
+    """Gives the folder once the adapter is in it, and then, once the checkpoint is whole, the loss."""
     tensors = load_file(job.start / "adapter_model.safetensors")
     counter = (
         int(load_file(job.start / "optimizer.safetensors")["count"][0])
@@ -36,12 +37,13 @@ def train(job, poison):
     with saving(job.destination, step=job.step, base_model="fake", engine="fake") as folder:
         save_file(tensors, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_bytes((job.start / "adapter_config.json").read_bytes())
+        yield folder
         save_file({"count": np.array([counter + 1])}, folder / "optimizer.safetensors")
         after = logprob_of(folder)
         prompt = {"token_ids": [1, 2], "expected": {"7": after}, "previous": {"7": before}}
         if not poison:
             (folder / "canary.json").write_text(json.dumps({"prompts": [prompt]}))
-    return float(tensors[name][0, 0])
+    yield float(tensors[name][0, 0])
 
 
 def carry(job):
@@ -85,7 +87,20 @@ async def jobs(request):
             if order("save_nothing"):
                 yield line(event="ended", metrics={"data/step_num_gradient_steps": 1})
                 return
-            loss = train(job, order("poison"))
+            work = train(job, order("poison"))
+            folder = next(work)
+            if job.tell_written and order("tell_written"):
+                yield line(event="adapter_written", folder=str(folder), prompts=[[1, 2]])
+                while order("hold_save"):
+                    await asyncio.sleep(0.02)
+                    if await request.is_disconnected():
+                        work.close()
+                        return
+            if order("fail_save"):
+                work.close()
+                yield line(event="failed", error_type="OSError", message=order("fail_save"))
+                return
+            loss = next(work)
             yield line(event="gradient_step", index=0, total=1, metrics={"loss/train": loss})
             yield line(event="saved", path=str(job.destination))
             yield line(event="ended", metrics={"loss/train": loss, "data/step_num_gradient_steps": 1})
