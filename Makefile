@@ -16,7 +16,8 @@ OPENAI2_VENV := .venv-openai2
 OPENAI2_READY := $(OPENAI2_VENV)/.ready
 # uv, looking where pip looks; needs nothing of ours installed.
 INSTALL := plugins/art-runtime/src/art_runtime/environments/indexes.py
-PYTEST := $(BIN)/python -m pytest
+# Two workers, however many cores there are: more live servers at once don't fit into the memory of a small machine.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 # Engines in environments of their own; their tests fail without.
 TESTED_ENGINES := vllm sglang

@@ -11,8 +11,6 @@ import os
 
 import pytest
 
-SHARED = ("class", "module", "package")
-
 
 def pytest_configure() -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

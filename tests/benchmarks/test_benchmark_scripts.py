@@ -69,3 +69,9 @@ def test_no_request_ends_a_server_or_costs_another_its_answer() -> None:
     assert not result["failures"], result["first_failures"]
     assert not result["honest_failures"], result["first_honest_failures"]
     assert result["statuses"]["200"] > 20, "next to none of the requests reached the engine"
+
+
+@pytest.mark.slow
+def test_hostile_environments() -> None:
+    [ran] = run("hostile_environments.py", "--only", "files that shadow modules")["runs"]
+    assert ran["trained"], ran["said"]

@@ -78,6 +78,19 @@ with saving(step_folder(Path(sys.argv[1]), 2), step=2, base_model="tiny", engine
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
 """
 
+ADAPTER_BEYOND_A_LIMIT = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from art_engine_kit.adapter_config import AdapterConfig
+from art_engine_kit.adapter_files import write_adapter
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+pair = np.zeros((8, 64), np.float32), np.zeros((64, 8), np.float32)
+config = AdapterConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+write_adapter(Path(sys.argv[1]), config, {"model.layers.0.self_attn.q_proj": pair})
+"""
+
 
 def assert_whole_or_none(checkpoints: Path) -> list[int]:
     with warnings.catch_warnings():
@@ -145,3 +158,12 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_and_keeps_the_old(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["0001"]
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before
     assert assert_whole_or_none(tmp_path) == [1]
+
+
+def test_an_adapter_that_the_system_refuses_to_write_is_an_os_error_with_its_file(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", ADAPTER_BEYOND_A_LIMIT, str(tmp_path)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "OSError: [Errno 27] File too large" in ran.stderr, ran.stderr
+    assert str(tmp_path / "adapter_model.safetensors") in ran.stderr

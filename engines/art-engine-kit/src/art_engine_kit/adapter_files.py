@@ -24,6 +24,7 @@ from .adapter_config import AdapterConfig, read_adapter_config
 from .base_shapes import LinearShapes
 from .checkpoint_folder import ADAPTER_WEIGHTS
 from .raw_tensor import KINDS, RawTensor
+from .system_errors import as_os_error
 
 PEFT_PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -134,7 +135,8 @@ def write_adapter(folder: Path, config: AdapterConfig, pairs: Mapping[str, tuple
     for module, (a, b) in pairs.items():
         tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    with as_os_error(folder / ADAPTER_WEIGHTS):
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config.write(folder)
 
 

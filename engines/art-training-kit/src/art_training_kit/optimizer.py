@@ -19,6 +19,7 @@ from torch import nn
 
 from art_core.errors import CorruptCheckpoint, UnknownArgument
 from art_engine_kit.checkpoint_folder import OPTIMIZER_STATE
+from art_engine_kit.system_errors import as_os_error
 
 OPTIMIZER_SETTINGS = "optimizer.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -87,7 +88,8 @@ class AdapterOptimizer:
             if p in self._adamw.state
             for key in _MOMENTS
         }
-        save_file(state, folder / OPTIMIZER_STATE)
+        with as_os_error(folder / OPTIMIZER_STATE):
+            save_file(state, folder / OPTIMIZER_STATE)
         settings = {"format": 1, "algorithm": "AdamW", "options": self.options.model_dump()}
         (folder / OPTIMIZER_SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from art_core.errors import TrainingFailed
@@ -327,8 +326,8 @@ def _explained(job: TrainJob) -> Iterator[None]:
         yield
     except FileExistsError:
         raise
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
         what = "the disk is full" if full else str(error)
         todo = "Free some space there and train the step again" if full else "Mend that and train the step again"
         raise OSError(

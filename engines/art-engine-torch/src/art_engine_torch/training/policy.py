@@ -21,6 +21,7 @@ from art_core.errors import AdapterMismatch, UnknownArgument
 from art_engine_kit.adapter_config import AdapterConfig
 from art_engine_kit.adapter_files import PEFT_PREFIX, check_adapter, weights_file
 from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS
+from art_engine_kit.system_errors import as_os_error
 from art_training_kit.policy import PolicyRequest
 from art_training_kit.tree_attention import plan_attention, tree_attention
 
@@ -155,14 +156,12 @@ class TorchPolicy:
     def save_adapter(self, folder: Path) -> None:
         """PEFT's two files, fp32."""
         # PEFT's own function looks at every module of the base for each module of the adapter.
-        save_file(
-            {
-                name.replace(f".{TRAINED}.weight", ".weight"): parameter.detach().cpu().contiguous()
-                for name, parameter in self.adapter_parameters().items()
-            },
-            folder / ADAPTER_WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        tensors = {
+            name.replace(f".{TRAINED}.weight", ".weight"): parameter.detach().cpu().contiguous()
+            for name, parameter in self.adapter_parameters().items()
+        }
+        with as_os_error(folder / ADAPTER_WEIGHTS):
+            save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         self._configs[TRAINED].write(folder)
 
     @contextmanager
