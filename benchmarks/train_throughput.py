@@ -37,8 +37,9 @@ def measure(
     from transformers import AutoModelForCausalLM
 
     from art_engine_kit.train_options import TrainOptions
-    from art_engine_torch.training.policy import compute_dtype, load_policy
+    from art_engine_torch.training.policy import load_policy
     from art_training_kit.allocator import keep_freed_memory
+    from art_training_kit.device_choice import compute_dtype
     from art_training_kit.packing import pack_rows
     from art_training_kit.policy import PolicyRequest
     from art_training_kit.row_tensors import RowTensors
@@ -117,7 +118,7 @@ def gemm_speed(dtype: str, threads: int) -> float:
     """FLOP a second of a large matrix product, the best of several."""
     import torch
 
-    from art_engine_torch.training.policy import compute_dtype
+    from art_training_kit.device_choice import compute_dtype
 
     torch.set_num_threads(threads)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

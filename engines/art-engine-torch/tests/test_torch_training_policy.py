@@ -27,7 +27,8 @@ from transformers import (
 
 from art_core.errors import AdapterMismatch, UnknownArgument
 from art_engine_torch.training.kernels import GatedSilu, LoraProjection, RmsNorm
-from art_engine_torch.training.policy import compute_dtype, load_policy
+from art_engine_torch.training.policy import load_policy
+from art_training_kit.device_choice import compute_dtype
 from art_training_kit.logprobs import next_token_logprobs
 from art_training_kit.packing import PackedRow, pack_rows
 from art_training_kit.policy import PolicyRequest

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
 
 from art_core.engines import TrainingLaunch
 from art_engine_kit.training_wire import WORKER_TOKEN
-from art_training_kit.launch import worker_plan
+from art_training_kit.launch import BRINGING_WORKER, KIT_REQUIREMENTS, KITS, worker_plan
 from art_training_kit.worker import read_arguments
+
+# Of the distributions that the worker is made of, what a worker never imports.
+ONLY_CLIENTS = {"httptools", "rich", "tenacity", "typer"}
 
 
 def test_the_plan_is_a_command_line_the_worker_reads_and_hides_the_token() -> None:
@@ -38,3 +48,51 @@ def test_on_a_cpu_the_worker_sees_no_gpu() -> None:
     assert read_arguments(list(plan.argv[3:])).gradient_checkpointing == "auto"
     off = worker_plan(replace(config, init_args={"gradient_checkpointing": False}), "package.policy:load")
     assert read_arguments(list(off.argv[3:])).gradient_checkpointing == "off"
+
+
+def test_an_engine_with_an_environment_of_its_own_brings_only_our_packages() -> None:
+    config = TrainingLaunch(base_model=Path("/weights"), host="127.0.0.1", port=8123, token="hidden", python="python3")
+    plan = worker_plan(config, "package.policy:load", brings="art_engine_torch")
+    assert plan.argv[:3] == ("python3", str(BRINGING_WORKER), "--policy")
+    assert read_arguments(list(plan.argv[2:])).policy == "package.policy:load"
+    folders = json.loads(plan.env["ART_BROUGHT_PACKAGES"])
+    assert folders.keys() == {"art_core", "art_engine_kit", "art_training_kit", "art_engine_torch"}
+    assert plan.env["PYTHONPATH"] == ""
+    with pytest.raises(ModuleNotFoundError, match="art_engine_nowhere"):
+        worker_plan(config, "package.policy:load", brings="art_engine_nowhere")
+
+
+WORKER = """
+import sys
+import art_training_kit.beside
+try:
+    import neighbour
+except ModuleNotFoundError as error:
+    print(error.name, "is not there;", __name__, sys.argv[1:])
+"""
+
+
+def test_the_worker_sees_the_packages_it_brings_and_nothing_that_lies_beside_them(tmp_path: Path) -> None:
+    package = tmp_path / "art_training_kit"
+    package.mkdir()
+    (tmp_path / "neighbour.py").write_text("")
+    for name, text in (("__init__", ""), ("beside", ""), ("worker", WORKER)):
+        (package / f"{name}.py").write_text(text)
+    ran = subprocess.run(
+        [sys.executable, BRINGING_WORKER, "--port", "1"],
+        env={**os.environ, "ART_BROUGHT_PACKAGES": json.dumps({"art_training_kit": str(package)})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.stdout == "neighbour is not there; __main__ ['--port', '1']\n", ran.stderr
+
+
+def test_what_the_kits_need_is_asked_of_an_engines_environment() -> None:
+    here = [Requirement(line) for name in KITS for line in metadata.requires(name.replace("_", "-")) or []]
+    needed = {r.name for r in here if r.marker is None and not r.name.startswith("art-")}
+    asked = {Requirement(line).name: Requirement(line) for line in KIT_REQUIREMENTS}
+    assert needed - asked.keys() == ONLY_CLIENTS
+    for requirement in (r for r in here if r.marker is None and r.name in asked):
+        assert requirement.specifier == asked[requirement.name].specifier, requirement

@@ -28,7 +28,7 @@ def linear_shapes(base_model: Path) -> dict[str, tuple[int, int]]:
     Raises BaseModelNotFound when the folder holds no safetensors weights or their headers cannot be read.
     """
     shapes: dict[str, tuple[int, int]] = {}
-    for file in _weight_files(base_model):
+    for file in weight_files(base_model):
         try:
             with safe_open(file, framework="numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -78,7 +78,8 @@ def _is_an_end(module: str) -> bool:
     return module.rpartition(".")[2] in NOT_LINEAR
 
 
-def _weight_files(base_model: Path) -> list[Path]:
+def weight_files(base_model: Path) -> list[Path]:
+    """The safetensors files of a base model. Raises BaseModelNotFound when one is missing or none is there."""
     index = base_model / "model.safetensors.index.json"
     if index.is_file():
         try:

@@ -7,22 +7,47 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
 
 from art_core.engines import LaunchPlan, TrainingLaunch
 from art_engine_kit.environment import cuda_env
 from art_engine_kit.training_wire import WORKER_TOKEN
 
+# What the worker itself is made of.
+KITS: Final = ("art_core", "art_engine_kit", "art_training_kit")
+# What an environment of an engine's own must hold for it, beside torch.
+KIT_REQUIREMENTS: Final = (
+    "filelock>=3.16",
+    "numpy>=1.26",
+    "openai>=2.0,<4",
+    "packaging>=24.0",
+    "platformdirs>=4.3",
+    "pluggy>=1.5,<2",
+    "pydantic>=2.9,<3",
+    "safetensors>=0.5",
+    "starlette>=0.40",
+    "tqdm>=4.66",
+    "typing-extensions>=4.12",
+    "uvicorn>=0.30",
+)
+BRINGING_WORKER: Final = Path(__file__).with_name("in_environment") / "art_training_worker.py"
 
-def worker_plan(config: TrainingLaunch, policy: str, env: Mapping[str, str] | None = None) -> LaunchPlan:
+
+def worker_plan(
+    config: TrainingLaunch, policy: str, env: Mapping[str, str] | None = None, *, brings: str | None = None
+) -> LaunchPlan:
     """Run `policy`, a "module:attr" naming a PolicyFactory, in the shared worker.
 
     Of `config.init_args`, `gradient_checkpointing` (True, False, or None for automatic) is the worker's own; the others
-    reach the factory.
+    reach the factory. `brings` is the package of an engine with an environment of its own: that package and the kits
+    are taken from here, everything else from there. What the kits need must be there: see `KIT_REQUIREMENTS`.
     """
     init_args = dict(config.init_args)
     checkpointing = init_args.pop("gradient_checkpointing", None)
     argv = [
-        config.python, "-m", "art_training_kit.worker",
+        config.python, *(("-m", "art_training_kit.worker") if brings is None else (str(BRINGING_WORKER),)),
         "--policy", policy,
         "--base-model", str(config.base_model),
         "--host", config.host,
@@ -35,5 +60,21 @@ def worker_plan(config: TrainingLaunch, policy: str, env: Mapping[str, str] | No
     if checkpointing is not None:
         argv += ["--gradient-checkpointing", "on" if checkpointing else "off"]
     return LaunchPlan(
-        argv=tuple(argv), env={**(env or {}), **cuda_env(config.devices)}, secret_env={WORKER_TOKEN: config.token}
+        argv=tuple(argv),
+        env={**(brought(brings) if brings else {}), **(env or {}), **cuda_env(config.devices)},
+        secret_env={WORKER_TOKEN: config.token},
     )
+
+
+def brought(package: str) -> dict[str, str]:
+    """The variables with which `BRINGING_WORKER` finds the kits and `package` where they are installed here."""
+    folders = {name: str(_folder_of(name)) for name in (*KITS, package)}
+    # Nothing else that the client's process imports may reach the environment.
+    return {"PYTHONPATH": "", "ART_BROUGHT_PACKAGES": json.dumps(folders)}
+
+
+def _folder_of(package: str) -> Path:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"the package {package} is not installed in this environment", name=package)
+    return Path(spec.origin).parent

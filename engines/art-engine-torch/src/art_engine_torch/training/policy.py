@@ -7,7 +7,6 @@ and write adapters; knows no loss, no optimizer and no job.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from art_engine_kit.adapter_config import AdapterConfig
 from art_engine_kit.adapter_files import PEFT_PREFIX, check_adapter, weights_file
 from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS
 from art_engine_kit.system_errors import as_os_error
+from art_training_kit.device_choice import activation_bytes, compute_device, compute_dtype, too_large_to_keep
 from art_training_kit.policy import PolicyRequest
 from art_training_kit.tree_attention import plan_attention, tree_attention
 
@@ -47,17 +47,6 @@ def _attend(
     return tree_attention(query, key, value, tree_plan, scaling).transpose(1, 2), None
 
 
-def compute_dtype(device: torch.device, wanted: str) -> torch.dtype:
-    """`wanted`, or for "auto" bf16 where the device multiplies in it and fp32 elsewhere."""
-    if wanted != "auto":
-        return cast(torch.dtype, getattr(torch, wanted))
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="utf-8") if flags.exists() else ""
-    return torch.bfloat16 if "avx512_bf16" in text or "amx_bf16" in text else torch.float32
-
-
 def load_policy(request: PolicyRequest) -> TorchPolicy:
     """The factory that the worker is given. Reads the base model's weights and tokenizer from a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -70,8 +59,7 @@ def load_policy(request: PolicyRequest) -> TorchPolicy:
             raise UnknownArgument(name, where="init_args of the torch training engine", known=_INIT_ARGS)
     AttentionInterface.register(ATTENTION, _attend)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    auto = "cuda:0" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if request.device == "auto" else request.device)
+    device = compute_device(request.device)
     dtype = compute_dtype(device, request.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
         request.base_model, dtype=dtype, attn_implementation=ATTENTION, **init_args
@@ -109,7 +97,7 @@ class TorchPolicy:
         self._reference_loaded: tuple[Path, bytes] | None = None
         self._checkpointing = gradient_checkpointing
         self._checkpointing_now = False
-        self._bytes_per_token = _activation_bytes(self._config, model.dtype)
+        self._bytes_per_token = activation_bytes(self._config, model.dtype)
         self.tokenizer = tokenizer
         self.base_model = base_model
         self.device: torch.device = model.device
@@ -221,10 +209,7 @@ class TorchPolicy:
     def _must_checkpoint(self, tokens: int) -> bool:
         if self._checkpointing is not None:
             return self._checkpointing
-        need = tokens * self._bytes_per_token
-        if self.device.type == "cuda":
-            return bool(need > 0.8 * torch.cuda.mem_get_info(self.device)[0])
-        return bool(need > 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return too_large_to_keep(tokens * self._bytes_per_token, self.device)
 
     def _set_checkpointing(self, on: bool) -> None:
         if on == self._checkpointing_now:
@@ -241,11 +226,3 @@ class TorchPolicy:
 def _renamed(model: Any, verb: str) -> Any:
     """transformers 5 renamed this on the way; both names take the same arguments."""
     return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")
-
-
-def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
-    """What one token's forward keeps for backward, per token, from the shapes of a layer."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    heads = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    attention = heads * (3 * config.num_attention_heads + 4 * config.num_key_value_heads)
-    return int(config.num_hidden_layers * (6 * hidden + 3 * wide + 2 * attention) * dtype.itemsize)

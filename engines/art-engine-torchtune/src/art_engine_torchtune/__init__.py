@@ -1,0 +1,1 @@
+"""torchtune as a training engine of ART. Importing it loads neither torchtune nor torch."""

@@ -1,0 +1,55 @@
+"""Describes the torchtune training worker: art-training-kit's worker, in torchtune's environment, with its policy.
+
+Builds a command line and does no I/O. What a job is, `art_engine_kit.training_wire` says.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from art_core import LaunchPlan, TrainingCapability, TrainingLaunch
+from art_core.errors import UnknownArgument
+from art_engine_kit.environment import Flavour
+from art_training_kit.launch import worker_plan
+
+from .declared import CAPABILITIES, INIT_ARGS
+
+POLICY_FACTORY: Final = "art_engine_torchtune.in_environment.loading:load_policy"
+
+
+class TorchtuneTrainingEngine:
+    """See `art_core.engines.TrainingEngine`. Trains on one device, and declares the same in every flavour."""
+
+    def __init__(self, flavour: Flavour | None = None) -> None:
+        self.flavour = flavour
+
+    @property
+    def name(self) -> str:
+        """torchtune"""
+        return "torchtune"
+
+    @property
+    def capabilities(self) -> frozenset[TrainingCapability]:
+        """What the worker can do."""
+        return CAPABILITIES
+
+    def launch(self, config: TrainingLaunch) -> LaunchPlan:
+        """The worker on a CPU, or on the one GPU of `config.devices`.
+
+        Raises UnknownArgument for an init argument that doesn't exist, ValueError for several devices.
+        """
+        if len(config.devices) > 1:
+            raise ValueError(
+                f"Engine torchtune trains on one device, not on {len(config.devices)} ({config.devices}): give one id"
+                " in trainer_gpu_ids."
+            )
+        for name in config.init_args:
+            if name not in INIT_ARGS:
+                raise UnknownArgument(name, where="init_args of the torchtune training engine", known=INIT_ARGS)
+        env = {
+            # Everything is read from a folder: nothing may be asked of a model hub on the way.
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "GOMP_SPINCOUNT": "1000",
+        }
+        return worker_plan(config, POLICY_FACTORY, env, brings="art_engine_torchtune")
