@@ -1,7 +1,7 @@
 """Turns a conversation into the text that a model is asked with: one way for the server that asks and for the trainer.
 
-The template itself is rendered by the tokenizer's own `apply_chat_template`. Knows no token ids, and nothing of
-requests beyond messages, tools and a template's arguments.
+The template itself is rendered by the tokenizer's own `apply_chat_template`. Knows nothing of requests beyond messages,
+tools and a template's arguments, and of token ids only that the tokenizer marks those of a template's own replies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .chat_messages import JSON, plain_messages, plain_tools
 _ASKED: Final = {"role": "user", "content": "?"}
 _ANSWERED: Final = {"role": "tool", "tool_call_id": "artprobe1", "name": "art_probe", "content": "!"}
 _PROBE_KEY: Final = "art_probed"
+_REPLY_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class RendersChats(Protocol):
@@ -29,7 +30,7 @@ class RendersChats(Protocol):
     chat_template: Any
 
     def apply_chat_template(self, conversation: list[JSON], /, **options: Any) -> Any:
-        """The text of a conversation, when called with tokenize=False."""
+        """The text of a conversation, when called with tokenize=False; else what the tokenizer makes of it."""
 
 
 class ChatRenderer:
@@ -59,15 +60,12 @@ class ChatRenderer:
         `arguments` win over those of the renderer. Raises InvalidRequest, naming the field, for messages that are
         malformed or that the template does not take; with the template's own sentence where it has one.
         """
-        if not self._source:
-            raise InvalidRequest("messages: this model has no chat template to write them with.", param="messages")
+        self._refuse_without_template()
         for name in arguments or {}:
             if name in self._reserved:
                 where = f"chat_template_kwargs.{name}"
                 raise InvalidRequest(f"{where}: is not the template's to decide; leave it out.", param=where)
-        plain, schemas = plain_messages(messages, more_roles=_words(self._source)), plain_tools(tools)
-        if any("tool_calls" in message for message in plain):
-            plain = [_with_arguments(message, as_text=self._arguments_are_text) for message in plain]
+        plain, schemas = self._plain(messages, tools)
         options = {**self._arguments, **(arguments or {})}
         try:
             text = self._render(plain, schemas, options, generate=generate, continue_final=continue_final)
@@ -80,6 +78,37 @@ class ChatRenderer:
                 param="messages",
             )
         return text
+
+    @property
+    def marks_replies(self) -> bool:
+        """Whether the template itself says what the assistant wrote, by `{% generation %}`."""
+        return _REPLY_TAG.search(self._source) is not None
+
+    def marked(self, messages: Any, *, tools: Any = None) -> tuple[list[int], list[int]]:
+        """The ids of a conversation, and for each 1 if it lies within the template's `{% generation %}`, else 0.
+
+        Raises as `text` does.
+        """
+        self._refuse_without_template()
+        plain, schemas = self._plain(messages, tools)
+        chosen: JSON = {} if self._template is None else {"chat_template": self._template}
+        try:
+            made = self._tokenizer.apply_chat_template(
+                plain, tools=schemas, return_dict=True, return_assistant_tokens_mask=True, **chosen, **self._arguments
+            )
+        except Exception as error:  # as in `text`
+            raise _does_not_take(error) from error
+        return list(made["input_ids"]), list(made["assistant_masks"])
+
+    def _refuse_without_template(self) -> None:
+        if not self._source:
+            raise InvalidRequest("messages: this model has no chat template to write them with.", param="messages")
+
+    def _plain(self, messages: Any, tools: Any) -> tuple[list[JSON], Any]:
+        plain, schemas = plain_messages(messages, more_roles=_words(self._source)), plain_tools(tools)
+        if any("tool_calls" in message for message in plain):
+            plain = [_with_arguments(message, as_text=self._arguments_are_text) for message in plain]
+        return plain, schemas
 
     def _render(
         self, messages: list[JSON], tools: Any, options: Mapping[str, Any], *, generate: bool, continue_final: bool

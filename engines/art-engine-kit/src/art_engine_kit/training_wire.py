@@ -41,13 +41,25 @@ class KlReference(BaseModel):
     adapter: Path | None = None
 
 
+class SupervisedOptions(BaseModel):
+    """How replies are trained on: `batch_size` trajectories make one optimizer step, and `learning_rates` has one rate
+    for each of these steps, or one for all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    learning_rates: list[Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    batch_size: int = Field(2, ge=1)
+
+
 class TrainJob(BaseModel):
     """One training step.
 
     `start` is the checkpoint to train from and `destination` the folder to save the new one to, which must not exist.
     `groups_file` is what `groups_file.write_groups` wrote. `reference` is all that is said of the KL reference policy,
-    None for none: what the options say of it was for whoever made the job. `tell_written` asks for `AdapterWritten`,
-    which a worker that can't tell leaves out.
+    None for none: what the options say of it was for whoever made the job. With `supervised` the replies in the file
+    are trained on, whatever their rewards, and of `options` only the rows' length is read. `tell_written` asks for
+    `AdapterWritten`, which a worker that can't tell leaves out; a worker that can't train on replies refuses the job.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +72,7 @@ class TrainJob(BaseModel):
     groups_file: Path
     reference: KlReference | None = None
     tell_written: bool = False
+    supervised: SupervisedOptions | None = None
     options: TrainOptions = TrainOptions()
     adapter: AdapterOptions = AdapterOptions()
 
@@ -67,6 +80,15 @@ class TrainJob(BaseModel):
     def _penalty_has_a_reference(self) -> Self:
         if self.options.kl_penalty_coef > 0 and self.reference is None:
             raise ValueError("kl_penalty_coef is above 0 and the job names no reference to measure KL against")
+        return self
+
+    @model_validator(mode="after")
+    def _supervised_reads_no_other_option(self) -> Self:
+        if self.supervised is not None:
+            unread = sorted(self.options.model_dump(exclude_defaults=True).keys() - {"packed_sequence_length"})
+            unread += ["reference"] if self.reference is not None else []
+            if unread:
+                raise ValueError(f"a supervised job has no use for {', '.join(unread)}; leave that out")
         return self
 
 

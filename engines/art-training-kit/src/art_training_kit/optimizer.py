@@ -22,6 +22,8 @@ from art_engine_kit.checkpoint_folder import OPTIMIZER_STATE
 from art_engine_kit.system_errors import as_os_error
 
 OPTIMIZER_SETTINGS = "optimizer.json"
+# What a step learnt from; moments of the one say nothing of the other's gradients.
+REWARDS, REPLIES = "rewards", "replies"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -37,19 +39,22 @@ class OptimizerOptions(BaseModel):
     max_grad_norm: float = Field(0.1, gt=0)
 
     @classmethod
-    def of(cls, trainer_args: Mapping[str, Any]) -> Self:
-        """Read `trainer_args`. Raises UnknownArgument for one that nothing reads."""
+    def of(cls, trainer_args: Mapping[str, Any], **defaults: float) -> Self:
+        """Read `trainer_args`, with other `defaults` where given. Raises UnknownArgument for one that nothing reads."""
         for name in trainer_args:
             if name not in cls.model_fields:
                 raise UnknownArgument(name, where="trainer_args", known=cls.model_fields)
-        return cls(**trainer_args)
+        return cls(**{**defaults, **trainer_args})
 
 
 class AdapterOptimizer:
     """AdamW over parameters that have names."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], options: OptimizerOptions) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], options: OptimizerOptions, learns_from: str = REWARDS
+    ) -> None:
         self._parameters = dict(parameters)
+        self._learns_from = learns_from
         self.options = options
         self._adamw = torch.optim.AdamW(
             self._parameters.values(),
@@ -90,15 +95,23 @@ class AdapterOptimizer:
         }
         with as_os_error(folder / OPTIMIZER_STATE):
             save_file(state, folder / OPTIMIZER_STATE)
-        settings = {"format": 1, "algorithm": "AdamW", "options": self.options.model_dump()}
+        settings: dict[str, Any] = {"format": 1, "algorithm": "AdamW", "learns_from": self._learns_from}
+        settings["options"] = self.options.model_dump()
         (folder / OPTIMIZER_SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     def load(self, folder: Path) -> bool:
-        """Take up the state saved in `folder`; False when there is none, as in a checkpoint made without training.
+        """Take up the state saved in `folder`; False when there is none, as in a checkpoint made without training, and
+        when it comes from steps that learnt from something else.
 
         The options stay this optimizer's own. Raises CorruptCheckpoint when the state belongs to other parameters.
         """
         if not (folder / OPTIMIZER_STATE).exists():
+            return False
+        settings = folder / OPTIMIZER_SETTINGS
+        if settings.exists():
+            if json.loads(settings.read_bytes()).get("learns_from", REWARDS) != self._learns_from:
+                return False
+        elif self._learns_from != REWARDS:
             return False
         try:
             state = load_file(folder / OPTIMIZER_STATE)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from art_core.errors import TrainingFailed
 from art_engine_kit.canary import CANARY, Canary, read_canary
+from art_engine_kit.chat_rendering import ChatRenderer
 from art_engine_kit.checkpoint_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -51,11 +52,12 @@ from .adapter_settings import check_peft_args
 from .advantages import balance_step
 from .canaries import CanaryMaker
 from .chat_template import ChatTemplate
-from .optimizer import OPTIMIZER_SETTINGS, AdapterOptimizer, OptimizerOptions
+from .optimizer import OPTIMIZER_SETTINGS, REPLIES, REWARDS, AdapterOptimizer, OptimizerOptions
 from .packing import PackedRow, pack_rows
 from .policy import Policy
 from .row_tensors import RowTensors
 from .rows import TokenizedStep
+from .supervised import tokenize_supervised
 from .tokenize import tokenize_groups
 
 _log = logging.getLogger(__name__)
@@ -75,14 +77,14 @@ class Trainer:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._optimizer: AdapterOptimizer | None = None
-        self._holds: tuple[Path, bytes, OptimizerOptions] | None = None
+        self._holds: tuple[Path, bytes, OptimizerOptions, str] | None = None
 
     def run(self, job: TrainJob, cancelled: Callable[[], bool] = lambda: False) -> Iterator[TrainEvent]:
         """Train one step and save it. Ends with `JobEnded` or raises; after a raise the next job loads its start
         afresh.
         """
         try:
-            yield from self._run(job, cancelled)
+            yield from self._run(job, cancelled) if job.supervised is None else self._run_supervised(job, cancelled)
         except BaseException:
             self._holds = None
             raise
@@ -134,6 +136,81 @@ class Trainer:
         yield JobSaved(path=job.destination)
         yield JobEnded(metrics=metrics)
 
+    def _run_supervised(self, job: TrainJob, cancelled: Callable[[], bool]) -> Iterator[TrainEvent]:
+        """A batch is one optimizer step: Σ −log π of its reply tokens ÷ their number. Weight decay is 0 and the norm's
+        limit 1, unless `trainer_args` says otherwise.
+        """
+        assert job.supervised is not None
+        started = time.monotonic()
+        optimizer_options = OptimizerOptions.of(job.adapter.trainer_args, weight_decay=0.0, max_grad_norm=1.0)
+        check_peft_args(job.adapter.peft_args, job.start)
+        limit = SequenceLimit.of(
+            job.options.packed_sequence_length, job.adapter.max_seq_length, self._policy.max_length
+        )
+        step = tokenize_supervised(
+            read_records(job.groups_file),
+            renderer=ChatRenderer(self._policy.tokenizer, job.adapter.chat_template, job.adapter.chat_template_kwargs),
+            tokenizer=self._policy.tokenizer,
+            batch_size=job.supervised.batch_size,
+            vocabulary_size=self._policy.vocabulary_size,
+            max_length=limit.tokens,
+        )
+        left_out = check_lengths(step.lengths, limit) if step.lengths else ""
+        if left_out:
+            _log.warning("step %d of %s: %s", job.step, job.model, left_out)
+        rates = _rates(job.supervised.learning_rates, len(step.batches))
+        rows = step.rows
+        if not rows:
+            yield JobStarted(num_sequences=0, num_rows=0, packed_tokens=0, trained_tokens=0)
+            metrics = step.metrics | _totals(0, 0, 0, 0) | {"time/step_trainer_s": time.monotonic() - started}
+            yield from self._carry(job, metrics)
+            return
+        length = self._row_length(job, max(map(len, rows)))
+        batches = [(rate, pack_rows(batch, length)) for rate, batch in zip(rates, step.batches, strict=True) if batch]
+        packed = sum(len(row) for _, batch in batches for row in batch)
+        tokens, trained = sum(map(len, rows)), sum(len(row.trained) for row in rows)
+        total = sum(len(batch) for _, batch in batches)
+        yield JobStarted(num_sequences=len(rows), num_rows=total, packed_tokens=packed, trained_tokens=trained)
+        self._load(job.start, optimizer_options, REPLIES)
+        canary, largest = CanaryMaker(self._policy, rows), self._largest_weight()
+        samples: list[dict[str, float]] = []
+        done = 0
+        for index, (rate, batch) in enumerate(batches):
+            for result in self._supervised_step(batch, rate, cancelled):
+                if isinstance(result, dict):
+                    samples.append(result)
+                    yield GradientStep(index=index, total=len(batches), metrics=result)
+                else:
+                    done += 1
+                    yield JobProgress(done=done, total=total)
+        seconds = time.monotonic() - started
+        metrics = step.metrics | _totals(tokens, trained, packed, len(batches)) | _mean(samples)
+        metrics |= {"time/step_trainer_s": seconds, "throughput/step_trainer_tok_per_s": tokens / seconds}
+        self._refuse_diverged(job, self._grown_from(largest), samples[-1])
+        yield from self._save(job, metrics, canary, samples[-1], cancelled)
+        self._remember(job.destination, optimizer_options, REPLIES)
+        yield JobSaved(path=job.destination)
+        yield JobEnded(metrics=metrics)
+
+    def _supervised_step(
+        self, batch: Sequence[PackedRow], learning_rate: float, cancelled: Callable[[], bool]
+    ) -> Iterator[int | dict[str, float]]:
+        """Yields how many rows are done, then the batch's metrics."""
+        assert self._optimizer is not None
+        count = sum(len(row.entry_target) for row in batch)
+        loss = 0.0
+        self._optimizer.clear_gradients()
+        for done, row in enumerate(batch, start=1):
+            _stop_if(cancelled)
+            same = np.ones(int(row.entry_trajectory.max()) + 1)
+            logprobs, _ = RowTensors.of(row, same, same, self._policy.device).logprobs(self._policy)
+            part = -logprobs.sum() / count
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+            yield done
+        norm = self._optimizer.step(learning_rate)
+        yield {"loss/train": loss, "loss/grad_norm": norm, "loss/learning_rate": learning_rate}
+
     def _tokenize(self, job: TrainJob) -> TokenizedStep:
         options = job.options
         limit = SequenceLimit.of(options.packed_sequence_length, job.adapter.max_seq_length, self._policy.max_length)
@@ -157,21 +234,23 @@ class Trainer:
         rounded = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
         return max(longest, min(rounded, job.adapter.max_seq_length))
 
-    def _load(self, start: Path, options: OptimizerOptions) -> None:
+    def _load(self, start: Path, options: OptimizerOptions, learns_from: str = REWARDS) -> None:
         """Weights and optimizer state of the start checkpoint, unless they are what is held already."""
-        wanted = (start.resolve(), (start / MANIFEST).read_bytes(), options)
+        wanted = (start.resolve(), (start / MANIFEST).read_bytes(), options, learns_from)
         if self._holds == wanted:
             return
         read_manifest(start, hashes=True)
         self._holds = None
         self._policy.load_adapter(start)
-        self._optimizer = AdapterOptimizer(self._policy.adapter_parameters(), options)
+        self._optimizer = AdapterOptimizer(self._policy.adapter_parameters(), options, learns_from)
         resumed = self._optimizer.load(start)
-        _log.info("loaded %s, %s", start, "with its optimizer state" if resumed else "which has no optimizer state")
+        _log.info(
+            "loaded %s, %s", start, "with its optimizer state" if resumed else "without an optimizer state of its kind"
+        )
         self._holds = wanted
 
-    def _remember(self, folder: Path, options: OptimizerOptions) -> None:
-        self._holds = (folder.resolve(), (folder / MANIFEST).read_bytes(), options)
+    def _remember(self, folder: Path, options: OptimizerOptions, learns_from: str = REWARDS) -> None:
+        self._holds = (folder.resolve(), (folder / MANIFEST).read_bytes(), options, learns_from)
 
     def _prepare(
         self,
@@ -302,7 +381,7 @@ class Trainer:
                 (folder / CANARY).write_text(Canary(prompts=same).model_dump_json(), encoding="utf-8")
         held = self._holds
         if held is not None and held[0] == job.start.resolve():
-            self._remember(job.destination, held[2])
+            self._remember(job.destination, held[2], held[3])
         yield JobSaved(path=job.destination)
         yield JobEnded(metrics=metrics)
 
@@ -340,6 +419,15 @@ def _explained(job: TrainJob) -> Iterator[None]:
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise JobCancelled("the client went away, so the job was stopped between two rows; nothing was saved")
+
+
+def _rates(given: Sequence[float], batches: int) -> list[float]:
+    if len(given) not in (1, batches):
+        raise ValueError(
+            f"learning_rate has {len(given)} rates and the trajectories make {batches} batches; give one rate, or one"
+            " for each batch."
+        )
+    return list(given) * batches if len(given) == 1 else list(given)
 
 
 def _totals(tokens: int, trained: int, packed: int, gradient_steps: int) -> dict[str, float]:
