@@ -201,6 +201,7 @@ def test_a_group_without_trajectories_and_a_step_without_groups(tmp_path: Path) 
     assert (record.trajectories, record.exceptions) == ([], 2)
 
 
+@pytest.mark.slow
 def test_writing_and_reading_hold_a_group_at_a_time(tmp_path: Path) -> None:
     def groups(count: int) -> Iterator[TrajectoryGroup]:
         for n in range(count):

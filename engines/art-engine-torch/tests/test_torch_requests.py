@@ -60,6 +60,7 @@ async def test_an_unknown_role_is_answered_with_the_roles(http: httpx.AsyncClien
         assert role in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -81,6 +82,7 @@ async def test_no_template_ends_the_server_or_is_answered_from_nothing(
     assert not server.failures
 
 
+@pytest.mark.slow
 async def test_others_are_answered_while_a_template_never_ends(http: httpx.AsyncClient) -> None:
     endless = asyncio.create_task(refused(http, **chat(chat_template=ENDLESS)))
     await asyncio.sleep(0)
@@ -296,6 +298,7 @@ def test_every_field_of_a_request_is_read_or_refused(data: st.DataObject) -> Non
         assert told, repr(error)  # noqa: PT017
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_request_ends_the_server(server: Any, data: st.DataObject) -> None:

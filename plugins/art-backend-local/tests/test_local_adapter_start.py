@@ -180,6 +180,7 @@ async def test_another_shape_than_the_adapter_has_is_refused_at_register(
     assert not checkpoints(backend).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_args", ANOTHER_SHAPE, ids=lambda args: next(iter(args)))
 async def test_another_shape_than_the_latest_checkpoint_has_is_refused_at_register(
     fake_engines, new_backend, make_policy, groups, tmp_path, checkpoints, peft_args
@@ -226,6 +227,7 @@ def kill_servers(host):
                 child.kill()
 
 
+@pytest.mark.slow
 async def test_the_handed_copies_are_there_for_as_long_as_a_server_holds_them(
     fake_engines, new_backend, make_policy, groups, client, checkpoints, tmp_path
 ):

@@ -163,6 +163,7 @@ def test_a_cache_that_pip_is_told_not_to_keep_uv_keeps_neither() -> None:
     assert "UV_NO_CACHE" not in as_uv({"no-cache-dir": "false"}, {})[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", [None, "/dev/null", "/"])
 def test_run_as_a_program_it_installs_where_pip_would_with_nothing_of_ours(tmp_path: Path, home: str | None) -> None:
     """As `make setup` does, in an environment that holds uv alone, from a place that only pip was told of."""
