@@ -16,8 +16,9 @@ OPENAI2_VENV := .venv-openai2
 OPENAI2_READY := $(OPENAI2_VENV)/.ready
 # uv, looking where pip looks; needs nothing of ours installed.
 INSTALL := plugins/art-runtime/src/art_runtime/environments/indexes.py
-# Two workers, however many cores there are: more live servers at once don't fit into the memory of a small machine.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest
+# Two workers for what needs no live servers; these would take the cores from each other.
+IN_TWO := -n 2 --dist loadgroup
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 # Engines in environments of their own; their tests fail without.
 TESTED_ENGINES := vllm sglang torchtune
@@ -60,7 +61,7 @@ test-all: $(READY) $(OPENAI2_READY) lint engines  ## And every broken implementa
 	@$(PYTEST) $(ARGS)
 
 test-fast: $(READY)  ## The tests that need no weights and no servers, in less than three minutes
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) $(IN_TWO) -m "not slow" $(ARGS)
 
 $(OPENAI2_READY): pyproject.toml
 	@test -x $(OPENAI2_VENV)/bin/python || $(PYTHON) -m venv $(OPENAI2_VENV)

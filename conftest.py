@@ -1,4 +1,4 @@
-"""How a run of several workers (`pytest -n 2 --dist loadgroup`, as `make test` does) is divided among them.
+"""How a run of several workers (`pytest -n 2 --dist loadgroup`, as `make test-fast` does) is divided among them.
 
 Tests that share a fixture of their module or class run in one worker, so that a live server is started once; any other
 slow test runs wherever there is room. What may take longest, by its declared time limit, begins first. Knows nothing of
