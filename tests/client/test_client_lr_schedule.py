@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 
 from art.lr_schedule import create_lr_schedule
 
 
 def test_linear_falls_from_the_peak_to_the_minimum() -> None:
-    assert create_lr_schedule(5, 1.0, min_lr=0.2) == pytest.approx(np.linspace(1.0, 0.2, 5))
+    assert create_lr_schedule(5, 1.0, min_lr=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
 def test_cosine_is_half_a_wave() -> None:
