@@ -1,13 +1,22 @@
-"""What an engine's own virtual environment holds, and which GPUs its processes see. A description: installs nothing."""
+"""What an engine's own virtual environment holds, and what its processes start with. Describes, installs nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 Flavour = Literal["cpu", "cuda"]
+# What every process of ours that computes with torch starts with.
+TORCH_VARIABLES: Final[Mapping[str, str]] = {
+    # Everything is read from a folder: nothing may be asked of a model hub on the way.
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # GNU OpenMP's threads spin for milliseconds at every barrier unless told otherwise. Beside a trainer on the same
+    # cores that takes the time away from the very thread that is waited for.
+    "GOMP_SPINCOUNT": "1000",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

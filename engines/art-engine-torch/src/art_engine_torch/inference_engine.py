@@ -11,11 +11,11 @@ from typing import Any, Final
 
 from art_core import InferenceLaunch, LaunchPlan
 from art_core.errors import UnknownArgument
-from art_engine_kit.environment import cuda_env
+from art_engine_kit.environment import TORCH_VARIABLES, cuda_env
 from art_engine_kit.openai_server import OpenAIServerEngine
 
 from .declared import INFERENCE
-from .names import API_KEY_VARIABLE, ENVIRONMENT
+from .names import API_KEY_VARIABLE
 
 # engine_args that users may give, and the kind of value of each. All else follows from the launch.
 ENGINE_ARGS: Final[Mapping[str, type]] = {
@@ -61,7 +61,7 @@ class TorchInferenceEngine(OpenAIServerEngine):
             argv += ["--chat-template", str(config.chat_template)]
         for name, value in config.engine_args.items():
             argv += _argument(name, value)
-        env = {**ENVIRONMENT, **cuda_env(config.devices)}
+        env = {**TORCH_VARIABLES, **cuda_env(config.devices)}
         return LaunchPlan(argv=tuple(argv), env=env, secret_env={API_KEY_VARIABLE: config.api_key})
 
 

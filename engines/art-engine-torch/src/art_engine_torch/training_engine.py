@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Final
 
 from art_core import LaunchPlan, TrainingCapability, TrainingLaunch
-from art_core.errors import UnknownArgument
-from art_training_kit.launch import worker_plan
+from art_engine_kit.environment import TORCH_VARIABLES
+from art_training_kit.launch import refuse_unfit, worker_plan
 
 from .declared import TRAINING
-from .names import ENVIRONMENT, POLICY_FACTORY
+from .names import POLICY_FACTORY
 
 # init_args that users may give. gradient_checkpointing is the worker's, the others are transformers'.
 INIT_ARGS: Final = ("gradient_checkpointing", "revision", "trust_remote_code")
@@ -36,12 +36,5 @@ class TorchTrainingEngine:
 
         Raises UnknownArgument for an init argument that doesn't exist, ValueError for several devices.
         """
-        if len(config.devices) > 1:
-            raise ValueError(
-                f"Engine torch trains on one device, not on {len(config.devices)} ({config.devices}): give one id in "
-                "trainer_gpu_ids."
-            )
-        for name in config.init_args:
-            if name not in INIT_ARGS:
-                raise UnknownArgument(name, where="init_args of the torch training engine", known=INIT_ARGS)
-        return worker_plan(config, POLICY_FACTORY, ENVIRONMENT)
+        refuse_unfit(config, engine=self.name, init_args=INIT_ARGS)
+        return worker_plan(config, POLICY_FACTORY, TORCH_VARIABLES)

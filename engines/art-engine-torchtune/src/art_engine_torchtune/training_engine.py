@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 from art_core import LaunchPlan, TrainingCapability, TrainingLaunch
-from art_core.errors import UnknownArgument
-from art_engine_kit.environment import Flavour
-from art_training_kit.launch import worker_plan
+from art_engine_kit.environment import TORCH_VARIABLES, Flavour
+from art_training_kit.launch import refuse_unfit, worker_plan
 
 from .declared import CAPABILITIES, INIT_ARGS
 
@@ -38,18 +37,5 @@ class TorchtuneTrainingEngine:
 
         Raises UnknownArgument for an init argument that doesn't exist, ValueError for several devices.
         """
-        if len(config.devices) > 1:
-            raise ValueError(
-                f"Engine torchtune trains on one device, not on {len(config.devices)} ({config.devices}): give one id"
-                " in trainer_gpu_ids."
-            )
-        for name in config.init_args:
-            if name not in INIT_ARGS:
-                raise UnknownArgument(name, where="init_args of the torchtune training engine", known=INIT_ARGS)
-        env = {
-            # Everything is read from a folder: nothing may be asked of a model hub on the way.
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "GOMP_SPINCOUNT": "1000",
-        }
-        return worker_plan(config, POLICY_FACTORY, env, brings="art_engine_torchtune")
+        refuse_unfit(config, engine=self.name, init_args=INIT_ARGS)
+        return worker_plan(config, POLICY_FACTORY, TORCH_VARIABLES, brings="art_engine_torchtune")

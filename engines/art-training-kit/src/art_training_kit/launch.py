@@ -6,12 +6,13 @@ Knows the worker's command line; imports no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from art_core.engines import LaunchPlan, TrainingLaunch
+from art_core.errors import UnknownArgument
 from art_engine_kit.environment import cuda_env
 from art_engine_kit.training_wire import WORKER_TOKEN
 
@@ -33,6 +34,20 @@ KIT_REQUIREMENTS: Final = (
     "uvicorn>=0.30",
 )
 BRINGING_WORKER: Final = Path(__file__).with_name("in_environment") / "art_training_worker.py"
+
+
+def refuse_unfit(config: TrainingLaunch, *, engine: str, init_args: Collection[str]) -> None:
+    """Raise ValueError for several devices, since the shared worker trains on one, and UnknownArgument for one that is
+    not among the engine's `init_args`.
+    """
+    if len(config.devices) > 1:
+        raise ValueError(
+            f"Engine {engine} trains on one device, not on {len(config.devices)} ({config.devices}): give one id in"
+            " trainer_gpu_ids."
+        )
+    for name in config.init_args:
+        if name not in init_args:
+            raise UnknownArgument(name, where=f"init_args of the {engine} training engine", known=init_args)
 
 
 def worker_plan(
