@@ -29,13 +29,24 @@ def lines(backend, project, words):
     return re.findall(rf"^{words} {project}/(m@\d+)$", logs, re.MULTILINE)
 
 
+@pytest.fixture
+def begun(backend, policy, groups, tell, said_by_engine):
+    """Begin a step, which has its adapter in the engine, asked its canary, and is held before it is saved."""
+
+    async def begin(**orders):
+        tell(hold_save=True, **orders)
+        step = asyncio.create_task(backend.train(policy, groups, learning_rate=0.5))
+        await said_by_engine(backend.path, "inference", f"answered {policy.project}/m@1")
+        return step
+
+    return begin
+
+
 async def test_nobody_is_served_by_a_step_that_is_loaded_and_not_yet_saved(
-    backend, policy, groups, client, tell, said_by_engine
+    backend, policy, groups, client, tell, begun
 ):
     asked = client(await backend.register(policy))
-    tell(hold_save=True)
-    step = asyncio.create_task(backend.train(policy, groups, learning_rate=0.5))
-    await said_by_engine(backend.path, "inference", f"answered {policy.project}/m@1")
+    step = await begun()
     assert not step.done()
     assert await asked.served_by() == ("m@0", -1.0)
     assert (await backend.get_step(policy), await backend.list_steps(policy)) == (0, [0])
@@ -46,13 +57,9 @@ async def test_nobody_is_served_by_a_step_that_is_loaded_and_not_yet_saved(
     assert await asked.served_by() == ("m@1", -1.5)
 
 
-async def test_what_was_loaded_and_asked_early_is_not_loaded_and_asked_again(
-    backend, policy, groups, tell, said_by_engine
-):
+async def test_what_was_loaded_and_asked_early_is_not_loaded_and_asked_again(backend, policy, groups, tell, begun):
     await backend.register(policy)
-    tell(hold_save=True)
-    step = asyncio.create_task(backend.train(policy, groups, learning_rate=0.5))
-    await said_by_engine(backend.path, "inference", f"answered {policy.project}/m@1")
+    step = await begun()
     tell()
     await step
     assert lines(backend, policy.project, "loading").count("m@1") == 1
@@ -87,12 +94,10 @@ async def test_a_diverged_step_reaches_no_engine(backend, policy, groups, client
 
 
 async def test_a_step_that_fails_after_its_adapter_was_loaded_leaves_the_engine_without_it(
-    backend, policy, groups, client, tell, said_by_engine
+    backend, policy, groups, client, tell, begun
 ):
     asked = client(await backend.register(policy))
-    tell(hold_save=True, fail_save="the disk is full")
-    step = asyncio.create_task(backend.train(policy, groups, learning_rate=0.5))
-    await said_by_engine(backend.path, "inference", f"answered {policy.project}/m@1")
+    step = await begun(fail_save="the disk is full")
     tell(fail_save="the disk is full")
     with pytest.raises(OSError, match="the disk is full"):
         await step
@@ -104,12 +109,10 @@ async def test_a_step_that_fails_after_its_adapter_was_loaded_leaves_the_engine_
 
 
 async def test_a_step_cancelled_after_its_adapter_was_loaded_leaves_the_engine_without_it(
-    backend, policy, groups, client, tell, said_by_engine
+    backend, policy, groups, client, tell, begun
 ):
     asked = client(await backend.register(policy))
-    tell(hold_save=True)
-    step = asyncio.create_task(backend.train(policy, groups, learning_rate=0.5))
-    await said_by_engine(backend.path, "inference", f"answered {policy.project}/m@1")
+    step = await begun()
     step.cancel()
     with pytest.raises(asyncio.CancelledError):
         await step
@@ -120,13 +123,11 @@ async def test_a_step_cancelled_after_its_adapter_was_loaded_leaves_the_engine_w
 
 
 async def test_a_step_that_a_plugin_refuses_is_taken_out_of_the_engine(
-    backend, policy, groups, client, tell, recorder, said_by_engine, checkpoints
+    backend, policy, groups, client, tell, recorder, begun, checkpoints
 ):
     asked = client(await backend.register(policy))
     recorder.refuse = "before_publish"
-    tell(hold_save=True)
-    step = asyncio.create_task(backend.train(policy, groups, learning_rate=0.5))
-    await said_by_engine(backend.path, "inference", f"answered {policy.project}/m@1")
+    step = await begun()
     tell()
     with pytest.raises(RuntimeError, match="refused at"):
         await step

@@ -53,10 +53,11 @@ from .advantages import balance_step
 from .canaries import CanaryMaker
 from .chat_template import ChatTemplate
 from .optimizer import OPTIMIZER_SETTINGS, REPLIES, REWARDS, AdapterOptimizer, OptimizerOptions
+from .packed_work import GradientStepRun, PackedWork, totals
 from .packing import PackedRow, pack_rows
 from .policy import Policy
 from .row_tensors import RowTensors
-from .rows import TokenizedStep
+from .rows import TokenizedStep, TokenRow
 from .supervised import tokenize_supervised
 from .tokenize import tokenize_groups
 
@@ -97,44 +98,25 @@ class Trainer:
         step = self._tokenize(job)
         advantages, weights = balance_step(step.advantages, step.trained_tokens, options.advantage_balance)
         if not advantages.any():
-            yield JobStarted(num_sequences=0, num_rows=0, packed_tokens=0, trained_tokens=0)
-            metrics = step.metrics | _totals(0, 0, 0, 0) | {"time/step_trainer_s": time.monotonic() - started}
-            yield from self._carry(job, metrics)
+            yield from self._carry(job, step.metrics, started)
             return
-        rows = step.rows
-        packed = pack_rows(rows, self._row_length(job, max(map(len, rows))))
-        tokens, trained = sum(map(len, rows)), sum(len(row.trained) for row in rows)
-        yield JobStarted(
-            num_sequences=len(rows), num_rows=len(packed), packed_tokens=sum(map(len, packed)), trained_tokens=trained
+        packed = pack_rows(step.rows, self._row_length(job, step.rows))
+        window = options.grad_accumulation_sequences or 1
+
+        def gradient_steps() -> Iterator[GradientStepRun]:
+            tensors = self._prepare(packed, advantages, weights, options, job.reference, cancelled)
+            for begin in range(0, len(tensors), window):
+                yield self._gradient_step(tensors[begin : begin + window], options, cancelled)
+
+        work = PackedWork(
+            step.metrics, step.rows, packed, -(-len(packed) // window), gradient_steps, optimizer_options, REWARDS
         )
+        yield work.started()
         if options.plot_tensors:
             from .plot import plot_rows
 
             plot_rows(packed, advantages, weights, job.destination.parent.parent / "plots" / f"step-{job.step:04d}.png")
-        self._load(job.start, optimizer_options)
-        canary, largest = CanaryMaker(self._policy, rows), self._largest_weight()
-        tensors = self._prepare(packed, advantages, weights, options, job.reference, cancelled)
-        window = options.grad_accumulation_sequences or 1
-        total = -(-len(tensors) // window)
-        samples: list[dict[str, float]] = []
-        for index in range(total):
-            part = tensors[index * window : (index + 1) * window]
-            for done in self._gradient_step(part, options, cancelled):
-                if isinstance(done, dict):
-                    samples.append(done)
-                    yield GradientStep(index=index, total=total, metrics=done)
-                else:
-                    yield JobProgress(done=index * window + done, total=len(tensors))
-            if options.verbose:
-                _log.info("step %d, gradient step %d of %d: %s", job.step, index + 1, total, samples[-1])
-        seconds = time.monotonic() - started
-        metrics = step.metrics | _totals(tokens, trained, sum(map(len, packed)), total) | _mean(samples)
-        metrics |= {"time/step_trainer_s": seconds, "throughput/step_trainer_tok_per_s": tokens / seconds}
-        self._refuse_diverged(job, self._grown_from(largest), samples[-1])
-        yield from self._save(job, metrics, canary, samples[-1], cancelled)
-        self._remember(job.destination, optimizer_options)
-        yield JobSaved(path=job.destination)
-        yield JobEnded(metrics=metrics)
+        yield from self._train(job, work, started, cancelled)
 
     def _run_supervised(self, job: TrainJob, cancelled: Callable[[], bool]) -> Iterator[TrainEvent]:
         """A batch is one optimizer step: Σ −log π of its reply tokens ÷ their number. Weight decay is 0 and the norm's
@@ -144,9 +126,7 @@ class Trainer:
         started = time.monotonic()
         optimizer_options = OptimizerOptions.of(job.adapter.trainer_args, weight_decay=0.0, max_grad_norm=1.0)
         check_peft_args(job.adapter.peft_args, job.start)
-        limit = SequenceLimit.of(
-            job.options.packed_sequence_length, job.adapter.max_seq_length, self._policy.max_length
-        )
+        limit = self._limit(job)
         step = tokenize_supervised(
             read_records(job.groups_file),
             renderer=ChatRenderer(self._policy.tokenizer, job.adapter.chat_template, job.adapter.chat_template_kwargs),
@@ -155,47 +135,54 @@ class Trainer:
             vocabulary_size=self._policy.vocabulary_size,
             max_length=limit.tokens,
         )
-        left_out = check_lengths(step.lengths, limit) if step.lengths else ""
-        if left_out:
-            _log.warning("step %d of %s: %s", job.step, job.model, left_out)
+        if step.lengths:
+            _warn_of_lengths(job, step.lengths, limit)
         rates = _rates(job.supervised.learning_rates, len(step.batches))
-        rows = step.rows
-        if not rows:
-            yield JobStarted(num_sequences=0, num_rows=0, packed_tokens=0, trained_tokens=0)
-            metrics = step.metrics | _totals(0, 0, 0, 0) | {"time/step_trainer_s": time.monotonic() - started}
-            yield from self._carry(job, metrics)
+        if not step.rows:
+            yield from self._carry(job, step.metrics, started)
             return
-        length = self._row_length(job, max(map(len, rows)))
+        length = self._row_length(job, step.rows)
         batches = [(rate, pack_rows(batch, length)) for rate, batch in zip(rates, step.batches, strict=True) if batch]
-        packed = sum(len(row) for _, batch in batches for row in batch)
-        tokens, trained = sum(map(len, rows)), sum(len(row.trained) for row in rows)
-        total = sum(len(batch) for _, batch in batches)
-        yield JobStarted(num_sequences=len(rows), num_rows=total, packed_tokens=packed, trained_tokens=trained)
-        self._load(job.start, optimizer_options, REPLIES)
-        canary, largest = CanaryMaker(self._policy, rows), self._largest_weight()
+        packed = [row for _, batch in batches for row in batch]
+        work = PackedWork(
+            step.metrics, step.rows, packed, len(batches),
+            lambda: (self._supervised_step(batch, rate, cancelled) for rate, batch in batches),
+            optimizer_options, REPLIES,
+        )  # fmt: skip
+        yield work.started()
+        yield from self._train(job, work, started, cancelled)
+
+    def _train(
+        self, job: TrainJob, work: PackedWork, started: float, cancelled: Callable[[], bool]
+    ) -> Iterator[TrainEvent]:
+        """Load the start, take every gradient step, refuse what diverged, and save."""
+        self._load(job.start, work.optimizer_options, work.learns_from)
+        canary, largest = CanaryMaker(self._policy, work.rows), self._largest_weight()
         samples: list[dict[str, float]] = []
         done = 0
-        for index, (rate, batch) in enumerate(batches):
-            for result in self._supervised_step(batch, rate, cancelled):
+        for index, gradient_step in enumerate(work.gradient_steps()):
+            for result in gradient_step:
                 if isinstance(result, dict):
                     samples.append(result)
-                    yield GradientStep(index=index, total=len(batches), metrics=result)
+                    yield GradientStep(index=index, total=work.num_gradient_steps, metrics=result)
                 else:
                     done += 1
-                    yield JobProgress(done=done, total=total)
-        seconds = time.monotonic() - started
-        metrics = step.metrics | _totals(tokens, trained, packed, len(batches)) | _mean(samples)
-        metrics |= {"time/step_trainer_s": seconds, "throughput/step_trainer_tok_per_s": tokens / seconds}
+                    yield JobProgress(done=done, total=len(work.packed))
+            if job.options.verbose:
+                _log.info(
+                    "step %d, gradient step %d of %d: %s", job.step, index + 1, work.num_gradient_steps, samples[-1]
+                )
+        metrics = work.metrics(time.monotonic() - started) | _mean(samples)
         self._refuse_diverged(job, self._grown_from(largest), samples[-1])
         yield from self._save(job, metrics, canary, samples[-1], cancelled)
-        self._remember(job.destination, optimizer_options, REPLIES)
+        self._remember(job.destination, work.optimizer_options, work.learns_from)
         yield JobSaved(path=job.destination)
         yield JobEnded(metrics=metrics)
 
     def _supervised_step(
         self, batch: Sequence[PackedRow], learning_rate: float, cancelled: Callable[[], bool]
-    ) -> Iterator[int | dict[str, float]]:
-        """Yields how many rows are done, then the batch's metrics."""
+    ) -> GradientStepRun:
+        """Yields a row's number when it is done, then the batch's metrics."""
         assert self._optimizer is not None
         count = sum(len(row.entry_target) for row in batch)
         loss = 0.0
@@ -213,7 +200,7 @@ class Trainer:
 
     def _tokenize(self, job: TrainJob) -> TokenizedStep:
         options = job.options
-        limit = SequenceLimit.of(options.packed_sequence_length, job.adapter.max_seq_length, self._policy.max_length)
+        limit = self._limit(job)
         template = ChatTemplate(self._policy.tokenizer, job.adapter.chat_template, job.adapter.chat_template_kwargs)
         step = tokenize_groups(
             read_records(job.groups_file),
@@ -222,19 +209,21 @@ class Trainer:
             scale_rewards=options.scale_rewards and options.normalize_advantages,
             without_logprobs=template if options.allow_training_without_logprobs else None,
         )
-        left_out = check_lengths(step.lengths, limit)
-        if left_out:
-            _log.warning("step %d of %s: %s", job.step, job.model, left_out)
+        _warn_of_lengths(job, step.lengths, limit)
         return step
 
-    def _row_length(self, job: TrainJob, longest: int) -> int:
+    def _limit(self, job: TrainJob) -> SequenceLimit:
+        return SequenceLimit.of(job.options.packed_sequence_length, job.adapter.max_seq_length, self._policy.max_length)
+
+    def _row_length(self, job: TrainJob, rows: Sequence[TokenRow]) -> int:
         """As asked for; else the longest row, rounded up so that several fit beside each other."""
         if job.options.packed_sequence_length is not None:
             return job.options.packed_sequence_length
+        longest = max(map(len, rows))
         rounded = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
         return max(longest, min(rounded, job.adapter.max_seq_length))
 
-    def _load(self, start: Path, options: OptimizerOptions, learns_from: str = REWARDS) -> None:
+    def _load(self, start: Path, options: OptimizerOptions, learns_from: str) -> None:
         """Weights and optimizer state of the start checkpoint, unless they are what is held already."""
         wanted = (start.resolve(), (start / MANIFEST).read_bytes(), options, learns_from)
         if self._holds == wanted:
@@ -249,7 +238,7 @@ class Trainer:
         )
         self._holds = wanted
 
-    def _remember(self, folder: Path, options: OptimizerOptions, learns_from: str = REWARDS) -> None:
+    def _remember(self, folder: Path, options: OptimizerOptions, learns_from: str) -> None:
         self._holds = (folder.resolve(), (folder / MANIFEST).read_bytes(), options, learns_from)
 
     def _prepare(
@@ -281,9 +270,9 @@ class Trainer:
 
     def _gradient_step(
         self, part: Sequence[RowTensors], options: TrainOptions, cancelled: Callable[[], bool]
-    ) -> Iterator[int | dict[str, float]]:
-        """Yields how many rows are done, then the step's metrics. The loss is a mean over the trained tokens of all
-        `part`.
+    ) -> GradientStepRun:
+        """Yields a row's number when it is done, then the step's metrics. The loss is a mean over the trained tokens of
+        all `part`.
         """
         assert self._optimizer is not None
         count = sum(len(row.entry_target) for row in part)
@@ -365,10 +354,16 @@ class Trainer:
             self._refuse_diverged(job, canary.went_wrong(), last)
             _stop_if(cancelled)
 
-    def _carry(self, job: TrainJob, metrics: dict[str, float]) -> Iterator[TrainEvent]:
+    def _carry(self, job: TrainJob, counts: dict[str, float], started: float) -> Iterator[TrainEvent]:
         """Nothing to train on: the start checkpoint becomes the new step, weights, optimizer state and canary
         unchanged.
         """
+        yield JobStarted(num_sequences=0, num_rows=0, packed_tokens=0, trained_tokens=0)
+        metrics = (
+            counts
+            | totals(tokens=0, trained=0, packed=0, gradient_steps=0)
+            | {"time/step_trainer_s": time.monotonic() - started}
+        )
         read_manifest(job.start, hashes=True)
         with _explained(job), self._saving(job, metrics) as folder:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_STATE, OPTIMIZER_SETTINGS):
@@ -421,6 +416,12 @@ def _stop_if(cancelled: Callable[[], bool]) -> None:
         raise JobCancelled("the client went away, so the job was stopped between two rows; nothing was saved")
 
 
+def _warn_of_lengths(job: TrainJob, lengths: Sequence[int], limit: SequenceLimit) -> None:
+    left_out = check_lengths(lengths, limit)
+    if left_out:
+        _log.warning("step %d of %s: %s", job.step, job.model, left_out)
+
+
 def _rates(given: Sequence[float], batches: int) -> list[float]:
     if len(given) not in (1, batches):
         raise ValueError(
@@ -428,15 +429,6 @@ def _rates(given: Sequence[float], batches: int) -> list[float]:
             " for each batch."
         )
     return list(given) * batches if len(given) == 1 else list(given)
-
-
-def _totals(tokens: int, trained: int, packed: int, gradient_steps: int) -> dict[str, float]:
-    return {
-        "data/step_trainer_tokens": float(tokens),
-        "data/step_trained_tokens": float(trained),
-        "data/step_packed_tokens": float(packed),
-        "data/step_num_gradient_steps": float(gradient_steps),
-    }
 
 
 def _mean(samples: Sequence[dict[str, float]]) -> dict[str, float]:
