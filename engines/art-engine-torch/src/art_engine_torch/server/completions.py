@@ -60,10 +60,9 @@ class CompletionHandlers:
         prompt = await self._prompts.of_messages(asked, context=context, most=most)
         if not len(prompt):
             raise bad_request("messages: the prompt that they make has no tokens.", "messages")
-        top = (asked.top_logprobs or 0) if asked.logprobs else 0
-        form = self._form(asked, "chat", [prompt], want_logprobs=asked.logprobs)
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         limit = asked.max_completion_tokens or asked.max_tokens
-        return await self._generate(request, asked, form, [prompt], adapter, limit, top)
+        return await self._generate(request, asked, "chat", [prompt], adapter, limit, logprobs)
 
     async def complete(self, request: Request) -> Response:
         """Goes on with texts or token ids."""
@@ -73,8 +72,7 @@ class CompletionHandlers:
         if len(given) * asked.n > MOST_CHOICES:
             raise bad_request(f"prompt: {len(given)} prompts × n={asked.n} are more than {MOST_CHOICES}.", "prompt")
         prompts = await self._prompt_tokens(given, special=asked.add_special_tokens)
-        form = self._form(asked, "text", prompts, want_logprobs=asked.logprobs is not None)
-        return await self._generate(request, asked, form, prompts, adapter, asked.max_tokens, asked.logprobs or 0)
+        return await self._generate(request, asked, "text", prompts, adapter, asked.max_tokens, asked.logprobs)
 
     async def _prompt_tokens(self, given: list[str | list[int]], *, special: bool) -> list[Tokens]:
         context = self._engine.scheduler.limits.max_len
@@ -104,7 +102,9 @@ class CompletionHandlers:
                 404, f"The model {model!r} does not exist. There is: {there}.", param="model", code="model_not_found"
             ) from None
 
-    def _form(self, asked: SamplingFields, kind: Kind, prompts: list[Tokens], *, want_logprobs: bool) -> AnswerForm:
+    def _form(
+        self, asked: SamplingFields, kind: Kind, prompts: list[Tokens], *, want_logprobs: bool, structured: bool
+    ) -> AnswerForm:
         vocabulary = self._vocabulary()
         return AnswerForm(
             kind=kind,
@@ -118,19 +118,20 @@ class CompletionHandlers:
             vocabulary=vocabulary,
             end_ids=frozenset() if asked.ignore_eos else vocabulary.end_ids,
             stop_ids=frozenset(asked.stop_token_ids or ()),
-            structured=bool(_rules(asked)[0]),
+            structured=structured,
         )
 
     async def _generate(
         self,
         request: Request,
         asked: SamplingFields,
-        form: AnswerForm,
+        kind: Kind,
         prompts: list[Tokens],
         adapter: LoraAdapter | None,
         max_tokens: int | None,
-        top_logprobs: int,
+        logprobs: int | None,
     ) -> Response:
+        """Answers with as many of the likeliest tokens beside each as `logprobs` says, and no logprobs for None."""
         loop = asyncio.get_running_loop()
         news: News = asyncio.Queue()
         vocabulary = self._vocabulary()
@@ -138,6 +139,7 @@ class CompletionHandlers:
             asked.biases(vocabulary.size), asked.presence_penalty, asked.frequency_penalty, asked.repetition_penalty
         )
         grammar = await self._grammar(asked)
+        form = self._form(asked, kind, prompts, want_logprobs=logprobs is not None, structured=grammar is not None)
         text = _text(asked, form, vocabulary)
         requests = []
         for number, prompt in enumerate(prompts):
@@ -150,7 +152,7 @@ class CompletionHandlers:
                 GenerationRequest(
                     prompt=prompt,
                     adapter=adapter,
-                    samples=_samples(asked, top_logprobs, number, vocabulary.size),
+                    samples=_samples(asked, logprobs or 0, number, vocabulary.size),
                     max_tokens=self._room(len(prompt), max_tokens, "messages" if form.kind == "chat" else "prompt"),
                     listener=listen,
                     end_ids=form.end_ids,

@@ -28,22 +28,28 @@ from art_engine_kit.chat_rendering import ChatRenderer
 # Of one prompt. What a long one takes is well below a second.
 CPU_LIMIT_S: Final = 5.0
 MEMORY_LIMIT: Final = 1 << 30
-_LENGTH: Final = struct.Struct("<Q")
+# What stands before the content of a frame.
+LENGTH: Final = struct.Struct("<Q")
 JSON = dict[str, Any]
+
+
+def framed(content: bytes) -> bytes:
+    """A frame with this content."""
+    return LENGTH.pack(len(content)) + content
 
 
 def write_frame(file: BinaryIO, content: bytes) -> None:
     """One frame, at once. Raises OSError when the reader is gone."""
-    file.write(_LENGTH.pack(len(content)) + content)
+    file.write(framed(content))
     file.flush()
 
 
 def read_frame(file: BinaryIO) -> bytes | None:
     """The next frame; None when the writer is gone, in the middle of one too."""
-    length = file.read(_LENGTH.size)
-    if len(length) < _LENGTH.size:
+    length = file.read(LENGTH.size)
+    if len(length) < LENGTH.size:
         return None
-    size = _LENGTH.unpack(length)[0]
+    size = LENGTH.unpack(length)[0]
     content = file.read(size)
     return content if len(content) == size else None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from art_engine_kit.chat_messages import plain_messages, plain_tools
 from .api_errors import ApiError, bad_request, context_exceeded
 from .api_requests import ChatRequest
 from .prefix_cache import Tokens
-from .prompt_process import CPU_LIMIT_S
+from .prompt_process import CPU_LIMIT_S, LENGTH, framed
 
 logger = logging.getLogger(__name__)
 START_LIMIT_S: Final = 300.0
@@ -32,7 +31,6 @@ START_LIMIT_S: Final = 300.0
 WAIT_LIMIT_S: Final = 120.0
 # What a job holds beside its text.
 _AROUND: Final = 65536
-_LENGTH: Final = struct.Struct("<Q")
 JSON = dict[str, Any]
 
 
@@ -85,7 +83,7 @@ class _Lane:
             assert self._process is not None
             assert self._process.stdin is not None
             async with asyncio.timeout(WAIT_LIMIT_S):
-                self._process.stdin.write(_LENGTH.pack(len(job)) + job)
+                self._process.stdin.write(framed(job))
                 await self._process.stdin.drain()
                 return await self._read()
         except BaseException:
@@ -96,7 +94,7 @@ class _Lane:
         assert self._process is not None
         assert self._process.stdout is not None
         try:
-            [size] = _LENGTH.unpack(await self._process.stdout.readexactly(_LENGTH.size))
+            [size] = LENGTH.unpack(await self._process.stdout.readexactly(LENGTH.size))
             result: JSON = orjson.loads(await self._process.stdout.readexactly(size))
         except asyncio.IncompleteReadError as error:
             raise PromptProcessEnded("the process for prompts has ended") from error
