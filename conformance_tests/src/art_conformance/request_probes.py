@@ -46,6 +46,9 @@ END: Final = "315"
 BEGIN_CALL: Final = "317"
 LINE_BREAK: Final = "198"
 NO_SPACE: Final = {"197": -100, LINE_BREAK: -100, "201": -100, "220": -100}
+# Its tokens for the bytes C0, C1, E0, ED and F0 to FF. A grammar may take what follows one of them for a character that
+# UTF-8 has none of, which is read as several.
+NO_CHARACTER: Final = dict.fromkeys(map(str, (124, 125, 156, 169, *range(172, 188))), -100)
 OBEYED, HARMLESS, IGNORED, REFUSED = "obeyed", "harmless", "ignored", "refused"
 
 
@@ -197,7 +200,7 @@ def _asked(*messages: JSON) -> JSON:
 
 def probes() -> list[Probe]:
     """Every field of OpenAI's two requests, and the further ones of sampling that all engines know."""
-    closing = {"ignore_eos": None, "max_tokens": 300, "temperature": 1.0, "logit_bias": NO_SPACE}
+    closing = {"ignore_eos": None, "max_tokens": 300, "temperature": 1.0, "logit_bias": {**NO_SPACE, **NO_CHARACTER}}
     strict = [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS]
     with_tools = {"tools": strict, **closing}
     user = ASK[0]
