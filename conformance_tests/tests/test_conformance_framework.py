@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from art_conformance import MUST, SHOULD, check
 from art_conformance.catalogue import requirements
 from art_conformance.requirements import checks_of
+from art_conformance.serving import event_lines
 
 pytest_plugins = ["pytester"]
 # Loaded here, because a run inside this process forgets what it imported, and numpy can't be imported twice.
@@ -204,3 +206,9 @@ def test_an_id_is_given_once_and_a_requirement_is_a_sentence() -> None:
     for id, text in (("A-1", "Fine."), ("AAA-001", "No full stop"), ("AAA-001", "Two\nlines.")):
         with pytest.raises(ValueError, match=r"AAA-001|A-1"):
             check(id, MUST, text)
+
+
+async def test_a_streamed_line_ends_at_a_line_feed_and_at_no_other_character() -> None:
+    said = 'data: {"content": "a\u2028b\u0085c"}'
+    answer = httpx.Response(200, content=f"{said}\n\ndata: [DONE]".encode())
+    assert [line async for line in event_lines(answer)] == [said, "data: [DONE]"]

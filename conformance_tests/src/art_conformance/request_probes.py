@@ -14,7 +14,7 @@ from typing import Any, Final
 from art_core.engines import Endpoint
 from art_core.errors import InvalidRequest
 
-from .serving import LiveEngine, Sample, samples
+from .serving import LiveEngine, Sample, event_lines, samples
 
 JSON = dict[str, Any]
 ASK: Final[list[JSON]] = [{"role": "user", "content": "Say something about the city."}]
@@ -115,7 +115,7 @@ async def _streamed(live: LiveEngine, prepared: JSON) -> AsyncIterator[Sample]:
     async with live.client.stream("POST", "/v1/chat/completions", json=prepared) as answer:
         if answer.status_code != 200:
             raise ServerError(f"a stream: HTTP {answer.status_code}: {(await answer.aread())[:500]!r}")
-        async for line in answer.aiter_lines():
+        async for line in event_lines(answer):
             data = line.removeprefix("data: ")
             if line.startswith("data: ") and data != "[DONE]":
                 events += 1

@@ -25,7 +25,7 @@ from art_engine_kit.environment import Flavour
 from art_engine_kit.plain_adapter import plain_adapter
 
 from .oracle import Agreement, Oracle, agreement, oracle_for
-from .serving import LiveEngine, Sample, port_for_a_server, start_engine
+from .serving import LiveEngine, Sample, in_mid_answer, port_for_a_server, start_engine
 from .targets import interpreter_of
 from .tiny_model import MODULES, write_adapter
 
@@ -145,13 +145,21 @@ class ServedWeights:
         old, new = "served/agent@3", "served/agent@4"
         await live.load(old, adapters[ONE])
         long = {"messages": ASK, "max_tokens": 160, "n": 2, "temperature": 1.0, "ignore_eos": True}
-        asking = await live.begun(old, **long)
-        await live.load(new, adapters[TWO])
-        assert not asking.done(), "the answer was there before the other adapter was: nothing was in flight"
-        unloading = asyncio.create_task(live.unload(old))
-        newer = await live.chat(new, messages=ASK, max_tokens=16, n=2, temperature=1.0)
-        older = await asking
-        await unloading
+
+        async def ask() -> list[asyncio.Task[list[Sample]]]:
+            return [await live.begun(old, **long)]
+
+        async with in_mid_answer(
+            ask,
+            lambda: live.load(new, adapters[TWO]),
+            undo=lambda: live.unload(new),
+            needed=all,
+            problem="the answer was there before the other adapter was",
+        ) as (asking,):
+            unloading = asyncio.create_task(live.unload(old))
+            newer = await live.chat(new, messages=ASK, max_tokens=16, n=2, temperature=1.0)
+            older = await asking
+            await unloading
         self.held(oracle, older, adapters[ONE], f"{live.engine.name}, in flight across a load and its own unload")
         self.held(oracle, newer, adapters[TWO], f"{live.engine.name}, on the adapter loaded meanwhile")
         assert old not in await live.adapters()

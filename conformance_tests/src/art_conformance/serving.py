@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,13 @@ from typing import Any
 import httpx
 
 from art_core import EngineCall, InferenceCapability, InferenceEngine, InferenceLaunch
+from art_engine_kit.event_stream import EventLines
 from art_runtime import SupervisedProcess, free_port
 
 JSON = dict[str, Any]
 REQUEST_LIMIT_S = 120.0
+# Of what must be caught in the middle of an answer.
+TRIES = 30
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ class LiveEngine:
         async with self.client.stream("POST", path, json=prepared, timeout=limit) as answer:
             assert answer.status_code == 200, f"HTTP {answer.status_code}: {(await answer.aread())[:1000]!r}"
             done = False
-            async for line in answer.aiter_lines():
-                if not line.strip() or line.startswith(":"):
+            async for line in event_lines(answer):
+                if line.startswith(":"):
                     continue
                 assert line.startswith("data:"), f"not a server-sent event: {line[:200]!r}"
                 data = line.removeprefix("data:").strip()
@@ -130,6 +133,54 @@ class LiveEngine:
         """Stop the server and close the connections."""
         await self.client.aclose()
         await self.process.stop()
+
+
+@asynccontextmanager
+async def in_mid_answer(
+    ask: Callable[[], Awaitable[list[asyncio.Task[list[Sample]]]]],
+    act: Callable[[], Awaitable[object]] | None = None,
+    *,
+    undo: Callable[[], Awaitable[object]] | None = None,
+    needed: Callable[[Iterable[bool]], bool],
+    problem: str,
+) -> AsyncIterator[list[asyncio.Task[list[Sample]]]]:
+    """Give the requests that `ask` begins once `act` is done and they, all or any as `needed`, are still under way.
+
+    The tiny model ends some by chance, and a server with little time may send nothing until an answer is whole: then
+    `undo` what was done and try again, TRIES times in all. Raises AssertionError with the `problem` after that. Those
+    still under way at the end of the block are cancelled.
+    """
+    for _ in range(TRIES):
+        asked = await ask()
+        try:
+            if act is not None:
+                await act()
+            if needed(not task.done() for task in asked):
+                yield asked
+                return
+            await gather_limited(*asked)
+        finally:
+            for task in asked:
+                task.cancel()
+        if undo is not None:
+            await undo()
+    raise AssertionError(f"{problem}: it shows nothing")
+
+
+async def event_lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a streamed answer that aren't empty.
+
+    A line ends at a line feed and nowhere else: httpx's own reading ends it at U+2028 and U+0085 too, which JSON may
+    hold as they are.
+    """
+    async for line in EventLines(_with_last_end(answer.aiter_bytes())):
+        yield line.decode()
+
+
+async def _with_last_end(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for piece in pieces:
+        yield piece
+    yield b"\n"
 
 
 def merged(chunks: Iterable[JSON]) -> list[Sample]:

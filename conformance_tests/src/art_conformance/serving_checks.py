@@ -17,7 +17,7 @@ from .dialect_checks import KEY
 from .live_engine_suite import ASK, ONE, TWO, LiveEngineSuite
 from .oracle import Oracle
 from .requirements import MUST, SHOULD, check
-from .serving import LiveEngine, Sample, gather_limited
+from .serving import LiveEngine, Sample, gather_limited, in_mid_answer
 from .tiny_model import write_adapter
 
 Cap = InferenceCapability
@@ -92,17 +92,21 @@ class ServingChecks(LiveEngineSuite):
     async def test_in_flight(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
         old, new = "conformance/flight@1", "conformance/flight@2"
         await live.load(old, adapters[ONE])
-        asking = [await live.begun(old, messages=ASK, max_tokens=240, n=2) for _ in range(4)]
-        try:
-            await live.load(new, adapters[TWO])
-            assert not all(task.done() for task in asking), "no request was in flight at the load: it shows nothing"
+
+        async def ask() -> list[asyncio.Task[list[Sample]]]:
+            return [await live.begun(old, messages=ASK, max_tokens=240, n=2) for _ in range(4)]
+
+        async with in_mid_answer(
+            ask,
+            lambda: live.load(new, adapters[TWO]),
+            undo=lambda: live.unload(new),
+            needed=any,
+            problem="no request was in flight at the load",
+        ) as asking:
             unloading = asyncio.create_task(live.unload(old))
             newer = await live.chat(new, messages=ASK, max_tokens=16, n=2)
             answers = await gather_limited(*asking)
             await unloading
-        finally:
-            for task in asking:
-                task.cancel()
         self.assert_answers_as(oracle, [s for found in answers for s in found], adapters[ONE], "a request in flight")
         self.assert_answers_as(oracle, newer, adapters[TWO], "a request after the load")
         await live.unload(new)
@@ -168,13 +172,15 @@ class ServingChecks(LiveEngineSuite):
 
     @check("INF-128", MUST, "A client that goes away in mid-answer harms no other request.", live=True)
     async def test_client_goes_away(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
-        going = [await live.begun(ONE, messages=ASK, max_tokens=400, n=4) for _ in range(3)]
-        staying = await live.begun(TWO, messages=ASK, max_tokens=200, n=2)
-        assert not any(task.done() for task in (*going, staying)), "an answer was whole too soon: it shows nothing"
-        for task in going:
-            task.cancel()
-        await asyncio.gather(*going, return_exceptions=True)
-        [found] = await gather_limited(staying)
+        async def ask() -> list[asyncio.Task[list[Sample]]]:
+            going = [await live.begun(ONE, messages=ASK, max_tokens=400, n=4) for _ in range(3)]
+            return [*going, await live.begun(TWO, messages=ASK, max_tokens=200, n=2)]
+
+        async with in_mid_answer(ask, needed=all, problem="an answer was whole too soon") as (*going, staying):
+            for task in going:
+                task.cancel()
+            await asyncio.gather(*going, return_exceptions=True)
+            [found] = await gather_limited(staying)
         self.assert_answers_as(oracle, found, adapters[TWO], "another's request")
 
     @check(
@@ -186,16 +192,27 @@ class ServingChecks(LiveEngineSuite):
         began = time.monotonic()
         await live.chat(TWO, messages=ASK, max_tokens=4)
         usual_s = time.monotonic() - began
-        before = await live.begun(ONE, messages=ASK, max_tokens=240, n=2)
-        await live.control(live.engine.pause())
-        try:
-            assert not before.done(), "no request was in flight at the pause: it shows nothing"
-            during = asyncio.create_task(live.chat(TWO, messages=ASK, max_tokens=4))
-            await asyncio.sleep(max(1.0, 5 * usual_s))
-            assert not during.done(), "a request was answered while the engine was paused"
-        finally:
+
+        async def ask() -> list[asyncio.Task[list[Sample]]]:
+            return [await live.begun(ONE, messages=ASK, max_tokens=240, n=2)]
+
+        async def resume() -> None:
             await live.control(live.engine.resume())
-        found_before, found_during = await gather_limited(before, during)
+
+        async with in_mid_answer(
+            ask,
+            lambda: live.control(live.engine.pause()),
+            undo=resume,
+            needed=all,
+            problem="no request was in flight at the pause",
+        ) as (before,):
+            try:
+                during = asyncio.create_task(live.chat(TWO, messages=ASK, max_tokens=4))
+                await asyncio.sleep(max(1.0, 5 * usual_s))
+                assert not during.done(), "a request was answered while the engine was paused"
+            finally:
+                await resume()
+            found_before, found_during = await gather_limited(before, during)
         self.assert_answers_as(oracle, found_before, adapters[ONE], "a request in flight at the pause")
         self.assert_answers_as(oracle, found_during, adapters[TWO], "a request made in the pause")
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from art_conformance.serving import event_lines
 from art_engine_torch.server.api_errors import ApiError
 from art_engine_torch.server.api_requests import ChatRequest, CompletionRequest, parse
 
@@ -229,7 +230,7 @@ async def test_the_bytes_of_tokens_are_their_own_everywhere(http: httpx.AsyncCli
                     assert byte >= 0x80
     assert parts > 20, "no token was a part of a character"
     async with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
-        lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+        lines = [line.removeprefix("data: ") async for line in event_lines(response)]
     streamed: dict[int, list[Any]] = {}
     for line in lines[:-1]:
         for choice in json.loads(line)["choices"]:

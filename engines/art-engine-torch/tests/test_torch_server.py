@@ -13,6 +13,8 @@ import httpx
 import openai
 import pytest
 
+from art_conformance.serving import event_lines
+
 KEY = "a-test-key"
 BASE = "tiny"
 CONTEXT = 512
@@ -35,7 +37,7 @@ async def chunks_of(http: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
     async with http.stream("POST", path, json={**body, "stream": True}) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+        lines = [line.removeprefix("data: ") async for line in event_lines(response)]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
 
@@ -260,7 +262,7 @@ async def test_unloading_lets_requests_end_and_refuses_new_ones(
     body = chat(model="p/m@1", max_tokens=300, logprobs=True, return_token_ids=True, stream=True)
     received: list[dict[str, Any]] = []
     async with http.stream("POST", "/v1/chat/completions", json=body) as response:
-        lines = response.aiter_lines()
+        lines = event_lines(response)
         async for line in lines:
             if line.startswith("data: {"):
                 received.append(json.loads(line[6:]))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from art_conformance.serving import event_lines
 from art_conformance.tiny_model import write_base_model
 from art_engine_torch.server.logit_changes import LogitSettings, changed_row
 from art_engine_torch.server.sampling import SamplingSettings, sample
@@ -110,7 +111,7 @@ async def test_the_function_that_was_chosen_is_called_once_whole_and_streamed(ht
         [call] = choice["message"]["tool_calls"]
         assert call["function"] == {"name": "stop", "arguments": "{}"}
     async with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
-        lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+        lines = [line.removeprefix("data: ") async for line in event_lines(response)]
     chunks = [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
     names = [call["function"]["name"] for c in chunks for call in c["delta"].get("tool_calls") or ()]
     assert names == ["stop"] * 10
