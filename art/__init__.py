@@ -23,7 +23,7 @@ from .batches import trajectory_group_batches
 from .gather import RolloutsFailed, gather_trajectories, gather_trajectory_groups
 from .model import Model, TrainableModel
 from .retrying import retry
-from .train_config import TrainConfig
+from .train_config import TrainConfig, TrainSFTConfig
 
 if TYPE_CHECKING:
     LocalBackend: Any
@@ -43,6 +43,7 @@ __all__ = [
     "Tools",
     "TrainConfig",
     "TrainResult",
+    "TrainSFTConfig",
     "TrainableModel",
     "Trajectory",
     "TrajectoryGroup",

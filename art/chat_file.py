@@ -39,6 +39,11 @@ def iterate_file(
     return islice(rows, initial_skip, None)
 
 
+def count_conversations(path: str | Path) -> int:
+    """How many conversations the file holds, each of which was read. Raises as `iterate_file`."""
+    return sum(1 for _ in iterate_file(path, shuffle_buffer_size=1))
+
+
 def _shuffled(rows: Iterator[Trajectory], size: int, seed: int) -> Iterator[Trajectory]:
     if size <= 1:
         yield from rows

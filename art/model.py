@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from art_core import (
     Backend,
     ModelKey,
+    TrainResult,
     Trajectory,
     TrajectoryGroup,
     announce,
@@ -38,7 +39,7 @@ from .leave_out import without_unsound
 from .metrics import trajectory_metrics, warn_of_left_out, warn_of_non_finite, with_sections, without_unsound_metrics
 from .step_clock import StepClock
 from .trackers import trackers
-from .train_config import TrainConfig
+from .train_config import TrainConfig, TrainSFTConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -340,6 +341,30 @@ class TrainableModel(Model):
         arguments = (config or TrainConfig()).as_arguments() | ({"verbose": True} if verbose else {})
         result = await self.backend().train(self, groups, **arguments)
         await self.log(groups, metrics=result.metrics, step=result.step, split="train")
+
+    async def train_sft(
+        self,
+        trajectories: Iterable[Trajectory],
+        config: TrainSFTConfig | None = None,
+        *,
+        verbose: bool = False,
+        log_metrics: bool = True,
+    ) -> TrainResult:
+        """Train one step on the replies of conversations, publish it, and log its metrics with split "train".
+
+        Every message of the assistant is trained on, whatever the trajectory's reward; which tokens they are is read
+        from the chat template. `verbose` prints the metrics. A later `backend.train` goes on from the weights. Raises
+        UnsupportedCapability for a backend that can't, and what `backend.train_sft` raises.
+        """
+        settings = config or TrainSFTConfig()
+        result = await self.backend().train_sft(
+            self, list(trajectories), learning_rate=settings.learning_rate, batch_size=settings.batch_size
+        )
+        if log_metrics:
+            await self.log(metrics=result.metrics, step=result.step, split="train")
+        if verbose:
+            print(", ".join(f"{name} {value:g}" for name, value in sorted(result.metrics.items())))
+        return result
 
     async def delete_checkpoints(self, best_checkpoint_metric: str = "val/reward") -> list[int]:
         """Delete all checkpoints but the latest and the one with the highest `best_checkpoint_metric` in history.jsonl.

@@ -1,8 +1,8 @@
-"""What the deprecated `model.train` is configured by."""
+"""What `model.train_sft` and the deprecated `model.train` are configured by."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,3 +26,16 @@ class TrainConfig(BaseModel):
             "grad_accumulation_sequences": self.grad_accumulation_sequences,
         }
         return {"learning_rate": self.learning_rate, **{k: v for k, v in optional.items() if v is not None}}
+
+
+class TrainSFTConfig(BaseModel):
+    """The settings of supervised training, for `model.train_sft`; `backend.train_sft` takes them as keyword arguments.
+
+    A batch of `batch_size` trajectories is one optimizer step, "auto" leaves it to the backend (2). `learning_rate` is
+    one rate, or one for each batch (`art.sft.create_lr_schedule` makes them).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
+
+    learning_rate: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = 5e-5
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 from .capabilities import BackendCapability
 from .engines import PluginSpec
 from .results import TrainResult
-from .trajectories import TrajectoryGroup
+from .trajectories import Trajectory, TrajectoryGroup
 
 
 @runtime_checkable
@@ -78,6 +78,11 @@ class Backend(Protocol):
         self, model: PolicyModel, trajectory_groups: Sequence[TrajectoryGroup], **options: Any
     ) -> TrainResult:
         """Train one step and publish it. Logs nothing. Raises UnknownArgument for an option that nothing reads."""
+
+    async def train_sft(self, model: PolicyModel, trajectories: Sequence[Trajectory], **options: Any) -> TrainResult:
+        """Train one step on the replies of conversations, whatever their rewards, and publish it. Takes `learning_rate`
+        (one, or one for each batch) and `batch_size` (trajectories, or "auto"). Logs nothing. Capability SFT.
+        """
 
     async def get_step(self, model: PolicyModel) -> int:
         """The latest published step."""

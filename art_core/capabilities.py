@@ -57,6 +57,7 @@ class TrainingCapability(Capability):
         "The optimizer's state is saved and restored: the next loss is as if nothing had stopped.",
     )
     SLEEP = "sleep", "Device memory can be given back between jobs without leaving the process."
+    SFT = "sft", "Supervised jobs: trains on the replies of conversations, a batch at a time."
 
 
 class BackendCapability(Capability):
@@ -75,6 +76,7 @@ class BackendCapability(Capability):
     )
     FORK = "fork", "A model can start from another model's checkpoint."
     PULL = "pull", "A checkpoint can be copied out as a PEFT adapter folder."
+    SFT = "sft", "Supervised fine-tuning: a step can train on the replies of conversations; RL goes on from it."
     WARM_START = "warm_start", "base_model may be a PEFT adapter folder; training starts from its weights."
     CHECKPOINTS_ON_DISK = (
         "checkpoints_on_disk",

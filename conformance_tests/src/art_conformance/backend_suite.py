@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from art_core import ArtError, Backend, BackendCapability, TrainResult, TrajectoryGroup, inference_name
+from art_core import ArtError, Backend, BackendCapability, TrainResult, Trajectory, TrajectoryGroup, inference_name
 from art_core.errors import (
     BaseModelNotFound,
     CheckpointInUse,
@@ -224,6 +224,7 @@ class BackendConformance(BackendSuite):
             Cap.DELETE_CHECKPOINTS: lambda: backend.delete_checkpoints(model, []),
             Cap.FORK: lambda: backend.fork_checkpoint(model, "another"),
             Cap.PULL: lambda: backend.pull_checkpoint(model),
+            Cap.SFT: lambda: backend.train_sft(model, [Trajectory()]),
         }
         for capability, call in calls.items():
             if capability in backend.capabilities:

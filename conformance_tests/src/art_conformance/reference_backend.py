@@ -38,7 +38,14 @@ from art_core import (
     resolve_base_model,
     run_step,
 )
-from art_core.errors import CheckpointInUse, CheckpointNotFound, InvalidName, NotRegistered, PublicationFailed
+from art_core.errors import (
+    CheckpointInUse,
+    CheckpointNotFound,
+    InvalidName,
+    NotRegistered,
+    PublicationFailed,
+    UnsupportedCapability,
+)
 from art_core.names import parse_inference_name
 from art_core.publication import publish
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
@@ -116,6 +123,10 @@ class ReferenceBackend:
         step = max(whole_steps(served.checkpoints)) + 1
         verbs = self.step(served, step, trajectory_groups, chosen)
         return await run_step(self.registry, self, model, trajectory_groups, verbs, step=step)
+
+    async def train_sft(self, *_: Any, **__: Any) -> LocalTrainResult:
+        """It trains by rewards alone."""
+        raise UnsupportedCapability(self.name, str(Cap.SFT), "Use art-backend-local: pip install art-backend-local.")
 
     async def get_step(self, model: PolicyModel) -> int:
         """The routed step."""

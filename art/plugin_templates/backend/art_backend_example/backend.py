@@ -29,6 +29,7 @@ from art_core import (
     Registration,
     SavedStep,
     TrainResult,
+    Trajectory,
     TrajectoryGroup,
     check_groups,
     inference_name,
@@ -98,6 +99,9 @@ class ExampleBackend:
         step = served.saved()[-1] + 1
         verbs = Step(served, step, trajectory_groups, {**OPTIONS, **options}["learning_rate"])
         return await run_step(installed_plugins(), self, model, trajectory_groups, verbs, step=step)
+
+    async def train_sft(self, model: PolicyModel, trajectories: Sequence[Trajectory], **options: Any) -> TrainResult:
+        raise self._unsupported(BackendCapability.SFT, "Use art-backend-local: pip install art-backend-local.")
 
     async def get_step(self, model: PolicyModel) -> int:
         return self._served(model).routed

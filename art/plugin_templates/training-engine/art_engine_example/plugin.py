@@ -6,8 +6,13 @@ from art_core import TrainingCapability, TrainingEngineSpec, hookimpl
 
 art_api = 1
 
-CAPABILITIES = frozenset(
-    {TrainingCapability.PREFIX_SHARING, TrainingCapability.KL_REFERENCE, TrainingCapability.EXACT_RESUME}  # yours
+CAPABILITIES = frozenset(  # yours
+    {
+        TrainingCapability.PREFIX_SHARING,
+        TrainingCapability.KL_REFERENCE,
+        TrainingCapability.EXACT_RESUME,
+        TrainingCapability.SFT,
+    }
 )
 
 

@@ -7,21 +7,19 @@ loss and no torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from art_core.errors import UnknownArgument
+from .keyword_options import KeywordOptions
 
 ImportanceLevel = Literal["token", "sequence", "average", "geometric_average"]
 
 
-class TrainOptions(BaseModel):
+class TrainOptions(KeywordOptions):
     """The keyword arguments of `LocalBackend.train`. Numbers are finite. ρ is exp(new - old logprob) of a token, A its
     advantage.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     learning_rate: float = Field(5e-6, ge=0, description="AdamW's learning rate")
     loss_fn: Literal["cispo", "ppo"] = Field("cispo", description="which of the two losses above")
@@ -103,15 +101,3 @@ class TrainOptions(BaseModel):
                 "give kl_penalty_reference_step or kl_ref_adapter_path, not both: there is one reference policy"
             )
         return self
-
-    @classmethod
-    def of(cls, arguments: dict[str, Any], *, where: str) -> Self:
-        """Read keyword arguments. Raises UnknownArgument for one that nothing reads, ValueError for a bad value."""
-        for name in arguments:
-            if name not in cls.model_fields:
-                raise UnknownArgument(name, where=where, known=cls.model_fields)
-        try:
-            return cls(**arguments)
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{where}: {wrong}") from error

@@ -18,7 +18,12 @@ INFERENCE: Final = frozenset(
     }
 )
 TRAINING: Final = frozenset(
-    {TrainingCapability.PREFIX_SHARING, TrainingCapability.KL_REFERENCE, TrainingCapability.EXACT_RESUME}
+    {
+        TrainingCapability.PREFIX_SHARING,
+        TrainingCapability.KL_REFERENCE,
+        TrainingCapability.EXACT_RESUME,
+        TrainingCapability.SFT,
+    }
 )
 OWN_SERVER: Final = (
     "Start it with `ART_TORCH_API_KEY=KEY python -m art_engine_torch.server --model FOLDER --served-model-name NAME"

@@ -7,7 +7,12 @@ from typing import Final
 from art_core import TrainingCapability
 
 CAPABILITIES: Final = frozenset(
-    {TrainingCapability.PREFIX_SHARING, TrainingCapability.KL_REFERENCE, TrainingCapability.EXACT_RESUME}
+    {
+        TrainingCapability.PREFIX_SHARING,
+        TrainingCapability.KL_REFERENCE,
+        TrainingCapability.EXACT_RESUME,
+        TrainingCapability.SFT,
+    }
 )
 # The worker's own; torchtune is built from the base model's config, which leaves nothing to choose.
 INIT_ARGS: Final = ("gradient_checkpointing",)

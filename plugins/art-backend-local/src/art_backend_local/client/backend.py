@@ -21,10 +21,13 @@ from art_core import (
     ModelKey,
     PolicyModel,
     Registration,
+    TrainingCapability,
+    Trajectory,
     TrajectoryGroup,
     check_groups,
     inference_name,
     installed_plugins,
+    require,
     resolve_checkpoint,
     run_step,
 )
@@ -32,6 +35,7 @@ from art_core.cancellation import to_the_end
 from art_core.errors import BackendUnreachable, CheckpointNotFound, NotRegistered, PluginError
 from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.sequence_limit import SequenceLimit, check_lengths, known_lengths
+from art_engine_kit.sft_options import SftOptions
 from art_engine_kit.train_options import TrainOptions
 from art_runtime import accelerators
 from art_runtime.environments import engine_for
@@ -53,6 +57,7 @@ DEFAULT_MAX_ADAPTERS = 8
 _ALWAYS = frozenset(BackendCapability) - {
     BackendCapability.CONCURRENT_INFERENCE,
     BackendCapability.CHECKPOINTS_AS_ARTIFACTS,
+    BackendCapability.SFT,
 }
 
 
@@ -238,11 +243,48 @@ class LocalBackend:
         limit = SequenceLimit.of(options.packed_sequence_length, longest)
         if left_out := check_lengths(known_lengths(groups) or [], limit):
             warnings.warn(left_out, RuntimeWarning, stacklevel=2)
-        step = await self._step(model, groups=groups, options=options, show=self._show)
-        try:
-            return await run_step(self._registry, self, model, groups, step, step=await step.begin())
-        finally:
-            await to_the_end(step.let_go())
+        return await self._run(model, groups, options=options, keep=options.save_checkpoint)
+
+    async def train_sft(
+        self,
+        model: PolicyModel,
+        trajectories: Sequence[Trajectory],
+        *,
+        learning_rate: float | Sequence[float] = 5e-5,
+        batch_size: int | Literal["auto"] = "auto",
+        packed_sequence_length: int | None = None,
+        save_checkpoint: bool = True,
+        **unknown: Any,
+    ) -> LocalTrainResult:
+        """Train one step on the replies of these conversations and publish it, as `train` does; inference goes on or
+        pauses as it does there.
+
+        A batch of `batch_size` trajectories ("auto": 2) is one optimizer step: Σ −log π of its reply tokens ÷ their
+        number. `learning_rate` is one rate, or one for each batch. Weight decay is 0 and the norm's limit 1 unless
+        `trainer_args` says otherwise; the optimizer starts anew after a step of RL. Which tokens are replies is read
+        from the chat template. Logs nothing; `model.train_sft` does. Raises as `train`, ValueError for a number of
+        rates that isn't the batches', UnsupportedCapability.
+        """
+        given = {k: v for k, v in locals().items() if k not in ("self", "model", "trajectories", "unknown")}
+        where = "LocalBackend.train_sft"
+        options = SftOptions.of({**given, **unknown}, where=where)
+        groups = [TrajectoryGroup(trajectories)]
+        check_groups(groups)
+        supervised = options.supervised(len(groups[0]), where=where)
+        self._require_registered(model)
+        require(
+            BackendCapability.SFT,
+            self.capabilities_for(model),
+            plugin=self.name,
+            instead='Use a training engine that declares it, such as LocalBackend(training_engine="torch").',
+        )
+        return await self._run(
+            model,
+            groups,
+            options=options.train_options(),
+            supervised=supervised,
+            keep=options.save_checkpoint,
+        )
 
     async def get_step(self, model: PolicyModel) -> int:
         """The latest published step."""
@@ -375,6 +417,13 @@ class LocalBackend:
         self._registered.clear()
         self._client.close_now()
 
+    async def _run(self, model: PolicyModel, groups: list[TrajectoryGroup], **given: Any) -> LocalTrainResult:
+        step = await self._step(model, groups=groups, show=self._show, **given)
+        try:
+            return await run_step(self._registry, self, model, groups, step, step=await step.begin())
+        finally:
+            await to_the_end(step.let_go())
+
     async def _publish_pending(self, model: PolicyModel) -> None:
         """Publish what a client saved but did not live to publish, or what was forked."""
         step = await self._step(model)
@@ -421,12 +470,18 @@ class LocalBackend:
         return self._choice
 
     def _declare(self, settings: ModelSettings) -> frozenset[BackendCapability]:
+        """What depends on the engines: whether both work at once, and what training them can do."""
         try:
-            engine = choose_engines(
+            choice = choose_engines(
                 self._registry, inference=self._inference_engine, training=self._training_engine, has_gpu=self._has_gpu
-            ).inference
+            )
         except PluginError:
             return _ALWAYS
-        declared = engine_for(self._registry.inference_engine(engine)).capabilities
-        concurrent = works_at_once(settings, declared, has_gpu=self._has_gpu, attached=bool(self._servers.urls))
-        return _ALWAYS | {BackendCapability.CONCURRENT_INFERENCE} if concurrent else _ALWAYS
+        declared = engine_for(self._registry.inference_engine(choice.inference)).capabilities
+        found = set(_ALWAYS)
+        if works_at_once(settings, declared, has_gpu=self._has_gpu, attached=bool(self._servers.urls)):
+            found.add(BackendCapability.CONCURRENT_INFERENCE)
+        trains = set() if choice.training is None else self._registry.training_engine(choice.training).capabilities
+        if TrainingCapability.SFT in trains:
+            found.add(BackendCapability.SFT)
+        return frozenset(found)

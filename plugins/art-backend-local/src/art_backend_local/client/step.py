@@ -25,6 +25,7 @@ from art_core import (
 )
 from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.train_options import TrainOptions
+from art_engine_kit.training_wire import SupervisedOptions
 
 from ..wire.messages import BeginRequest, PublishRequest, PutAsideRequest, ReleaseRequest, TrainRequest
 from .control_client import ControlClient
@@ -39,7 +40,8 @@ class HostStep:
     """A step of one model, from `begin` to `let_go`, whatever happens in between.
 
     `of_model` names the session and the model, `folder` is the model's. Without `groups` there is nothing to train:
-    `begin` publishes what waits for it, and that is all. `on_published` is told of each step that is served.
+    `begin` publishes what waits for it, and that is all. With `supervised` their replies are trained on; `keep` says
+    whether the step's folder stays. `on_published` is told of each step that is served.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class HostStep:
         on_published: Callable[[int], None],
         groups: Sequence[TrajectoryGroup] = (),
         options: TrainOptions | None = None,
+        supervised: SupervisedOptions | None = None,
+        keep: bool = True,
         show: bool = False,
     ) -> None:
         self._client = client
@@ -63,10 +67,11 @@ class HostStep:
         self._on_published = on_published
         self._groups = groups
         self._options = options or TrainOptions()
+        self._supervised = supervised
         self._show = show
         self._own_steps: list[int] = []
         self._removed: list[int] = []
-        self._keep = True
+        self._keep = keep
         self._discard = self._over = False
 
     async def begin(self) -> int:
@@ -88,11 +93,12 @@ class HostStep:
         reference = await find_reference(self._registry, self._model, options, own_steps=self._own_steps)
         self._discard = True
         async with groups_file(self._folder.jobs, self._groups) as file:
-            request = TrainRequest(**self._held, groups_file=file, options=options, reference=reference)
+            request = TrainRequest(
+                **self._held, groups_file=file, options=options, reference=reference, supervised=self._supervised
+            )
             with TrainingBar(f"train {self._model.name}", enabled=self._show) as bar:
                 saved = await self._client.follow("train", request, bar.show)
         self._discard = False
-        self._keep = options.save_checkpoint
         checkpoint = CheckpointRef(self._folder.key, int(saved["step"]), Path(saved["path"]))
         kept_as = str(checkpoint.path) if self._keep else None
         result = LocalTrainResult(step=checkpoint.step, metrics=saved["metrics"], checkpoint_path=kept_as)

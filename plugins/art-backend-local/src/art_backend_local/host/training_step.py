@@ -136,6 +136,14 @@ async def _train(
             instead="Leave kl_penalty_coef at 0, or use a training engine that declares it.",
         )
 
+    if request.supervised is not None:
+        require(
+            TrainingCapability.SFT,
+            worker.engine.capabilities,
+            plugin=worker.engine.name,
+            instead='Use a training engine that declares it, such as training_engine="torch".',
+        )
+
     async with AsyncExitStack() as stack:
         if worker.turn.locked():
             other = f"the training worker {worker.engine.name}, which trains another model"
@@ -156,6 +164,7 @@ async def _train(
             destination=model.ref(step).path,
             groups_file=request.groups_file,
             reference=reference,
+            supervised=request.supervised,
             tell_written=at_once,
             options=request.options,
             adapter=settings.adapter,

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from art_core import ModelKey
 from art_engine_kit.train_options import TrainOptions
-from art_engine_kit.training_wire import KlReference
+from art_engine_kit.training_wire import KlReference, SupervisedOptions
 
 from .deployment import Deployment
 
@@ -60,11 +60,14 @@ class OwnStep(BaseModel):
 
 
 class TrainRequest(HeldRequest):
-    """Train one step on the groups in `groups_file`. `reference` is the KL reference policy, None for none."""
+    """Train one step on the groups in `groups_file`: by their rewards, or by their replies with `supervised`.
+    `reference` is the KL reference policy, None for none.
+    """
 
     groups_file: Path
     options: TrainOptions
     reference: OwnStep | KlReference | None
+    supervised: SupervisedOptions | None = None
 
 
 class PublishRequest(HeldRequest):
