@@ -123,6 +123,11 @@ def rows(run_folder):
             yield {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
 
 
+def lora_artifacts(run_folder):
+    kept = [record.artifact for record in records(run_folder) if record.WhichOneof("record_type") == "artifact"]
+    return [artifact for artifact in kept if artifact.type == "lora"]
+
+
 def run_folders(folder):
     return sorted(folder.glob("wandb/offline-run-*"))
 
@@ -151,8 +156,7 @@ def test_metrics_tables_and_adapters_are_read_back_as_they_were_logged(tmp_path)
     axes = {(m.name or m.glob_name): m.step_metric for r in records(run) if (m := r.metric) and (m.name or m.glob_name)}
     assert axes["*"] == "training_step"
 
-    kept = [record.artifact for record in records(run) if record.WhichOneof("record_type") == "artifact"]
-    artifacts = [artifact for artifact in kept if artifact.type == "lora"]
+    artifacts = lora_artifacts(run)
     assert [(a.name, sorted(a.aliases)) for a in artifacts] == [("agent", ["latest", f"step{n}"]) for n in range(3)]
     for step, artifact in enumerate(artifacts):
         assert json.loads(artifact.metadata) == {"wandb.base_model": "tiny", "step": step}
