@@ -205,7 +205,7 @@ def test_a_key_without_a_network_neither_delays_nor_loses_anything(tmp_path):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and not listening: connections are refused
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        said = logged(tmp_path, report="", WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+        said = logged(tmp_path, report="", WANDB_API_KEY=KEY, WANDB_BASE_URL=url, WANDB_INIT_TIMEOUT="3")
     assert "Weights & Biases can't be had" in said
     assert "wandb sync --id agent" in said
     assert steps_of(tmp_path) == [0, 1, 2]
