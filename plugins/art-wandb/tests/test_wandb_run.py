@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from wandb.proto import wandb_internal_pb2
@@ -68,8 +70,8 @@ async def main():
     if then == "killed":
         sys.stdin.read()  # until it is
     if then == "limited":
-        from art_wandb.plugin import reporter
-        reporter.closing_limit_s = 1.0
+        from art_wandb.plugin import reporter, uploads
+        uploads.closing_limit_s = reporter.closing_limit_s = 1.0
 
 asyncio.run(main())
 """
@@ -128,13 +130,13 @@ def lora_artifacts(run_folder):
     return [artifact for artifact in kept if artifact.type == "lora"]
 
 
-def run_folders(folder):
-    return sorted(folder.glob("wandb/offline-run-*"))
+def run_folders(folder, pattern="offline-run-*"):
+    return sorted((folder / "wandb").glob(pattern))
 
 
-def steps_of(folder):
+def steps_of(folder, pattern="offline-run-*"):
     """The steps of all rows of metrics, of all runs there."""
-    return [row["training_step"] for run in run_folders(folder) for row in rows(run) if "loss/train" in row]
+    return [row["training_step"] for run in run_folders(folder, pattern) for row in rows(run) if "loss/train" in row]
 
 
 def test_metrics_tables_and_adapters_are_read_back_as_they_were_logged(tmp_path):
@@ -223,9 +225,67 @@ def test_a_service_that_never_answers_holds_up_neither_the_steps_nor_the_end(tmp
         silent.shutdown(socket.SHUT_RDWR)
     history = read_history(tmp_path / "shop" / "models" / "agent" / "history.jsonl")
     assert [row["step"] for row in history] == [0, 1, 2]
-    assert re.search(r"It is still busy with opening the run of shop/agent, and \d+ more wait", said)
+    assert re.search(r"wandb: \d reports were lost .* busy with opening the run of shop/agent to the end", said)
     for connection in held:
         connection.close()
+
+
+class Service(BaseHTTPRequestHandler):
+    """A fake of wandb's service, which can't be had here: it lets a run begin, and answers nothing else while it is
+    told to hang.
+    """
+
+    bucket: ClassVar[dict[str, Any]] = {
+        "id": "x",
+        "name": "agent",
+        "displayName": "agent",
+        "historyLineCount": 0,
+        "config": "{}",
+        "project": {"name": "shop", "entity": {"name": "team"}},
+    }
+    answers: ClassVar[dict[str, Any]] = {
+        "ServerFeaturesQuery": {"serverInfo": {"features": []}},
+        "Viewer": {"viewer": {"id": "1", "username": "someone", "entity": "team", "flags": "{}"}},
+        "RunResumeStatus": {"model": None},
+        "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
+    }
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"] or 0))
+        operation = json.loads(body).get("operationName") if self.path == "/graphql" else None
+        if operation not in self.answers:
+            self.server.ended.wait()  # a service that hangs
+            return
+        answer = json.dumps({"data": self.answers[operation]}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        """Say nothing on stderr."""
+
+
+@pytest.mark.slow
+def test_metrics_reach_the_files_of_a_run_whose_service_hangs_when_it_is_asked_about_artifacts(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as service:
+        service.daemon_threads, service.ended = True, threading.Event()
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{service.server_port}"
+            process = begun(tmp_path, report="", then="killed", WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+            try:
+                deadline = time.monotonic() + 60
+                while len(steps_of(tmp_path, "run-*")) < 3 and time.monotonic() < deadline:
+                    time.sleep(0.1)
+            finally:
+                process.kill()
+                process.communicate()
+        finally:
+            service.ended.set()
+            service.shutdown()
+    assert steps_of(tmp_path, "run-*") == [0, 1, 2]
 
 
 def _accepted(listening):

@@ -80,6 +80,7 @@ class Reporter(Generic[RunT]):
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._given_up = threading.Event()
         self._refused = 0  # by the callers, under the lock
         self._failed = 0  # by the thread alone
         self._doing, self._since = "its start", time.monotonic()
@@ -129,15 +130,16 @@ class Reporter(Generic[RunT]):
         with contextlib.suppress(queue.Full):
             self._tasks.put(threading.Event(), timeout=self.closing_limit_s)  # wakes it
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        busy = self._thread.is_alive()
-        lost = self._refused + self._failed
-        if busy or lost:
-            waiting = sum(isinstance(task, _Task) for task in list(self._tasks.queue))
-            still = f" It is still busy with {self._doing}, and {waiting} more wait." if busy else ""
-            _log.warning("%s: %d reports were lost while this process ran.%s", self.tracker, lost, still)
+        lost, why = self._refused + self._failed, ""
+        if self._thread.is_alive():
+            self._given_up.set()
+            lost += sum(isinstance(task, _Task) for task in list(self._tasks.queue))
+            why = f", those included that waited while it was busy with {self._doing} to the end"
+        if lost or why:
+            _log.warning("%s: %d reports were lost while this process ran%s.", self.tracker, lost, why)
 
     def _work(self) -> None:
-        while True:
+        while not self._given_up.is_set():
             task = self._tasks.get()
             if isinstance(task, threading.Event):
                 task.set()
@@ -146,7 +148,7 @@ class Reporter(Generic[RunT]):
             if self._closing.is_set() and self._tasks.empty():
                 break
         for (_, project, name), slot in self._slots.items():
-            if slot.run is not None:
+            if slot.run is not None and not self._given_up.is_set():
                 self._guarded(f"closing the run of {project}/{name}", slot.run.close)
         self._slots.clear()
 
@@ -177,7 +179,8 @@ class Reporter(Generic[RunT]):
         try:
             work()
         except BaseException as error:  # SystemExit too: a library must not end the thread of all other reports
-            _log.warning("%s: %s failed: %s: %s", self.tracker, what, type(error).__name__, error)
+            if not self._given_up.is_set():  # the process ends, and the library with it
+                _log.warning("%s: %s failed: %s: %s", self.tracker, what, type(error).__name__, error)
             return False
         return True
 

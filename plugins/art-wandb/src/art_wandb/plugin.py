@@ -17,6 +17,8 @@ from .run import WandbRun, open_run
 art_api = 1
 NAME = "wandb"
 reporter: Reporter[WandbRun] = Reporter(NAME, open_run)
+#: wandb asks its service before it takes a table or another artifact. When that hangs, metrics still reach the run.
+uploads: Reporter[WandbRun] = Reporter("wandb uploads", open_run)
 
 
 def _reports(model: LoggedModel) -> bool:
@@ -43,7 +45,7 @@ async def art_log_trajectories(
     """Report a table of the step's trajectories, bounded in size."""
     if _reports(model):
         table = await asyncio.to_thread(table_of, trajectory_groups)
-        reporter.tell(model, f"the trajectories of step {step}", lambda run: run.trajectories(table, step, split))
+        uploads.tell(model, f"the trajectories of step {step}", lambda run: run.trajectories(table, step, split))
 
 
 @hookimpl
@@ -51,6 +53,6 @@ def art_checkpoint_published(model: PolicyModel, checkpoint: CheckpointRef) -> N
     """Report the adapter that is served now as an artifact."""
     if _reports(model):
         base_model = model.base_model
-        reporter.tell(
+        uploads.tell(
             model, f"the checkpoint of step {checkpoint.step}", lambda run: run.adapter(checkpoint, base_model)
         )

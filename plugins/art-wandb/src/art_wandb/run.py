@@ -1,6 +1,6 @@
 """A model's run in Weights & Biases, by the wandb library, which is imported when a run is opened.
 
-All of it is called in the reporter's thread, and may take as long as it takes. Knows no hook.
+All of it is called in threads of reporters, and may take as long as it takes. Knows no hook.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ STEP = "training_step"
 ARTIFACT_TYPE = "lora"
 #: wandb's own is 90 s. A run that can't be opened by then is kept in files, so that nothing waits and nothing is lost.
 INIT_LIMIT_S = 30.0
+#: wandb's own is none. What isn't sent by then, when a run is closed, stays in its files.
+FINISH_LIMIT_S = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ class WandbRun:
 
     def __init__(self, run: wandb.Run) -> None:
         self._run = run
+        self.users = 0
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
 
@@ -63,15 +67,33 @@ class WandbRun:
         self._run.log_artifact(artifact, aliases=[f"step{checkpoint.step}", "latest"])
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left, once whoever opened it has closed it."""
+        with _opening:
+            self.users -= 1
+            if self.users:
+                return
         self._run.finish()
 
 
+_opening = threading.Lock()
+_opened: dict[tuple[str | None, str, str], WandbRun] = {}
+
+
 def open_run(model: LoggedModel) -> WandbRun:
-    """Begin or go on with the model's run; in a folder of files when the service can't be had.
+    """Begin or go on with the model's run, the same for whoever opens it; in a folder of files when the service can't
+    be had.
 
     Raises what wandb raises when it can't even do that.
     """
+    key = (model.entity, model.project, model.name)
+    with _opening:
+        if key not in _opened:
+            _opened[key] = _begun(model)
+        _opened[key].users += 1
+        return _opened[key]
+
+
+def _begun(model: LoggedModel) -> WandbRun:
     import wandb
 
     folder = str(Path(os.environ.get("WANDB_DIR") or model.base_path).absolute())
@@ -116,6 +138,7 @@ def _init(model: LoggedModel, folder: str, mode: Any, run_id: str | None = None)
         reinit="create_new",  # a run of the user's own, and those of other models, go on beside it
         settings=wandb.Settings(
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_LIMIT_S),
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_LIMIT_S),
             console="off",  # what is printed isn't ours to send
             quiet=True,
             disable_git=True,
