@@ -44,9 +44,8 @@ async def main():
             await model.log(groups, metrics=result.metrics, step=result.step, split="train")
     print("trained", flush=True)
     if sys.argv[2] == "limited":
-        from art_trackio.plugin import reporter as trackio
-        from art_wandb.plugin import reporter as wandb, uploads
-        trackio.closing_limit_s = wandb.closing_limit_s = uploads.closing_limit_s = 1.0
+        from art_wandb.plugin import reporter, uploads
+        reporter.closing_limit_s = uploads.closing_limit_s = 1.0
 
 
 asyncio.run(main())
@@ -132,7 +131,7 @@ def test_trackers_that_hang_and_that_raise_cost_a_training_nothing(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # whoever connects waits for an answer
-        online = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40}
+        online = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3600"}
         online["WANDB_BASE_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
         done = python(tmp_path, TRAIN, write_base_model(tmp_path / "base"), "limited", **online)
     assert "trained" in done.stdout

@@ -221,7 +221,9 @@ def test_a_service_that_never_answers_holds_up_neither_the_steps_nor_the_end(tmp
         held = []
         threading.Thread(target=lambda: held.extend(iter(lambda: _accepted(silent), None)), daemon=True).start()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        said = logged(tmp_path, report="", then="limited", WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+        said = logged(
+            tmp_path, report="", then="limited", WANDB_API_KEY=KEY, WANDB_BASE_URL=url, WANDB_INIT_TIMEOUT="3600"
+        )
         silent.shutdown(socket.SHUT_RDWR)
     history = read_history(tmp_path / "shop" / "models" / "agent" / "history.jsonl")
     assert [row["step"] for row in history] == [0, 1, 2]
