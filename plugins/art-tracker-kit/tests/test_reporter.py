@@ -5,7 +5,8 @@ import subprocess
 import sys
 import textwrap
 import threading
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -173,7 +174,8 @@ def test_each_report_that_works_is_told_once(reports):
 
 AT_THE_END = """
 import threading, time
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from art_tracker_kit import Reporter
 
 class Run:
@@ -213,3 +215,14 @@ def test_report_metrics_says_who_hears_of_checkpoints(named, reports):
 def test_a_model_that_says_nothing_of_trackers_reports_where_that_is_the_rule():
     assert reports_to(model(), "mine")
     assert not reports_to(model(), "mine", unasked=False)
+
+
+async def test_the_tracker_of_the_readme_is_one(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    plugin = ModuleType("printed")
+    exec(readme.split("```python\n")[1].split("```")[0], vars(plugin))
+    registry = PluginRegistry()
+    registry.register(plugin, name="printer")
+    await announce(registry, "art_log_metrics", model=model(), metrics={"a": 1.0}, step=3, split="train")
+    plugin.reporter.close()
+    assert capsys.readouterr().out == "3 {'a': 1.0}\ndone\n"
