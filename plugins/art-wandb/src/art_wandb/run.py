@@ -70,9 +70,11 @@ class WandbRun:
         """Send what is left, once whoever opened it has closed it."""
         with _opening:
             self.users -= 1
-            if self.users:
-                return
-        self._run.finish()
+            if not self.users:
+                # Who comes later goes on with the run, and must not be given one that has ended.
+                for key in [key for key, run in _opened.items() if run is self]:
+                    del _opened[key]
+                self._run.finish()
 
 
 _opening = threading.Lock()
