@@ -37,7 +37,8 @@ ALLOWED = {
     "art_tracker": set[str](),
     "art_backend": {"art_engine_kit", "art_runtime", "art_gateway", "art_tracker_files"},
     "art_serve": {"art_runtime", "art_gateway"},
-    "art_wandb": set[str](),
+    "art_trackio": {"art_tracker_kit"},
+    "art_wandb": {"art_tracker_kit"},
     "art_conformance": {"art_engine_kit", "art_runtime"},
 }
 # The `art` command is the client's; the kernel's part is to look whose package `art` is before that is imported.
