@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from art_core import TrainingLaunch, TrajectoryGroup, installed_plugins
 from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS
+from art_engine_kit.environment import Flavour
 from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import AdapterOptions, TrainJob
@@ -28,10 +29,10 @@ WEIGHTS: Final = 0.05 * RATE
 _EPSILON: Final = 1e-6
 
 
-def step_launch(engine: str, base: Path, **changes: Any) -> TrainingLaunch:
-    """What a worker of that engine is asked to load, in fp32 on the CPU."""
+def step_launch(engine: str, base: Path, *, flavour: Flavour | None = "cpu", **changes: Any) -> TrainingLaunch:
+    """What a worker of that engine is asked to load, in fp32 on the CPU unless `changes` say otherwise."""
     card = installed_plugins().training_engine(engine)
-    python = python_for(card, flavour="cpu" if card.environment is not None else None)
+    python = python_for(card, flavour=flavour if card.environment is not None else None)
     facts = {"host": "127.0.0.1", "port": port_for_a_server(), "token": "secret", "dtype": "float32"}
     return TrainingLaunch(**{"base_model": base, "python": python, "max_seq_length": 2048, **facts, **changes})
 

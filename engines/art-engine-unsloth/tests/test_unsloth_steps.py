@@ -113,6 +113,9 @@ async def test_a_step_and_the_next_are_those_of_other_engines_whoever_took_the_f
         assert gradient < 1e-4 * largest
         assert weight < WEIGHTS
     assert ours["loss/train"] == pytest.approx(exact, abs=1e-4)
+    # What the fall-back from blocks to a mask of all pairs takes is said.
+    assert ours["data/step_attention_mask_bytes"] == ours["data/step_packed_tokens"] ** 2
+    assert ended["torch"]["data/step_attention_mask_bytes"] == 0
     assert resumed < WEIGHTS
     for job_ended, _ in second.values():
         assert job_ended.metrics["loss/train"] == pytest.approx(alone[0].metrics["loss/train"], abs=1e-4)

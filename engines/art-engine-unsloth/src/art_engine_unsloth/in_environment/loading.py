@@ -46,9 +46,10 @@ def load_policy(request: PolicyRequest) -> UnslothPolicy:
             settings,
         )
         prove(policy, expected, folder)
-    if on_gpu:
-        _log.info(
-            "attention over a packed row takes torch's own kernel and a mask of a number for each pair of its tokens:"
-            " Unsloth's kernels for packed rows take no tree. Prefixes are shared all the same"
-        )
+    _log.info(
+        "attention over a packed row takes torch's own kernel and a mask of all pairs of its tokens, which is right and"
+        " slower: Unsloth's kernels for packed rows take no tree. A row of 8,192 tokens has one of %d MiB. Prefixes are"
+        " shared all the same",
+        policy.attention_mask_bytes(8192) >> 20,
+    )
     return policy

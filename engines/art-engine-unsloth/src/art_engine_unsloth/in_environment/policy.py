@@ -120,6 +120,10 @@ class UnslothPolicy:
             ).last_hidden_state
         return hidden[0].to(self._dtype)
 
+    def attention_mask_bytes(self, tokens: int, /) -> int:
+        """A byte for each pair on a CPU, a number of the base's dtype on a GPU."""
+        return tokens * tokens * (self._dtype.itemsize if self.device.type == "cuda" else 1)
+
     @contextmanager
     def first_layers(self, count: int) -> Iterator[None]:
         """Within the block hidden states are those after the base's first layers and its last norm."""
