@@ -91,8 +91,11 @@ say("bfloat16, recomputed", "" if made._config is None else "the proof's adapter
 
 from transformers import AutoConfig
 for name in folders["refused"]:
-    config = AutoConfig.from_pretrained(name)
-    say(name, said_by(lambda: base_model.refuse_what_differs(Path(name), config)))
+    def refused():
+        base_model.require_family(Path(name))
+        base_model.refuse_windows(Path(name), AutoConfig.from_pretrained(name))
+
+    say(name, said_by(refused))
 """
 
 
@@ -101,7 +104,7 @@ def test_a_policy_that_computes_something_else_is_refused_with_the_numbers(
 ) -> None:
     base = random_model("qwen2", tie_word_embeddings=True, rope_theta=1e6)
     refused = {
-        "model_type is 'gpt2'": {"model_type": "gpt2"},
+        "model_type is 'gpt2', not one of llama": {"model_type": "gpt2"},
         "sliding windows": {"model_type": "mistral", "sliding_window": 64},
         "it has sliding windows": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
     }

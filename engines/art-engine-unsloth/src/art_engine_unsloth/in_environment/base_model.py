@@ -6,6 +6,7 @@ no adapter and no row.
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def load_base(folder: Path, config: Any, *, device: torch.device, dtype: torch.d
 
     Raises ValueError for one that isn't computed as it is meant.
     """
-    refuse_what_differs(folder, config)
+    refuse_windows(folder, config)
     unsloth = import_unsloth()
     on_gpu = device.type == "cuda"
     # In training mode transformers, which computes on a CPU, would leave out some of what is attended to.
@@ -98,16 +99,21 @@ def load_base(folder: Path, config: Any, *, device: torch.device, dtype: torch.d
     return Base(model, unsloth, projections)
 
 
-def refuse_what_differs(folder: Path, config: Any) -> None:
-    """Raise ValueError for a base that Unsloth has no kernels for, or that packed rows can't be computed with."""
-    wrong = [
-        (config.model_type not in FAMILIES, f"model_type is {config.model_type!r}, not one of {', '.join(FAMILIES)}"),
-        (
-            "sliding_attention" in (getattr(config, "layer_types", None) or ())
-            or getattr(config, "sliding_window", None) is not None,
-            "it has sliding windows",
-        ),
-    ]
-    found = [what for is_wrong, what in wrong if is_wrong]
-    if found:
-        raise ValueError(f"engine unsloth does not train the base model in {folder}: {'; '.join(found)}.")
+def require_family(folder: Path) -> None:
+    """Raise ValueError for a base that Unsloth has no kernels for. Imports nothing for it."""
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"engine unsloth does not train the base model in {folder}: its model_type is {kind!r}, not one of"
+            f" {', '.join(FAMILIES)}."
+        )
+
+
+def refuse_windows(folder: Path, config: Any) -> None:
+    """Raise ValueError for a base whose layers see a part of a row only. `config` is transformers'."""
+    kinds = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in kinds or getattr(config, "sliding_window", None) is not None:
+        raise ValueError(
+            f"engine unsloth does not train the base model in {folder}: it has sliding windows, and a packed row needs"
+            " a mask of its own."
+        )

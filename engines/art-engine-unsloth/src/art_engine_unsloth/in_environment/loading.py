@@ -12,7 +12,7 @@ from art_training_kit.device_choice import compute_device, compute_dtype
 from art_training_kit.policy import PolicyRequest
 
 from ..declared import INIT_ARGS, Settings
-from .base_model import import_unsloth, load_base
+from .base_model import import_unsloth, load_base, require_family
 from .policy import UnslothPolicy
 from .proof import expecting, prove
 
@@ -32,6 +32,7 @@ def load_policy(request: PolicyRequest) -> UnslothPolicy:
     on_gpu = device.type == "cuda"
     settings = Settings.of(request.init_args or {}, worker=request.gradient_checkpointing, on_gpu=on_gpu)
     folder = request.base_model
+    require_family(folder)
     with expecting(folder, device=device, dtype=dtype, settings=settings) as expected:
         # It wants to be imported before transformers.
         import_unsloth()
