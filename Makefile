@@ -25,7 +25,7 @@ TESTED_ENGINES := vllm sglang torchtune unsloth
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines demo test test-all test-fast test-openai2 lint format names wheels benchmarks gpu-check clean
+.PHONY: help setup engines demo test test-all test-fast test-openai2 lint format names wheels conformance benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -88,6 +88,9 @@ names: $(READY)  ## Ask the package index whether the names of our distributions
 wheels: $(READY)  ## Build every distribution into dist/
 	@for distribution in $(DISTRIBUTIONS); do $(BIN)/python -m build --wheel --outdir dist $$distribution >/dev/null && echo "built $$distribution"; done
 	@ls dist
+
+conformance: engines  ## Hold every engine, backend and plugin against its suites: docs/conformance/matrix.md
+	@$(BIN)/art-conformance matrix --folder docs/conformance $(ARGS)
 
 benchmarks: $(READY)  ## Run every benchmark; each prints the machine and the versions
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from art_core.errors import did_you_mean
+from art_core.errors import InvalidName, did_you_mean
 from art_core.loading import PluginInfo, PluginStatus
 from art_core.registry import PluginRegistry, installed_plugins
+
+from .plugin_kit import PluginKind, plan_plugin, write_plugin
 
 cli = typer.Typer(
     name="art",
@@ -26,7 +30,7 @@ cli = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-plugins_cli = typer.Typer(help="List, check and describe plugins.", invoke_without_command=True)
+plugins_cli = typer.Typer(help="List, check and describe plugins, and begin one.", invoke_without_command=True)
 cli.add_typer(plugins_cli, name="plugins")
 
 _COLOURS = {
@@ -99,6 +103,31 @@ def show(name: Annotated[str, typer.Argument(help="The plugin's name, as `art pl
                 typer.echo(f"    a server of your own: {own_server}")
         if info.hooks:
             typer.echo(f"  implements {', '.join(info.hooks)}")
+
+
+@plugins_cli.command()
+def new(
+    name: Annotated[str, typer.Argument(help="How users will ask for it: small letters, digits, hyphens.")],
+    kind: Annotated[PluginKind, typer.Option(help="What it will be.")],
+    directory: Annotated[
+        Path | None, typer.Option(help="Where to write it; by default a folder named after the distribution, here.")
+    ] = None,
+) -> None:
+    """Write the first version of a plugin: it installs, passes its checks, and marks the lines that are yours."""
+    try:
+        plugin = plan_plugin(name, kind, _registry())
+        folder = directory or Path(plugin.distribution)
+        written = write_plugin(plugin, folder)
+    except (InvalidName, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    for file in written:
+        typer.echo(f"  {folder / file}")
+    typer.echo(
+        f"{plugin.distribution} is a working {kind.value.replace('-', ' ')} named {plugin.name!r}."
+        " The lines marked '# yours' make it what you want. Next:\n\n"
+        f'    cd {shlex.quote(str(folder))}\n    pip install -e ".[test]"\n    art plugins check\n    pytest'
+    )
 
 
 def _own_server(registry: PluginRegistry, info: PluginInfo, provided: str) -> str:

@@ -12,7 +12,7 @@ def test_the_code_has_exactly_the_frozen_requirements_of_its_revision() -> None:
         known = {entry["id"]: entry for entry in then["suites"].get(suite, [])}
         assert listed == known, (
             f"{suite} differs from frozen/{REVISION}.json. A published revision never changes: raise REVISION and write"
-            " the new set with `python -m art_conformance list --json`"
+            " the new set with `art-conformance list --json`"
         )
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from art.plugin_kit import PluginKind, plan_plugin, write_plugin
 from art_core import InferenceLaunch, PluginRegistry, hookspecs
 from art_core.publication import PublicationStage
 from art_core.registry import instantiate
@@ -251,6 +252,15 @@ def test_the_ten_lines_are_ten_and_a_plugin(
     receipt = PublicationReceipt(model=ModelKey("p", "agent"), step=3, inference_name="agent@3")
     asyncio.run(announce(registry, "art_checkpoint_published", model=None, checkpoint=None, receipt=receipt))
     assert capsys.readouterr().out == "\aagent@3 is served\n"
+
+
+def test_the_engine_of_the_page_is_what_the_kit_writes(projects: Path, tmp_path: Path) -> None:
+    kit = tmp_path / "kit"
+    written = write_plugin(plan_plugin("mine", PluginKind.INFERENCE_ENGINE, PluginRegistry()), kit)
+    shown = [file for file in written if (projects / "art-engine-mine" / file).exists()]
+    assert len(shown) == 4
+    for file in shown:
+        assert (projects / "art-engine-mine" / file).read_text("utf-8") == (kit / file).read_text("utf-8"), file
 
 
 def test_the_engine_of_the_page_makes_a_plan_without_a_secret_in_it(engine: Any, tmp_path: Path) -> None:

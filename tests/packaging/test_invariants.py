@@ -42,6 +42,8 @@ ALLOWED = {
 }
 # The `art` command is the client's; the kernel's part is to look whose package `art` is before that is imported.
 IMPORTS_MORE = {ROOT / "art_core" / "__main__.py": {"art"}}
+# Projects of their own, which `test_third_party` makes and checks.
+TEMPLATES = ROOT / "art" / "plugin_templates"
 
 
 @cache
@@ -58,7 +60,12 @@ def tracked_files() -> list[Path]:
 
 
 def python_files() -> list[Path]:
-    return [path for path in tracked_files() if path.suffix == ".py"]
+    return [path for path in tracked_files() if path.suffix == ".py" and TEMPLATES not in path.parents]
+
+
+def modules_of(package: Path) -> list[Path]:
+    """Its Python files, less those that it writes out for others."""
+    return [path for path in package.rglob("*.py") if TEMPLATES not in path.parents]
 
 
 @cache
@@ -105,7 +112,7 @@ def test_arrows_go_one_way(package: Path) -> None:
     allowed = ALLOWED[kind] | {package.name, "art_core"}
     # Files that run in the engine's own environment lie beside each other there, outside of any package.
     allowed |= {file.stem for file in package.rglob("in_environment/*.py")}
-    files = list(package.rglob("*.py"))
+    files = modules_of(package)
     assert files
     for file in files:
         beyond = {name for name in imported(file) if is_ours(name)} - allowed - IMPORTS_MORE.get(file, set())
@@ -116,7 +123,7 @@ def test_arrows_go_one_way(package: Path) -> None:
 def test_nothing_names_the_modules_of_an_engine_but_itself(package: Path) -> None:
     if package.name.startswith("art_engine"):
         return
-    for file in package.rglob("*.py"):
+    for file in modules_of(package):
         for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert "art_engine_" not in node.value.replace("art_engine_kit", ""), (
@@ -141,7 +148,7 @@ def test_what_is_imported_is_declared(project: Path) -> None:
     providers = metadata.packages_distributions()
     for package in packages_of(project):
         own = {p.name for p in packages_of(project)}
-        for file in package.rglob("*.py"):
+        for file in modules_of(package):
             if "in_environment" in file.parts:
                 continue  # runs in the engine's own environment, which its EnvironmentSpec describes
             for name in imported(file, without=optional(file)):
@@ -196,7 +203,7 @@ def test_packages_read_and_write_text_as_utf8() -> None:
     # ruff finds only those calls of which it knows that they are a path's.
     for project in PROJECTS:
         for package in packages_of(project):
-            for file in package.rglob("*.py"):
+            for file in modules_of(package):
                 for node in ast.walk(tree_of(file)):
                     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                         named = {keyword.arg for keyword in node.keywords}
@@ -230,7 +237,7 @@ def test_no_module_has_a_name_that_says_nothing(name: str) -> None:
 def test_every_module_says_what_it_is() -> None:
     for project in PROJECTS:
         for package in packages_of(project):
-            for file in package.rglob("*.py"):
+            for file in modules_of(package):
                 source = file.read_text(encoding="utf-8").strip()
                 if source:
                     assert ast.get_docstring(tree_of(file)), f"{file.relative_to(ROOT)} has no docstring"

@@ -1,26 +1,35 @@
-"""Acme's backend: transformers and PEFT in one process, a token at a time, a sequence at a time.
+"""The backend: models by name, the verbs of a step, and chat completions. Knows art_core alone, and `served`.
 
-Written against art_core alone. It gives the verbs of a step to `run_step` and its stages of publication to `publish`;
-what it doesn't declare it refuses. Requests are taken by `handle`, as httpx messages; there is no server. What needs
-torch is in `served`, imported with the first model.
+It gives the verbs of a step to `run_step` and its stages of publication to `publish`; what it doesn't declare it
+refuses. Requests are taken by `handle`, as httpx messages; there is no server. What needs torch is in `served`,
+imported with the first model.
 """
+
+from __future__ import annotations
 
 import asyncio
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import httpx
 
 from art_core import (
     BackendCapability,
+    CheckpointRef,
     LocalTrainResult,
     ModelKey,
+    PolicyModel,
     PublicationReceipt,
     Registration,
     SavedStep,
+    TrainResult,
+    TrajectoryGroup,
     check_groups,
     inference_name,
     installed_plugins,
@@ -41,41 +50,48 @@ from art_core.errors import (
 from art_core.names import parse_inference_name
 from art_core.publication import publish
 
-OPTIONS = {"learning_rate": 5e-6, "save_checkpoint": True, "packed_sequence_length": None}
-URL = "http://acme.invalid"
+from .plugin import CAPABILITIES
+
+if TYPE_CHECKING:
+    from .served import Served
+
+OPTIONS = {"learning_rate": 5e-6, "save_checkpoint": True, "packed_sequence_length": None}  # yours: what train takes
+URL = "http://example.invalid"  # yours: where models are asked
 MAX_RANK = 64
 
 
-class AcmeBackend:
+class ExampleBackend:
     """See `art_core.Backend`."""
 
-    name = "acme"
-    capabilities = frozenset({BackendCapability.CHECKPOINTS_ON_DISK})
+    name = "example"
+    capabilities = CAPABILITIES
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.key = f"acme-{uuid.uuid4().hex}"
-        self._models = {}
+        self.key = f"example-{uuid.uuid4().hex}"
+        self._models: dict[ModelKey, Served] = {}
         self._registering = asyncio.Lock()
 
-    def capabilities_for(self, model):
+    def capabilities_for(self, model: PolicyModel) -> frozenset[BackendCapability]:
         return self.capabilities
 
-    async def register(self, model):
+    async def register(self, model: PolicyModel) -> Registration:
         key = ModelKey(model.project, model.name)
         async with self._registering:
             if key not in self._models:
                 base = await resolve_base_model(installed_plugins(), model.base_model)
-                served = await asyncio.to_thread(_open, key, key.folder(self.path) / "acme", base)
+                served = await asyncio.to_thread(_open, key, key.folder(self.path) / "example", base)
                 await publish(served.checkpoint(served.saved()[-1]), Publisher(served))
                 self._models[key] = served
         url = f"{URL}/{key.project}/v1"
         return Registration(inference_base_url=url, inference_api_key=self.key, base_path=self.path)
 
-    async def train(self, model, trajectory_groups, **options):
+    async def train(
+        self, model: PolicyModel, trajectory_groups: Sequence[TrajectoryGroup], **options: Any
+    ) -> TrainResult:
         for name in options:
             if name not in OPTIONS:
-                raise UnknownArgument(name, where="AcmeBackend.train", known=OPTIONS)
+                raise UnknownArgument(name, where="ExampleBackend.train", known=OPTIONS)
         check_groups(trajectory_groups)
         served = self._served(model)
         await served.training.acquire()
@@ -83,39 +99,48 @@ class AcmeBackend:
         verbs = Step(served, step, trajectory_groups, {**OPTIONS, **options}["learning_rate"])
         return await run_step(installed_plugins(), self, model, trajectory_groups, verbs, step=step)
 
-    async def get_step(self, model):
+    async def get_step(self, model: PolicyModel) -> int:
         return self._served(model).routed
 
-    async def list_steps(self, model):
+    async def list_steps(self, model: PolicyModel) -> list[int]:
         return self._served(model).saved()
 
-    def inference_name(self, model, step=None):
+    def inference_name(self, model: PolicyModel, step: int | None = None) -> str:
         return inference_name(model.name, self._served(model).routed if step is None else step)
 
-    def lease(self, model, step=None):
+    def lease(self, model: PolicyModel, step: int | None = None) -> AbstractAsyncContextManager[str]:
         raise self._unsupported(BackendCapability.LEASES, "Ask for the step by its name; it stays loaded.")
 
-    async def delete_checkpoints(self, model, steps):
+    async def delete_checkpoints(self, model: PolicyModel, steps: Sequence[int]) -> list[int]:
         raise self._unsupported(BackendCapability.DELETE_CHECKPOINTS, "Delete the folders when nothing runs.")
 
-    async def fork_checkpoint(self, model, from_model, *, from_project=None, not_after_step=None):
+    async def fork_checkpoint(
+        self,
+        model: PolicyModel,
+        from_model: str,
+        *,
+        from_project: str | None = None,
+        not_after_step: int | None = None,
+    ) -> int:
         raise self._unsupported(BackendCapability.FORK, "Copy the model's folder when nothing runs.")
 
-    async def pull_checkpoint(self, model, *, step=None, local_path=None):
+    async def pull_checkpoint(
+        self, model: PolicyModel, *, step: int | Literal["latest"] | None = None, local_path: Path | str | None = None
+    ) -> Path:
         raise self._unsupported(BackendCapability.PULL, "Copy the folder that TrainResult names.")
 
-    async def close(self):
+    async def close(self) -> None:
         for served in self._models.values():
             served.thread.shutdown(wait=False)
         self._models.clear()
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *exc_info):
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    async def handle(self, request):
+    async def handle(self, request: httpx.Request) -> httpx.Response:
         """Answer a chat completion."""
         if request.headers.get("Authorization") != f"Bearer {self.key}":
             return _error(401, "the API key is missing or wrong")
@@ -124,7 +149,7 @@ class AcmeBackend:
             name, asked = parse_inference_name(body["model"])
             served = self._models[ModelKey(request.url.path.strip("/").partition("/")[0], name)]
             step = served.routed if asked is None else asked
-            if f"s{step}" not in served.network.peft_config or step > served.routed:
+            if not served.has(step) or step > served.routed:
                 raise CheckpointNotFound(f"step {step} is not served")
         except (KeyError, CheckpointNotFound, InvalidName):
             there = [inference_name(m.key.name, step) for m in self._models.values() for step in range(m.routed + 1)]
@@ -132,10 +157,10 @@ class AcmeBackend:
         choices = [await _sample(served, step, body, index) for index in range(body.get("n") or 1)]
         return httpx.Response(200, json={"model": inference_name(name, step), "choices": choices})
 
-    def _unsupported(self, capability, instead):
+    def _unsupported(self, capability: BackendCapability, instead: str) -> UnsupportedCapability:
         return UnsupportedCapability(self.name, str(capability), instead)
 
-    def _served(self, model):
+    def _served(self, model: PolicyModel) -> Served:
         key = ModelKey(model.project, model.name)
         if key not in self._models:
             raise NotRegistered(f"{key} is not registered with this backend; await backend.register(model) first.")
@@ -146,12 +171,12 @@ class AcmeBackend:
 class Step:
     """The verbs of one training step."""
 
-    served: object
+    served: Served
     step: int
-    groups: object
+    groups: Sequence[TrajectoryGroup]
     learning_rate: float
 
-    async def train_and_save(self):
+    async def train_and_save(self) -> SavedStep[LocalTrainResult]:
         checkpoint = self.served.checkpoint(self.step)
         try:
             metrics = await to_the_end(self.served.work(self.served.train, self.step, self.groups, self.learning_rate))
@@ -161,23 +186,23 @@ class Step:
         result = LocalTrainResult(step=self.step, metrics=metrics, checkpoint_path=str(checkpoint.path))
         return SavedStep(checkpoint, result)
 
-    async def publish(self, checkpoint):
+    async def publish(self, checkpoint: CheckpointRef) -> PublicationReceipt:
         try:
             return await publish(checkpoint, Publisher(self.served))
         except PublicationFailed as error:
             error.put_aside = self._aside(checkpoint).path
             raise
 
-    async def put_aside(self, checkpoint):
+    async def put_aside(self, checkpoint: CheckpointRef) -> PublicationReceipt | CheckpointRef:
         if self.served.routed == checkpoint.step:
             name = checkpoint.inference_name
             return PublicationReceipt(model=checkpoint.model, step=checkpoint.step, inference_name=name)
         return self._aside(checkpoint)
 
-    async def let_go(self):
+    async def let_go(self) -> None:
         self.served.training.release()
 
-    def _aside(self, checkpoint):
+    def _aside(self, checkpoint: CheckpointRef) -> CheckpointRef:
         place = checkpoint.path.with_name(f"{checkpoint.path.name}.refused-{uuid.uuid4().hex[:8]}")
         return replace(checkpoint, path=checkpoint.path.rename(place))
 
@@ -186,39 +211,41 @@ class Step:
 class Publisher:
     """How a checkpoint of one model gets served."""
 
-    served: object
+    served: Served
 
-    async def check(self, checkpoint):
+    async def check(self, checkpoint: CheckpointRef) -> None:
         rank = json.loads((checkpoint.path / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         if rank > MAX_RANK:
             raise AdapterMismatch(f"the adapter in {checkpoint.path} has rank {rank}, more than {MAX_RANK}.")
 
-    async def load(self, checkpoint):
+    async def load(self, checkpoint: CheckpointRef) -> None:
         await self.served.work(self.served.load, checkpoint)
 
-    async def verify(self, checkpoint):
+    async def verify(self, checkpoint: CheckpointRef) -> None:
         off = await self.served.work(self.served.off, checkpoint)
         if not off < 0.05:
-            raise EngineRefused("acme", f"answer as {checkpoint.inference_name}", f"it is off by {off:.3f}")
+            raise EngineRefused("example", f"answer as {checkpoint.inference_name}", f"it is off by {off:.3f}")
 
-    async def route(self, checkpoint):
+    async def route(self, checkpoint: CheckpointRef) -> None:
         self.served.routed = checkpoint.step
 
-    async def unload(self, checkpoint):
-        if f"s{checkpoint.step}" in self.served.network.peft_config:
+    async def unload(self, checkpoint: CheckpointRef) -> None:
+        if self.served.has(checkpoint.step):
             await self.served.work(self.served.forget, f"s{checkpoint.step}")
 
 
-async def _sample(served, step, body, index):
+async def _sample(served: Served, step: int, body: dict[str, Any], index: int) -> dict[str, Any]:
+    """One choice, a token at a time, with its token ids and logprobs."""
     text = served.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
     prompt = served.tokenizer.encode(text, add_special_tokens=False)
-    ids, logprobs = [], []
+    ids: list[int] = []
+    logprobs: list[float] = []
     while len(ids) < (body.get("max_tokens") or 16) and served.tokenizer.eos_token_id not in ids:
         temperature = float(body.get("temperature", 1.0))
         token, logprob = await served.work(served.next_token, step, [*prompt, *ids], temperature)
         ids.append(token)
         logprobs.append(logprob)
-    content = [
+    content: list[dict[str, Any]] = [
         {"token": str(token), "logprob": logprob, "bytes": None, "top_logprobs": []}
         for token, logprob in zip(ids, logprobs, strict=True)
     ]
@@ -233,11 +260,11 @@ async def _sample(served, step, body, index):
     }
 
 
-def _error(status, message):
+def _error(status: int, message: str) -> httpx.Response:
     return httpx.Response(status, json={"error": {"message": message}})
 
 
-def _open(key, folder, base):
+def _open(key: ModelKey, folder: Path, base: Path) -> Served:
     from .served import Served
 
     return Served.open(key, folder, base)

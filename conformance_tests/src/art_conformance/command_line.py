@@ -1,0 +1,147 @@
+"""`art-conformance`: list the requirements, check what is installed by name, run the whole matrix.
+
+Knows its options and how outcomes are shown; what is checked and how is others'.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from art_core.errors import ArtError
+from art_core.registry import PluginRegistry, installed_plugins
+
+from .catalogue import as_json, as_text
+from .matrix import CELL_LIMIT_S, CellReport, CellVerdict, run_matrix
+from .matrix_cells import Cell, cells, chosen
+from .matrix_page import badge, page
+
+cli = typer.Typer(
+    name="art-conformance",
+    help="What every ART plugin, engine and backend must do, and whether those installed here do.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_COLOURS = {
+    CellVerdict.CONFORMANT: "green",
+    CellVerdict.NOT_CONFORMANT: "bold red",
+    CellVerdict.UNTESTABLE: "yellow",
+    CellVerdict.MACHINE: "yellow",
+}
+_FOLDER = Path("conformance")
+
+
+@cli.command("list")
+def list_requirements(
+    as_json_: Annotated[bool, typer.Option("--json", help="In the form of the frozen sets.")] = False,
+) -> None:
+    """Print every requirement: its id, its level, and what it requires."""
+    typer.echo(json.dumps(as_json(), indent=1, ensure_ascii=False) if as_json_ else as_text())
+
+
+@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context) -> None:
+    """Check installed plugins by name: --inference-engine, --training-engine, --backend or --plugin NAME.
+
+    Whatever else is given is pytest's: `-m "not slow"` starts nothing, `-v` shows every requirement. Without a name the
+    embedded defaults are checked.
+    """
+    import pytest
+
+    raise typer.Exit(int(pytest.main(["-p", "no:cacheprovider", *context.args, "--pyargs", "art_conformance.by_name"])))
+
+
+@cli.command()
+def matrix(
+    inference_engine: Annotated[
+        list[str] | None,
+        typer.Option(help="An inference engine of the matrix; may be repeated. Default: all installed."),
+    ] = None,
+    training_engine: Annotated[
+        list[str] | None, typer.Option(help="A training engine of the matrix; may be repeated. Default: all installed.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="A backend of the matrix; may be repeated. Default: all installed.")
+    ] = None,
+    backend_args: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JSON", help="A backend's keyword arguments; {tmp} is an empty folder."),
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only cells whose name begins with this, such as 'training-'.")] = "",
+    folder: Annotated[Path, typer.Option(help="Where reports are kept, and taken up again.")] = _FOLDER,
+    again: Annotated[
+        bool, typer.Option("--again", help="Run cells that have a verdict for these versions too.")
+    ] = False,
+    limit: Annotated[float, typer.Option(help="How long one cell may take, in seconds.")] = CELL_LIMIT_S,
+) -> None:
+    """Hold everything that is installed against its suites: each engine, and each backend with every pair of engines.
+
+    One JSON report a cell, `matrix.md` and `badge.json` are written to the folder. A run that was stopped goes on where
+    it was. Exit status 1 when a plugin isn't conformant, 2 when a cell says nothing (untestable, or a fault of the
+    run).
+    """
+    registry = _registry()
+    console = Console(stderr=True)
+    try:
+        names = chosen(registry, inference_engine or (), training_engine or (), backend or ())
+        given = dict(_backend_args(item) for item in backend_args or ())
+    except (ArtError, typer.BadParameter) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    wanted = [cell for cell in cells(names, given) if cell.name.startswith(only)]
+    if not wanted:
+        typer.echo(
+            f"No cell begins with {only!r}. There are: {', '.join(c.name for c in cells(names, given))}.", err=True
+        )
+        raise typer.Exit(2)
+
+    def told(cell: Cell, report: CellReport | None) -> None:
+        if report is None:
+            console.print(f"{cell.name} ...", end=" ", highlight=False)
+            return
+        style = _COLOURS[report.verdict]
+        seconds = f" in {report.seconds:.0f} s" if report.seconds else ""
+        console.print(f"[{style}]{report.verdict.value}[/]{seconds}  {escape(report.reason)}", highlight=False)
+
+    reports = run_matrix(wanted, registry, folder, again=again, limit_s=limit, told=told)
+    (folder / "matrix.md").write_text(page(reports), encoding="utf-8")
+    (folder / "badge.json").write_text(json.dumps(badge(reports)) + "\n", encoding="utf-8")
+    typer.echo(
+        f"{folder / 'matrix.md'} and {folder / 'badge.json'} are written, and a report of each cell beside them."
+    )
+    verdicts = {report.verdict for report in reports}
+    if CellVerdict.NOT_CONFORMANT in verdicts:
+        raise typer.Exit(1)
+    raise typer.Exit(0 if verdicts == {CellVerdict.CONFORMANT} else 2)
+
+
+def _backend_args(item: str) -> tuple[str, str]:
+    name, _, value = item.partition("=")
+    try:
+        if not isinstance(json.loads(value), dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--backend-args {item}: after the backend's name and = comes a JSON object ({error})"
+        ) from error
+    return name, value
+
+
+def _registry() -> PluginRegistry:
+    # TestPlugin says what is wrong with a plugin.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return installed_plugins()
+
+
+def main() -> None:
+    """Run the command."""
+    sys.exit(cli())

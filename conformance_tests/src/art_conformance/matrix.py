@@ -1,0 +1,202 @@
+"""Runs the cells of a matrix in turn, keeps a report of each in a folder, and takes up where it was stopped.
+
+Knows how pytest is started and what its end means. A fault of the machine (out of time, killed, no test at all) is
+never a plugin's failure, and what could not be run is never a pass.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict
+
+from art_core import PluginRegistry
+from art_core.errors import ArtError
+
+from .catalogue import REVISION
+from .matrix_cells import Cell, versions_of
+
+CELL_LIMIT_S: Final = 1800.0
+_ENDINGS: Final = {
+    2: "it was interrupted",
+    3: "pytest itself failed",
+    4: "pytest was called wrongly",
+    5: "no check was found",
+}
+
+
+class CellVerdict(Enum):
+    """What became of a cell."""
+
+    CONFORMANT = "conformant"
+    NOT_CONFORMANT = "NOT conformant"
+    UNTESTABLE = "untestable"  #: something that it needs isn't here
+    MACHINE = "fault of the run"  #: out of time or memory, or the harness: it says nothing of the plugin
+
+
+class CellReport(BaseModel):
+    """What is kept of a cell: its verdict with the reason, what it is true for, and the suites' own reports."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cell: str
+    revision: int
+    verdict: CellVerdict
+    reason: str = ""
+    seconds: float = 0.0
+    versions: dict[str, str] = {}
+    suites: list[dict[str, Any]] = []
+
+    def count(self, outcome: str) -> int:
+        """How many checks of all suites had an outcome."""
+        return sum(int(suite["counts"].get(outcome, 0)) for suite in self.suites)
+
+
+def _told_nobody(_cell: Cell, _report: CellReport | None) -> None:
+    return
+
+
+def run_matrix(
+    cells: Sequence[Cell],
+    registry: PluginRegistry,
+    folder: Path,
+    *,
+    again: bool = False,
+    limit_s: float = CELL_LIMIT_S,
+    pytest_options: Sequence[str] = (),
+    told: Callable[[Cell, CellReport | None], None] = _told_nobody,
+) -> list[CellReport]:
+    """Run every cell that the folder has no outcome of for these versions, all of them with `again`.
+
+    `told` hears of a cell twice: when it begins, with None, and when it has ended. A cell without verdict on the plugin
+    (untestable, or a fault of the run) is tried anew.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    reports = []
+    for cell in cells:
+        told(cell, None)
+        report = None if again else _kept(cell, registry, folder)
+        if report is None:
+            report = run_cell(cell, registry, folder, limit_s=limit_s, pytest_options=pytest_options)
+            _write(folder / f"{cell.name}.json", report.model_dump_json(indent=1) + "\n")
+        reports.append(report)
+        told(cell, report)
+    return reports
+
+
+def run_cell(
+    cell: Cell,
+    registry: PluginRegistry,
+    folder: Path,
+    *,
+    limit_s: float = CELL_LIMIT_S,
+    pytest_options: Sequence[str] = (),
+) -> CellReport:
+    """Run one cell in a process of its own, whose output is kept as `NAME.log`."""
+    try:
+        versions = versions_of(cell, registry)
+    except ArtError as missing:
+        return CellReport(cell=cell.name, revision=REVISION, verdict=CellVerdict.UNTESTABLE, reason=str(missing))
+    outcomes = folder / f".{cell.name}-outcomes.json"
+    outcomes.unlink(missing_ok=True)
+    log = folder / f"{cell.name}.log"
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--conformance-report",
+        str(outcomes.resolve()),
+    ]
+    # From an empty folder, so that no project's own settings of pytest rule.
+    ini = folder / ".pytest.ini"
+    _write(ini, "[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    command += ["-c", str(ini.resolve()), "--rootdir", str(folder.resolve()), *pytest_options, *cell.arguments]
+    began = time.monotonic()
+    try:
+        with log.open("w", encoding="utf-8") as output:
+            ended = _ended(command, folder, output, limit_s)
+        seconds = time.monotonic() - began
+        suites = json.loads(outcomes.read_text(encoding="utf-8")) if outcomes.exists() else []
+    finally:
+        outcomes.unlink(missing_ok=True)
+    verdict, reason = _judged(ended, suites, limit_s, log)
+    return CellReport(
+        cell=cell.name,
+        revision=REVISION,
+        verdict=verdict,
+        reason=reason,
+        seconds=seconds,
+        versions=versions,
+        suites=suites,
+    )
+
+
+def _ended(command: Sequence[str], folder: Path, output: Any, limit_s: float) -> int | None:
+    """Its exit status, None when it ran out of time. It has a process group of its own, all of which ends with it."""
+    process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20.0)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _judged(ended: int | None, suites: Sequence[dict[str, Any]], limit_s: float, log: Path) -> tuple[CellVerdict, str]:
+    if ended is None:
+        return CellVerdict.MACHINE, f"it had not ended after {limit_s:.0f} s; see {log.name}"
+    if ended < 0:
+        return (
+            CellVerdict.MACHINE,
+            f"it was ended by {signal.Signals(-ended).name}, as by a lack of memory; see {log.name}",
+        )
+    if ended in _ENDINGS or not suites:
+        return CellVerdict.MACHINE, f"{_ENDINGS.get(ended, 'nothing was reported')}; see {log.name}"
+    failed = [
+        f"{check['id']} {check['detail']}".strip()
+        for suite in suites
+        for check in suite["checks"]
+        if check["level"] == "MUST" and check["outcome"] in ("NOT MET", "known failure")
+    ]
+    if failed:
+        return CellVerdict.NOT_CONFORMANT, "; ".join(failed)
+    unfinished = [suite["subject"] for suite in suites if not suite["conformant"]]
+    if unfinished or ended:
+        return CellVerdict.MACHINE, f"not every MUST was run; see {log.name}"
+    return CellVerdict.CONFORMANT, ""
+
+
+def _kept(cell: Cell, registry: PluginRegistry, folder: Path) -> CellReport | None:
+    """What the folder has of a cell, when it is a verdict for what is installed now."""
+    try:
+        report = CellReport.model_validate_json((folder / f"{cell.name}.json").read_bytes())
+        versions = versions_of(cell, registry)
+    except (OSError, ValueError, ArtError):
+        return None
+    says_something = report.verdict in (CellVerdict.CONFORMANT, CellVerdict.NOT_CONFORMANT)
+    return report if says_something and (report.revision, report.versions) == (REVISION, versions) else None
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,165 @@
+"""The matrix: what it is made of, what each cell's end means, that it takes up where it was stopped, how it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from art_conformance.command_line import cli
+from art_conformance.matrix import CellReport, CellVerdict, run_cell, run_matrix
+from art_conformance.matrix_cells import Cell, Chosen, cells, chosen
+from art_conformance.matrix_page import badge, page
+from art_core import installed_plugins
+from art_core.errors import PluginNotInstalled
+
+PLUGINS = Cell("plugins", ("TestPlugin",), ("--plugin", "torch"))
+MISSING = Cell("plugins", ("TestPlugin",), ("--plugin", "no-such-plugin"))
+
+
+def test_a_matrix_has_each_engine_once_and_backend_local_with_every_pair() -> None:
+    made = cells(Chosen(["torch", "vllm"], ["torch", "tune"], ["local", "far"]), {"far": "{}"})
+    assert [cell.name for cell in made] == [
+        "plugins", "inference-torch", "inference-vllm", "training-torch", "training-tune",
+        "backend-local-torch-torch", "backend-local-torch-tune", "backend-local-vllm-torch", "backend-local-vllm-tune",
+        "backend-far",
+    ]  # fmt: skip
+    assert made[-1].arguments[:4] == ["--backend", "far", "--backend-args", "{}"]
+    assert made[6].arguments[:6] == [
+        "--backend", "local", "--inference-engine", "torch", "--training-engine", "tune",
+    ]  # fmt: skip
+
+
+def test_what_is_installed_is_chosen_where_nothing_is_asked_for_the_default_first() -> None:
+    names = chosen(installed_plugins(), [], [], [])
+    assert (names.inference_engines[0], names.training_engines[0], names.backends[0]) == ("torch", "torch", "local")
+    assert {"torch", "vllm", "sglang"} <= set(names.inference_engines)
+    assert chosen(installed_plugins(), ["vllm"], [], []).inference_engines == ["vllm"]
+    with pytest.raises(PluginNotInstalled, match="vlm"):
+        chosen(installed_plugins(), ["vlm"], [], [])
+
+
+@pytest.mark.slow
+def test_a_cell_that_has_a_verdict_is_not_run_again_unless_asked(tmp_path: Path) -> None:
+    heard: list[Any] = []
+
+    def run(**options: Any) -> CellReport:
+        (report,) = run_matrix(
+            [PLUGINS], installed_plugins(), tmp_path, told=lambda cell, report: heard.append(report), **options
+        )
+        return report
+
+    first = run()
+    assert (first.verdict, first.reason) == (CellVerdict.CONFORMANT, "")
+    assert first.count("met") == 14
+    assert first.versions["art-core"]
+    log = (tmp_path / "plugins.log").stat().st_mtime_ns
+    assert run() == first
+    assert (tmp_path / "plugins.log").stat().st_mtime_ns == log
+    run(again=True)
+    assert (tmp_path / "plugins.log").stat().st_mtime_ns > log
+    assert [None if report is None else report.verdict.value for report in heard] == [None, "conformant"] * 3
+    kept = json.loads((tmp_path / "plugins.json").read_text(encoding="utf-8"))
+    (tmp_path / "plugins.json").write_text(json.dumps({**kept, "versions": {"art-core": "0.0.1"}}), encoding="utf-8")
+    assert run().versions == first.versions
+
+
+@pytest.mark.slow
+def test_a_must_that_is_not_met_is_not_conformant_and_named(tmp_path: Path) -> None:
+    report = run_cell(MISSING, installed_plugins(), tmp_path)
+    assert report.verdict is CellVerdict.NOT_CONFORMANT
+    assert report.reason.startswith("PLG-")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plugin", "said"),
+    [
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "it was ended by SIGKILL"),
+        ("import time\ntime.sleep(60)", "it had not ended after 3 s"),
+        ("raise RuntimeError('spoilt')", "pytest itself failed"),
+        ("def pytest_collection_modifyitems(items): items.clear()", "no check was found"),
+        (
+            "def pytest_collection_modifyitems(items): del items[3:]",
+            "not every MUST was run",
+        ),
+    ],
+)
+def test_a_fault_of_the_run_says_nothing_of_the_plugin_and_is_tried_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: str, said: str
+) -> None:
+    (tmp_path / "spoiling.py").write_text(plugin, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    limit_s = 3.0 if "sleep" in plugin else 120.0
+    (report,) = run_matrix(
+        [PLUGINS], installed_plugins(), tmp_path / "kept", limit_s=limit_s, pytest_options=("-p", "spoiling")
+    )
+    assert report.verdict is CellVerdict.MACHINE
+    assert said in report.reason
+    assert "plugins.log" in report.reason
+    if report.reason.startswith("it had not ended"):
+        (tried_again,) = run_matrix([PLUGINS], installed_plugins(), tmp_path / "kept")
+        assert tried_again.verdict is CellVerdict.CONFORMANT
+
+
+def test_an_engine_without_its_environment_is_untestable_with_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ART_CACHE_DIR", str(tmp_path / "cache"))
+    cell = Cell(
+        "inference-sglang", ("TestInferenceEngine",), ("--inference-engine", "sglang"), inference_engine="sglang"
+    )
+    report = run_cell(cell, installed_plugins(), tmp_path)
+    assert report.verdict is CellVerdict.UNTESTABLE
+    assert "art engines install sglang" in report.reason
+
+
+def report_of(name: str, verdict: CellVerdict, **more: Any) -> CellReport:
+    return CellReport(cell=name, revision=1, verdict=verdict, **more)
+
+
+def test_the_page_and_the_badge_never_count_what_was_not_run_as_met() -> None:
+    checks = [{"level": "SHOULD", "outcome": "NOT MET"}, {"level": "MUST", "outcome": "met"}]
+    suites = [{"counts": {"met": 1, "NOT MET": 1}, "checks": checks}]
+    good = report_of("inference-torch", CellVerdict.CONFORMANT, suites=suites, seconds=12.3, versions={"torch": "2.13"})
+    missing = report_of("inference-vllm", CellVerdict.UNTESTABLE, reason="art engines install vllm")
+    late = report_of("training-torch", CellVerdict.MACHINE, reason="it had not ended")
+    bad = report_of("training-tune", CellVerdict.NOT_CONFORMANT, reason="TRN-110 off by 2")
+    text = page([good, missing, late, bad])
+    assert "| inference-torch | conformant | 1 | 0 | 1 | 12 s |" in text
+    assert "| inference-vllm | untestable | 0 | 0 | 0 |  |" in text
+    assert "- **training-tune**: TRN-110 off by 2" in text
+    assert "| torch | 2.13 |" in text
+    assert badge([good, missing]) == {
+        "schemaVersion": 1, "label": "ART conformance", "message": "revision 1, 1 of 1", "color": "brightgreen",
+    }  # fmt: skip
+    assert badge([good, late])["color"] == "lightgrey"
+    assert (badge([good, late, bad])["color"], badge([good, late, bad])["message"]) == ("red", "revision 1, 1 of 3")
+    assert badge([missing])["color"] == "lightgrey"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--inference-engine", "vlm"], "vlm"),
+        (["--only", "nothing-like-it"], "No cell begins with 'nothing-like-it'. There are: plugins, "),
+        (["--backend-args", "local=[1]"], "after the backend's name and = comes a JSON object"),
+        (["--backend-args", "local"], "after the backend's name and = comes a JSON object"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_starts(tmp_path: Path, arguments: list[str], said: str) -> None:
+    told = CliRunner().invoke(cli, ["matrix", "--folder", str(tmp_path / "kept"), *arguments])
+    assert told.exit_code == 2
+    assert said in told.stderr
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_page_a_badge_and_says_by_its_status_what_was_found(tmp_path: Path) -> None:
+    told = CliRunner().invoke(cli, ["matrix", "--folder", str(tmp_path), "--only", "plugins"])
+    assert told.exit_code == 0, told.stdout
+    assert "| plugins | conformant |" in (tmp_path / "matrix.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "badge.json").read_text(encoding="utf-8"))["message"] == "revision 1, 1 of 1"
