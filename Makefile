@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest
 IN_TWO := -n 2 --dist loadgroup
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 # Engines in environments of their own; their tests fail without.
-TESTED_ENGINES := vllm sglang torchtune
+TESTED_ENGINES := vllm sglang torchtune unsloth
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -49,10 +49,10 @@ $(READY): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DIS
 demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU: watch the reward rise
 	@$(BIN)/python examples/customer_replies.py $(ARGS)
 
-engines: $(READY)  ## Make the environments of vLLM, SGLang and torchtune that the tests run in, where they aren't there yet
+engines: $(READY)  ## Make the environments of vLLM, SGLang, torchtune and Unsloth that the tests run in, where they aren't there yet
 	@for engine in $(TESTED_ENGINES); do $(BIN)/art engines install $$engine --flavour cpu; done
 
-test: $(READY) $(OPENAI2_READY) lint engines  ## The tests, on real weights and real servers, vLLM, SGLang and torchtune among them
+test: $(READY) $(OPENAI2_READY) lint engines  ## The tests, on real weights and real servers, vLLM, SGLang, torchtune and Unsloth among them
 	@$(MAKE) --no-print-directory test-openai2
 	@$(PYTEST) -m "not exhaustive" $(ARGS)
 

@@ -189,18 +189,21 @@ class InferenceEngineSpec(PluginSpec):
 
     `environment` is the "module:attribute" of its EnvironmentSpec, None for an engine that lives in the client's own.
     With one, the factory takes `flavour`: `capabilities` are those of every flavour, which an instance made without
-    `flavour` declares; an instance made with it may declare more. `own_server` is one or two sentences on how a server
-    that the user runs must have been started for ART to load adapters into it; empty when that can't be done.
+    `flavour` declares; an instance made with it may declare more. `recommended_on_gpu`: of several that can run, one
+    that says so is taken where there is a GPU and the user names none. `own_server` is one or two sentences on how a
+    server that the user runs must have been started for ART to load adapters into it; empty when that can't be done.
     """
 
     capabilities: frozenset[InferenceCapability] = frozenset()
     environment: str | None = None
+    recommended_on_gpu: bool = False
     own_server: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingEngineSpec(PluginSpec):
-    """The card of a training engine; `environment` as for an inference engine."""
+    """The card of a training engine; `environment` and `recommended_on_gpu` as for an inference engine."""
 
     capabilities: frozenset[TrainingCapability] = frozenset()
     environment: str | None = None
+    recommended_on_gpu: bool = False

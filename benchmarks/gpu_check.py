@@ -5,8 +5,10 @@
 
 For every GPU its driver; for every installed engine its environment (`art engines doctor`). For every inference engine
 that has one: it starts on the GPU, serves an adapter, gives the logprobs of its weights (against transformers and PEFT,
-in bf16, fp32 and FP8), pauses, sleeps and wakes as it declares, and gives the GPU back. For every pair with a training
-engine: steps are trained and published while rollouts run, in shared mode on one GPU and in dedicated mode on two.
+in bf16, fp32 and FP8), pauses, sleeps and wakes as it declares, and gives the GPU back. For every training engine that
+has one: a step's loss (against transformers and PEFT, in bf16 and fp32, with activations recomputed), and a base in 4
+bits. For every pair of them: steps are trained and published while rollouts run, in shared mode on one GPU and in
+dedicated mode on two.
 A row says ok, failed (and why), or not possible here (and why). Exits with 1 when something failed, and with 2 on a
 machine without a CUDA GPU, where there is nothing to check. Needs an hour at most, usually much less.
 """
@@ -24,6 +26,7 @@ from tempfile import TemporaryDirectory
 from measuring.checklist import Item, Row, exit_code, table_of, try_all
 from measuring.gpu_machine import engine_cards, is_ready, machine_items
 from measuring.gpu_serving import GpuRun, serving_items
+from measuring.gpu_steps import step_items
 from measuring.gpu_training import training_items
 from measuring.live_engines import DEFAULT_MODEL, base_model_folder
 from measuring.machine import machine
@@ -37,13 +40,15 @@ NO_GPU_EXIT = 2
 
 
 def items_for(run: GpuRun) -> list[Item]:
-    """Every row, in order: the machine, each inference engine that is ready, each pair of engines that are."""
+    """Every row, in order: the machine, each engine that is ready, each pair of engines that are."""
     ready = [about.split() for about, spec in engine_cards().items() if is_ready(spec)]
     inference = [name for kind, name in ready if kind == "inference"]
     training = [name for kind, name in ready if kind == "training"]
     items = machine_items(run.gpus)
     for name in inference:
         items += serving_items(run, name)
+    for name in training:
+        items += step_items(run, name)
     for one in inference:
         for other in training:
             items += training_items(run, one, other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gpu_check
@@ -12,6 +13,7 @@ import pytest
 from measuring import gpu_serving
 from measuring.checklist import Outcome, try_all
 from measuring.gpu_serving import GpuRun, serving_items
+from measuring.gpu_steps import step_items
 from measuring.gpu_training import training_items
 from rich.console import Console
 
@@ -50,6 +52,7 @@ def test_there_is_a_row_for_every_engine_and_every_pair(run: GpuRun) -> None:
     assert ("inference torch", "art engines doctor") in rows
     assert ("inference vllm", "art engines doctor") in rows
     assert ("inference torch", "FP8") in rows
+    assert ("training torch", "a step with the base in 4 bits") in rows
     assert any(about == "torch + torch" and what.startswith("shared mode") for about, what in rows)
 
 
@@ -81,6 +84,16 @@ async def test_the_items_of_an_engine_work_on_its_server(run: GpuRun, monkeypatc
     wrong = [(row.item.what, row.said) for row in rows if row.outcome is Outcome.FAILED]
     assert not wrong
     assert [row.item.what for row in rows if row.outcome is Outcome.NOT_POSSIBLE] == ["FP8"], "engine torch has none"
+
+
+@pytest.mark.slow
+async def test_the_steps_of_a_training_engine_give_the_loss_that_they_should(run: GpuRun) -> None:
+    # Without a GPU the worker computes on the CPU.
+    in_float32, in_4_bits = step_items(replace(run, gpus=()), "torch")[1::2]
+    rows = await try_all([in_float32, in_4_bits], run.console)
+    assert [row.outcome for row in rows] == [Outcome.OK, Outcome.NOT_POSSIBLE], [row.said for row in rows]
+    assert "off by" in rows[0].said
+    assert "load_in_4bit" in rows[1].said
 
 
 @pytest.mark.slow

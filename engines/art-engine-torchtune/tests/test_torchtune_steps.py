@@ -10,28 +10,23 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from art_conformance.live_worker import save_start, working
 from art_conformance.oracle import Oracle, oracle_for
+from art_conformance.random_models import UNUSUAL_ADAPTERS, adapter_by_peft
 from art_conformance.tiny_model import write_adapter
 from art_conformance.training_data import expected_loss, make_groups
+from art_conformance.training_steps import RATE, WEIGHTS, farthest, step_job, step_launch, tensors
 from art_core import TrainingLaunch, TrajectoryGroup, installed_plugins
 from art_core.errors import ProcessFailed
 from art_core.registry import instantiate
 from art_engine_kit.canary import read_canary
-from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS, OPTIMIZER_STATE, whole_steps
-from art_engine_kit.groups_file import write_groups
-from art_engine_kit.train_options import TrainOptions
-from art_engine_kit.training_wire import AdapterOptions, GradientStep, TrainJob
+from art_engine_kit.checkpoint_folder import OPTIMIZER_STATE, whole_steps
+from art_engine_kit.training_wire import GradientStep
 from art_engine_torch.base_model import resolve_base_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-RATE = 1e-3
-WEIGHTS = 0.05 * RATE
-# With the usual 1e-8 an element whose gradient is 0 but for rounding moves by the whole rate, either way.
-EPSILON = 1e-6
 BASES = ("smollm2", "llama", "qwen2.5")
 
 
@@ -66,51 +61,29 @@ def groups(oracle: Oracle, start: Path) -> list[TrajectoryGroup]:
     return make_groups(oracle, start, turns=2, seed=9)
 
 
-def job_of(start: Path, groups: list[TrajectoryGroup], folder: Path, step: int = 1, **options: Any) -> TrainJob:
-    folder.mkdir(exist_ok=True)
-    write_groups(folder / f"groups-{step}.json", groups)
-    return TrainJob(
-        model="project/agent", step=step, start=start, destination=folder / "checkpoints" / f"{step:04d}",
-        groups_file=folder / f"groups-{step}.json", adapter=AdapterOptions(trainer_args={"adam_epsilon": EPSILON}),
-        options=TrainOptions(**{"learning_rate": RATE, "grad_accumulation_sequences": 1000, **options}),
-    )  # fmt: skip
-
-
 def running(engine: str, launch: TrainingLaunch, log: Path) -> Any:
     return working(instantiate(installed_plugins().training_engine(engine)), launch, log)
 
 
-def tensors(folder: Path, name: str = ADAPTER_WEIGHTS) -> dict[str, np.ndarray[Any, Any]]:
-    return load_file(folder / name)
-
-
-def farthest(one: Path, other: Path, name: str = ADAPTER_WEIGHTS) -> tuple[float, float]:
-    """The largest difference of two checkpoints' tensors, and their largest element."""
-    ours, theirs = tensors(one, name), tensors(other, name)
-    assert ours.keys() == theirs.keys()
-    apart = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
-    return apart, max(float(np.abs(values).max()) for key, values in theirs.items() if not key.endswith(".step"))
-
-
 async def test_a_step_and_the_next_are_those_of_engine_torch_whoever_took_the_first(
-    base: Path, oracle: Oracle, start: Path, groups: list[TrajectoryGroup], launch_of: Any, tmp_path: Path,
+    base: Path, oracle: Oracle, start: Path, groups: list[TrajectoryGroup], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     engines, ended, second = ("torch", "torchtune"), {}, {}
     async with AsyncExitStack() as stack:
         workers = {
             engine: await stack.enter_async_context(
-                running(engine, launch_of(engine, base), tmp_path / f"{engine}.log")
+                running(engine, step_launch(engine, base), tmp_path / f"{engine}.log")
             )
             for engine in engines
         }
         for engine, worker in workers.items():
-            ended[engine] = (await worker.train(job_of(start, groups, tmp_path / engine))).metrics
+            ended[engine] = (await worker.train(step_job(start, groups, tmp_path / engine))).metrics
         first = {engine: tmp_path / engine / "checkpoints" / "0001" for engine in engines}
         follow = make_groups(oracle, first["torch"], turns=2, seed=10, version=1)
         for before in engines:
             for engine, worker in workers.items():
-                job = job_of(first[before], follow, tmp_path / f"{before}-{engine}", step=2)
+                job = step_job(first[before], follow, tmp_path / f"{before}-{engine}", step=2)
                 second[before, engine] = (await worker.train(job), job.destination)
 
     ours, theirs, exact = ended["torchtune"], ended["torch"], expected_loss(oracle, start, groups)
@@ -137,10 +110,10 @@ async def test_a_step_and_the_next_are_those_of_engine_torch_whoever_took_the_fi
 
 
 async def test_the_adapter_is_what_peft_makes_of_its_files(
-    base: Path, oracle: Oracle, start: Path, groups: list[TrajectoryGroup], launch_of: Any, tmp_path: Path
+    base: Path, oracle: Oracle, start: Path, groups: list[TrajectoryGroup], tmp_path: Path
 ) -> None:
-    async with running("torchtune", launch_of("torchtune", base), tmp_path / "worker.log") as worker:
-        job = job_of(start, groups, tmp_path / "run", learning_rate=1e-2)
+    async with running("torchtune", step_launch("torchtune", base), tmp_path / "worker.log") as worker:
+        job = step_job(start, groups, tmp_path / "run", learning_rate=1e-2)
         await worker.train(job)
     canary = read_canary(job.destination)
     assert canary is not None
@@ -152,50 +125,25 @@ async def test_the_adapter_is_what_peft_makes_of_its_files(
         assert {token: float(alone[token]) for token in prompt.base} == pytest.approx(prompt.base, abs=1e-3)
 
 
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "rslora": {"use_rslora": True, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    "patterns": {
-        "target_modules": "all-linear", "rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 6},
-        "alpha_pattern": {"k_proj": 40, "down_proj": 2},
-    },
-    "few": {"target_modules": ["k_proj", "up_proj"], "layers_to_transform": [1]},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("base", BASES[1:], indirect=True)
 async def test_adapters_of_any_shape_are_trained_as_peft_computes_them(
-    base: Path, oracle: Oracle, launch_of: Any, tmp_path: Path
+    base: Path, oracle: Oracle, tmp_path: Path
 ) -> None:
-    async with running("torchtune", launch_of("torchtune", base), tmp_path / "worker.log") as worker:
-        for name, settings in ADAPTERS.items():
+    async with running("torchtune", step_launch("torchtune", base), tmp_path / "worker.log") as worker:
+        for name, settings in UNUSUAL_ADAPTERS.items():
             start = save_start(
-                tmp_path / name / "checkpoints" / "0000", written_by_peft(base, tmp_path / f"{name}-peft", settings),
+                tmp_path / name / "checkpoints" / "0000", adapter_by_peft(base, tmp_path / f"{name}-peft", settings),
                 step=0, base_model=base,
             )  # fmt: skip
             groups = make_groups(oracle, start, seed=11)
-            ended = await worker.train(job_of(start, groups, tmp_path / name))
+            ended = await worker.train(step_job(start, groups, tmp_path / name))
             assert ended.metrics["loss/train"] == pytest.approx(expected_loss(oracle, start, groups), abs=1e-4), name
             assert tensors(tmp_path / name / "checkpoints" / "0001").keys() == tensors(start).keys()
 
 
-def written_by_peft(base: Path, folder: Path, settings: dict[str, Any]) -> Path:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings})
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("base", BASES[2:], indirect=True)
 async def test_recomputed_activations_and_bf16_take_the_same_step(
-    base: Path, start: Path, groups: list[TrajectoryGroup], launch_of: Any, tmp_path: Path
+    base: Path, start: Path, groups: list[TrajectoryGroup], tmp_path: Path
 ) -> None:
     ended = {}
     for name, changes in {
@@ -203,8 +151,8 @@ async def test_recomputed_activations_and_bf16_take_the_same_step(
         "recomputed": {"init_args": {"gradient_checkpointing": True}},
         "bfloat16": {"dtype": "bfloat16"},
     }.items():
-        async with running("torchtune", launch_of("torchtune", base, **changes), tmp_path / f"{name}.log") as worker:
-            ended[name] = await worker.train(job_of(start, groups, tmp_path / name))
+        async with running("torchtune", step_launch("torchtune", base, **changes), tmp_path / f"{name}.log") as worker:
+            ended[name] = await worker.train(step_job(start, groups, tmp_path / name))
     plain = ended["plain"].metrics
     assert ended["recomputed"].metrics["loss/grad_norm"] == pytest.approx(plain["loss/grad_norm"], rel=1e-5)
     assert ended["bfloat16"].metrics["loss/train"] == pytest.approx(plain["loss/train"], abs=0.02)
@@ -214,20 +162,20 @@ async def test_recomputed_activations_and_bf16_take_the_same_step(
 
 @pytest.mark.parametrize("base", BASES[1:2], indirect=True)
 async def test_a_worker_killed_in_the_middle_of_a_step_leaves_nothing_and_the_next_takes_the_whole_step(
-    base: Path, start: Path, groups: list[TrajectoryGroup], launch_of: Any, tmp_path: Path
+    base: Path, start: Path, groups: list[TrajectoryGroup], tmp_path: Path
 ) -> None:
     killed, again = (
-        job_of(start, groups, tmp_path / name, grad_accumulation_sequences=1, packed_sequence_length=128)
+        step_job(start, groups, tmp_path / name, grad_accumulation_sequences=1, packed_sequence_length=128)
         for name in ("killed", "again")
     )
-    async with running("torchtune", launch_of("torchtune", base), tmp_path / "first.log") as worker:
+    async with running("torchtune", step_launch("torchtune", base), tmp_path / "first.log") as worker:
         with pytest.raises(httpx.HTTPError):
             async for event in worker.events(killed):
                 if isinstance(event, GradientStep):
                     worker.process.kill()
         await worker.process.wait_exit()
     assert not killed.destination.exists()
-    async with running("torchtune", launch_of("torchtune", base), tmp_path / "second.log") as worker:
+    async with running("torchtune", step_launch("torchtune", base), tmp_path / "second.log") as worker:
         ended = await worker.train(killed)
         assert (await worker.train(again)).metrics["loss/train"] == pytest.approx(ended.metrics["loss/train"], abs=1e-6)
     assert ended.metrics["data/step_num_gradient_steps"] > 1
@@ -236,11 +184,11 @@ async def test_a_worker_killed_in_the_middle_of_a_step_leaves_nothing_and_the_ne
 
 
 async def test_a_base_that_torchtune_has_no_builder_for_is_refused_with_an_engine_that_trains_it(
-    random_model: Callable[..., Path], launch_of: Any, tmp_path: Path
+    random_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = random_model("qwen3", head_dim=16)
     with pytest.raises(ProcessFailed) as refused:
-        async with running("torchtune", launch_of("torchtune", base), tmp_path / "worker.log"):
+        async with running("torchtune", step_launch("torchtune", base), tmp_path / "worker.log"):
             pass
     said = str(refused.value) + (tmp_path / "worker.log").read_text()
     assert "model_type is 'qwen3'" in said

@@ -76,6 +76,9 @@ class SmallPolicy:
         adapter = self._adapters[self._active]
         return y + (x @ adapter[f"{name}.A"].T) @ adapter[f"{name}.B"].T
 
+    def attention_mask_bytes(self, _tokens: int, /) -> int:
+        return 0
+
     def load_adapter(self, folder: Path) -> None:
         self.loads += 1
         self._adapters["trained"] = {k: nn.Parameter(v) for k, v in sorted(load_file(folder / ADAPTER_WEIGHTS).items())}

@@ -67,6 +67,10 @@ class ExamplePolicy:
         ).last_hidden_state
         return hidden[0]
 
+    def attention_mask_bytes(self, tokens: int, /) -> int:
+        """A byte for each pair, as `hidden_states` makes it."""
+        return tokens * tokens
+
     def load_adapter(self, folder: Path) -> None:
         from peft import PeftModel
 

@@ -79,6 +79,11 @@ class Policy(Protocol):
         What `output_weight` is applied to. Carries gradients towards the adapter where gradients are enabled.
         """
 
+    def attention_mask_bytes(self, tokens: int, /) -> int:
+        """What attention over a packed row of so many tokens takes for a mask of all pairs of them; 0 where its library
+        computes trees without one.
+        """
+
     def load_adapter(self, folder: Path) -> None:
         """Make the PEFT adapter in `folder` the trainable one. Raises AdapterMismatch when it does not fit the base."""
 

@@ -172,7 +172,9 @@ class Trainer:
                 _log.info(
                     "step %d, gradient step %d of %d: %s", job.step, index + 1, work.num_gradient_steps, samples[-1]
                 )
+        mask = max(self._policy.attention_mask_bytes(len(row)) for row in work.packed)
         metrics = work.metrics(time.monotonic() - started) | _mean(samples)
+        metrics["data/step_attention_mask_bytes"] = float(mask)
         self._refuse_diverged(job, self._grown_from(largest), samples[-1])
         yield from self._save(job, metrics, canary, samples[-1], cancelled)
         self._remember(job.destination, work.optimizer_options, work.learns_from)

@@ -136,6 +136,10 @@ class TorchPolicy:
         ).last_hidden_state
         return cast(Tensor, hidden[0])
 
+    def attention_mask_bytes(self, _tokens: int, /) -> int:
+        """None: attention is computed in blocks."""
+        return 0
+
     def load_adapter(self, folder: Path) -> None:
         """Reuse the modules that are there when the adapter's shape is theirs, else make new ones."""
         self._install(folder, TRAINED)

@@ -89,6 +89,10 @@ class TorchtunePolicy:
             hidden: Tensor = decoder(ids, mask=mask, input_pos=positions)[0]
         return hidden.to(self._dtype)
 
+    def attention_mask_bytes(self, tokens: int, /) -> int:
+        """A byte for each pair."""
+        return tokens * tokens
+
     @property
     def num_layers(self) -> int:
         """Of the base."""

@@ -27,9 +27,9 @@ def choose_engines(
     """Fill in what was not named, from what is installed.
 
     Engines that can run as things are come before those whose environment is still to be made. Among them, on a GPU,
-    one with an environment of its own comes first, since it is made for that; without a GPU, one that runs in this
-    environment. Raises PluginNotInstalled or PluginError for a name that can't be used, and when no inference engine
-    is installed at all.
+    one whose card recommends it there comes first, then one with an environment of its own, since it is made for that;
+    without a GPU, one that runs in this environment. Raises PluginNotInstalled or PluginError for a name that can't be
+    used, and when no inference engine is installed at all.
     """
     reasons = []
     if inference is None:
@@ -60,8 +60,11 @@ def _pick(names: Sequence[str], card: Callable[[str], Spec], *, has_gpu: bool) -
     ready = [name for name in names if _can_run(card(name))]
     if not ready:
         return names[0], f"the first {among}, none of which has its environment yet"
+    recommended = [name for name in ready if card(name).recommended_on_gpu]
     own = [name for name in ready if card(name).environment is not None]
     here = [name for name in ready if card(name).environment is None]
+    if has_gpu and recommended:
+        return recommended[0], f"there is a GPU, and {among} it is the one recommended there"
     if has_gpu and own:
         return own[0], f"there is a GPU, and {among} its environment is installed"
     if here:

@@ -1,0 +1,1 @@
+"""Unsloth as a training engine of ART. Importing it loads neither Unsloth nor torch."""
