@@ -47,7 +47,7 @@ $(READY): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DIS
 	@touch $(READY)
 
 demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU: watch the reward rise
-	@$(BIN)/python examples/customer_replies.py $(ARGS)
+	@ART_TRACKIO_MODE=disabled $(BIN)/python examples/customer_replies.py $(ARGS)
 
 engines: $(READY)  ## Make the environments of vLLM, SGLang, torchtune and Unsloth that the tests run in, where they aren't there yet
 	@for engine in $(TESTED_ENGINES); do $(BIN)/art engines install $$engine --flavour cpu; done

@@ -65,7 +65,13 @@ async def _serve(arguments: argparse.Namespace) -> int:
     token = os.environ.pop(WORKER_TOKEN, None)
     worker = Worker(lambda: _load_trainer(arguments.policy, request), token)
     config = uvicorn.Config(
-        worker.app(), host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=5
+        worker.app(),
+        host=arguments.host,
+        port=arguments.port,
+        # Not whichever loop another package happened to install.
+        loop="asyncio",
+        log_level="warning",
+        timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())

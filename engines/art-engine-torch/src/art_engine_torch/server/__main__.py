@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         app.asgi,
         host=options.host,
         port=options.port,
+        # Not whichever loop another package happened to install.
+        loop="asyncio",
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=3,
