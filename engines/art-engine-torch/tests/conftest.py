@@ -214,7 +214,7 @@ def serve(folder: Path, *, trust_templates: bool = True, **limits: int) -> Itera
     prompts = Prompts(folder, chat_template=None, trust_templates=trust_templates, on_failure=failures.append)
     app = InferenceApp(engine, lambda: vocabularies[0], prompts, served_name=BASE, api_key=KEY)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app.asgi, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app.asgi, loop="asyncio", log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     engine.start()
     thread.start()

@@ -27,7 +27,9 @@ TOKEN = {"Authorization": "Bearer secret"}
 
 @contextlib.asynccontextmanager
 async def serving(worker: Worker) -> AsyncIterator[httpx.AsyncClient]:
-    server = uvicorn.Server(uvicorn.Config(worker.app(), port=0, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(worker.app(), port=0, loop="asyncio", log_level="error", timeout_graceful_shutdown=1)
+    )
     task = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

@@ -103,4 +103,4 @@ if __name__ == "__main__":
     if order("refuse_start"):
         print("the fake engine was ordered not to start", flush=True)
         raise SystemExit(3)
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), loop="asyncio", log_level="warning")

@@ -121,4 +121,4 @@ async def health(request):
 app = Starlette(routes=[Route("/health", health), Route("/jobs", jobs, methods=["POST"])])
 
 if __name__ == "__main__":
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), loop="asyncio", log_level="warning")
