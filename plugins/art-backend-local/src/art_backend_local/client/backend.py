@@ -384,7 +384,7 @@ class LocalBackend:
 
     async def _publish_pending(self, model: PolicyModel) -> None:
         """Publish what a client saved but did not live to publish, or what was forked."""
-        step = await self._step(model)
+        step = await self._step(model, show=self._show)
         try:
             await step.begin()
         finally:
