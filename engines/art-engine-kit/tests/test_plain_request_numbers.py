@@ -1,4 +1,4 @@
-"""Whole numbers that a server's tensors can't hold never reach it."""
+"""Whole numbers that a server's tensors can't hold never reach it, nor anything else in the place of an object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from art_core.errors import InvalidRequest
-from art_engine_kit.plain_request import WHOLE_NUMBERS, plain_request
+from art_engine_kit.plain_request import OBJECTS, WHOLE_NUMBERS, plain_request
 
 SCALARS = [name for name in WHOLE_NUMBERS if name not in ("prompt", "stop_token_ids", "logit_bias")]
 TOO_LARGE = [2**31, -(2**31), 10**20, 10**400, 1e300, float("inf"), "99999999999"]
@@ -53,3 +53,11 @@ def test_so_is_one_among_others(fields: dict[str, Any], param: str) -> None:
 def test_whatever_else_is_the_servers_to_judge(fields: dict[str, Any]) -> None:
     body = {"prompt": "a", **fields}
     assert plain_request("completions", body) == body
+
+
+@pytest.mark.parametrize("value", ["x" * 5000, 5, [1], True], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_is_no_object_is_refused_where_one_belongs(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{name}: must be an object") as refused:
+        plain_request("completions", {"prompt": "a", name: value})
+    assert refused.value.param == name

@@ -22,6 +22,8 @@ WHOLE_NUMBERS: Final = (
     "top_k", "n", "max_tokens", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs",
     "prompt_logprobs", "truncate_prompt_tokens", "stop_token_ids", "prompt", "logit_bias",
 )  # fmt: skip
+# Fields that are objects: SGLang answers a text in the place of one with 500.
+OBJECTS: Final = ("response_format", "stream_options", "logit_bias", "chat_template_kwargs")
 _LARGEST: Final = 2**31 - 1
 _LARGEST_SEED: Final = 2**63 - 1
 
@@ -31,6 +33,9 @@ def plain_request(endpoint: Endpoint, body: JSON) -> JSON:
     JSON text, and no role "developer", which takes the place of "system". Raises InvalidRequest.
     """
     plain = {name: value for name, value in without_harmless(body).items() if value is not None}
+    for name in OBJECTS:
+        if not isinstance(plain.get(name, {}), Mapping):
+            raise InvalidRequest(f"{name}: must be an object.", param=name)
     for name in WHOLE_NUMBERS:
         _check_size(plain.get(name), name, _LARGEST)
     _check_size(plain.get("seed"), "seed", _LARGEST_SEED)
