@@ -39,6 +39,7 @@ async def trajectory_group_batches(
     running: deque[tuple[list[GroupOrPending], asyncio.Task[list[TrajectoryGroup]]]] = deque()
     total = -(-len(groups) // batch_size) - skip_batches if isinstance(groups, Sized) else 0
     with RolloutProgress(pbar_desc, total=total) as progress:
+        first = skip_batches
         try:
             while True:
                 for batch in islice(batches, max_concurrent_batches - len(running)):
@@ -46,7 +47,9 @@ async def trajectory_group_batches(
                     running.append((batch, asyncio.ensure_future(gathering)))
                 if not running:
                     return
-                finished = await running[0][1]
+                with progress.running(f"batch {first}"):
+                    finished = await running[0][1]
+                first += 1
                 progress.batch(finished)
                 yield finished
                 running.popleft()

@@ -5,11 +5,14 @@ Knows the registry and nothing of what plugins do.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,12 +193,34 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name or a line of a log may hold letters that the locale's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
-    registry = _registry()
-    for implementation in registry.hooks.hook.art_register_commands.get_hookimpls():
-        try:
-            implementation.function(*([cli] if implementation.argnames else []))
-        except Exception as error:
-            reason = f"its art_register_commands failed: {type(error).__name__}: {error}"
-            registry.give_up(implementation.plugin_name, reason)
-            typer.echo(f"plugin {implementation.plugin_name!r} is broken: {reason}", err=True)
+    with _stdout_to_stderr():
+        registry = _registry()
+        for implementation in registry.hooks.hook.art_register_commands.get_hookimpls():
+            try:
+                implementation.function(*([cli] if implementation.argnames else []))
+            except Exception as error:
+                reason = f"its art_register_commands failed: {type(error).__name__}: {error}"
+                registry.give_up(implementation.plugin_name, reason)
+                typer.echo(f"plugin {implementation.plugin_name!r} is broken: {reason}", err=True)
     cli()
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What plugins print while they are loaded, from Python or from a library in C, goes to stderr: stdout is the
+    answer's alone.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            answers = os.dup(1)
+        except OSError:
+            # stdout was closed by whoever started us; there is nothing to keep clean.
+            yield
+            return
+        try:
+            with contextlib.suppress(OSError):
+                os.dup2(2, 1)
+            yield
+        finally:
+            os.dup2(answers, 1)
+            os.close(answers)

@@ -88,7 +88,8 @@ async def gather_trajectory_groups(
     groups, or None to drop it; it may be a coroutine function, and its raising counts as one exception and drops the
     group.
 
-    `pbar_desc` None shows no bar. `max_metrics` limits how many metrics the bar shows.
+    `pbar_desc` None shows no bar; with one, when no rollout has ended for ten seconds, the one that has run longest is
+    named as `groups[3][0]`, the first of the fourth group. `max_metrics` limits how many metrics the bar shows.
     """
     given = list(groups)
     tolerance = _Tolerance(max_exceptions)
@@ -129,7 +130,7 @@ async def gather_trajectories(
     )
     try:
         with fewer_collections(), progress:
-            return await _run_rollouts(pending, tolerance, progress)
+            return await _run_rollouts(pending, "trajectories", tolerance, progress)
     finally:
         pending.close()
 
@@ -152,9 +153,10 @@ async def _finish_group(
 ) -> list[TrajectoryGroup]:
     began = moment()
     if isinstance(group, PendingTrajectoryGroup):
-        finished = group.group_of(await _run_rollouts(group, tolerance, progress))
+        finished = group.group_of(await _run_rollouts(group, where, tolerance, progress))
     else:
-        finished = _sound(await _await_group(group), where)
+        with progress.running(where):
+            finished = _sound(await _await_group(group), where)
         progress.expect(len(finished) + len(finished.exceptions))
         for result in (*finished, *finished.exceptions):
             progress.rollout(result)
@@ -163,7 +165,8 @@ async def _finish_group(
     note_gathered(finished, began)
     if after_each is None:
         return [finished]
-    kept = await outcome_of(_kept(finished, after_each))
+    with progress.running(f"after_each of {where}"):
+        kept = await outcome_of(_kept(finished, after_each))
     if isinstance(kept, list):
         return kept
     progress.exceptions += 1
@@ -199,12 +202,13 @@ async def _kept(group: TrajectoryGroup, after_each: AfterEach) -> list[Trajector
 
 
 async def _run_rollouts(
-    pending: PendingTrajectoryGroup, tolerance: _Tolerance, progress: RolloutProgress
+    pending: PendingTrajectoryGroup, where: str, tolerance: _Tolerance, progress: RolloutProgress
 ) -> list[Trajectory | BaseException]:
     """The results in the order given; each is counted as it comes."""
 
-    async def run(rollout: Coroutine[Any, Any, Trajectory | BaseException]) -> Trajectory | BaseException:
-        result = await rollout
+    async def run(number: int, rollout: Coroutine[Any, Any, Trajectory | BaseException]) -> Trajectory | BaseException:
+        with progress.running(f"{where}[{number}]"):
+            result = await rollout
         progress.rollout(result)
         if isinstance(result, BaseException):
             tolerance.count(result, progress.total)
@@ -212,7 +216,7 @@ async def _run_rollouts(
 
     rollouts = pending.rollouts()
     try:
-        return await _all_or_cancel([run(rollout) for rollout in rollouts])
+        return await _all_or_cancel([run(number, rollout) for number, rollout in enumerate(rollouts)])
     finally:
         for rollout in rollouts:
             close_unstarted(rollout)

@@ -1,15 +1,17 @@
 """The bar of a gathering: how many rollouts are done, the mean reward and metrics so far, and how many raised.
 
 Work per finished rollout is fixed, whatever their number: sums are kept, and the bar's text is made only when it is
-about to be drawn. Where nobody sees a bar move, a plain line comes now and then instead, and one in the end. Knows
-trajectories and tqdm; decides nothing.
+about to be drawn. Where nobody sees a bar move, a plain line comes now and then instead, and one in the end. When none
+ends for a while, it names the one that has run longest. Knows trajectories and tqdm; decides nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,6 +42,11 @@ class RolloutProgress:
         self._begun = self._drawn_at = time.monotonic()
         self._every_s = REDRAW_S if _moves() else PLAIN_EVERY_S
         self._bar: Any = None
+        self._advanced_at = self._begun
+        # In the order in which they began, so that the first has run longest.
+        self._running: dict[int, tuple[str, float]] = {}
+        self._started = 0
+        self._tick: asyncio.TimerHandle | None = None
         self.exceptions = 0
 
     def __enter__(self) -> Self:
@@ -47,9 +54,13 @@ class RolloutProgress:
             from tqdm import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(desc=self._description, total=self.total, mininterval=REDRAW_S, dynamic_ncols=True)
+        if self._description is not None:
+            self._tick = asyncio.get_running_loop().call_later(PLAIN_EVERY_S, self._tell_of_waiting)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._tick is not None:
+            self._tick.cancel()
         if self._description is not None:
             self._draw()
         if self._bar is not None:
@@ -60,6 +71,17 @@ class RolloutProgress:
         self.total += more
         if self._bar is not None:
             self._bar.total = self.total
+
+    @contextmanager
+    def running(self, what: str) -> Iterator[None]:
+        """While it lasts, `what` is one of those that are waited for."""
+        self._started += 1
+        number = self._started
+        self._running[number] = (what, time.monotonic())
+        try:
+            yield
+        finally:
+            del self._running[number]
 
     def rollout(self, result: Trajectory | BaseException | RolloutError) -> None:
         """One rollout ended."""
@@ -87,14 +109,24 @@ class RolloutProgress:
 
     def _advance(self) -> None:
         self._done += 1
-        if self._description is not None and time.monotonic() - self._drawn_at >= self._every_s:
+        if self._description is None:
+            return
+        self._advanced_at = time.monotonic()
+        if self._advanced_at - self._drawn_at >= self._every_s:
             self._draw()
+
+    def _tell_of_waiting(self) -> None:
+        if self._running and time.monotonic() - self._advanced_at >= PLAIN_EVERY_S:
+            what, began = next(iter(self._running.values()))
+            more = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
+            self._draw(f"waiting for {what}, running for {time.monotonic() - began:.0f} s{more}")
+        self._tick = asyncio.get_running_loop().call_later(PLAIN_EVERY_S, self._tell_of_waiting)
 
     def _add(self, name: str, value: float) -> None:
         total, count = self._sums.get(name, (0.0, 0))
         self._sums[name] = (total + value, count + 1)
 
-    def _draw(self) -> None:
+    def _draw(self, waiting: str = "") -> None:
         self._drawn_at = time.monotonic()
         shown = {name: total / count for name, (total, count) in list(self._sums.items())[: self._shown_metrics()]}
         text: dict[str, Any] = {name: f"{mean:.4g}" for name, mean in shown.items()}
@@ -102,11 +134,14 @@ class RolloutProgress:
             text["completion_tokens"] = self._tokens
         if self.exceptions:
             text["exceptions"] = self.exceptions
-        if self._bar is not None:
-            self._bar.set_postfix(text, refresh=False)
-            self._bar.update(self._done - self._bar.n)
-        else:
-            self._print(", ".join(f"{name}={value}" for name, value in text.items()))
+        postfix = ", ".join([*(f"{name}={value}" for name, value in text.items()), *([waiting] if waiting else [])])
+        if self._bar is None:
+            self._print(postfix)
+            return
+        self._bar.set_postfix_str(postfix, refresh=False)
+        self._bar.update(self._done - self._bar.n)
+        if waiting:
+            self._bar.refresh()
 
     def _print(self, postfix: str) -> None:
         from tqdm import tqdm

@@ -169,6 +169,32 @@ registry.hooks.hook.art_resolve_base_model(name="x")
     assert plugin_site.python("-W", "ignore", "-c", script).stderr == ""
 
 
+TALKATIVE = """
+    import os, subprocess, sys
+
+    print("imported, and glad of it")
+    os.write(1, b"said by a library in C\\n")
+    subprocess.run([sys.executable, "-c", "print('said by a program')"], check=True)
+""" + ACME.replace(
+    "def acme():",
+    "def acme(): ...\n        print('registering commands')\n\n        @cli.command('other')\n        def other():",
+)
+
+
+def test_what_a_plugin_prints_while_it_is_loaded_is_no_part_of_the_answer(plugin_site: Any) -> None:
+    plugin_site.install("art-acme", TALKATIVE)
+    listed = plugin_site.art("plugins", "--json")
+    assert [row["name"] for row in json.loads(listed.stdout)] == ["acme"]
+    assert listed.stderr.splitlines() == [
+        "imported, and glad of it",
+        "said by a library in C",
+        "said by a program",
+        "registering commands",
+    ]
+    assert plugin_site.art("plugins", "check").stdout == "1 of 1 plugins are active.\n"
+    assert plugin_site.art("other").stdout == "acme's own command\n"
+
+
 def test_importing_loads_no_plugin_and_the_first_use_warns_once(plugin_site: Any) -> None:
     plugin_site.install("art-broken", "import a_library_that_is_gone", plugin="broken")
     script = """

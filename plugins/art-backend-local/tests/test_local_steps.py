@@ -20,6 +20,7 @@ from art_core.errors import (
     UnknownArgument,
     UnsupportedCapability,
 )
+from art_engine_kit import showing
 from art_engine_kit.train_options import TrainOptions
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -107,6 +108,33 @@ async def test_a_request_in_flight_stays_on_its_step(backend, policy, groups, cl
     fake_engines()
     answer = await slow
     assert (answer.model, answer.choices[0].logprobs.content[0].logprob) == ("m@0", -1.0)
+
+
+async def test_whatever_waits_says_for_what(fake_engines, new_backend, tmp_path, policy, groups, capsys, monkeypatch):
+    monkeypatch.setattr(showing, "PLAIN_EVERY_S", 0.02)
+    said = ""
+
+    async def hear(sentence):
+        nonlocal said
+        async with asyncio.timeout(60):
+            while sentence not in said:
+                await asyncio.sleep(0.02)
+                said += capsys.readouterr().err
+
+    backend = new_backend(tmp_path / "art", in_process=True, show_progress=True)
+    await backend.register(policy)
+    fake_engines(hold_train=True)
+    step = asyncio.create_task(backend.train(policy, groups, learning_rate=0.5))
+    await hear("train m: ")
+    fake_engines(hold_load=True)
+    await hear(f"Publishing {policy.project}/m step 1: ")
+    fake_engines()
+    await step
+    await backend.close()
+    said += capsys.readouterr().err
+    assert f"Finding the host of {backend.path}: " in said or f"The host of {backend.path}: " in said
+    assert f"Registering {policy.project}/m: " in said
+    assert f"Closing: waiting for the host of {backend.path} to end: " in said
 
 
 async def test_an_engine_that_cannot_work_beside_training_waits(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+import art
 from art_backend_local.wire.host_files import read_host
 from art_core import Trajectory, TrajectoryGroup
 from art_core.errors import CheckpointNotFound, TrainingFailed
+from art_tracker_files import read_trajectories
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("art_engine_torch")
@@ -385,3 +388,54 @@ async def test_smollm2_is_trained_and_served(torch_backend, make_policy, client,
     print(f"mean {sum(differences) / len(differences):.2e}, max {max(differences):.2e}")
     # In bf16 the two differ by their rounding; in fp32 by next to nothing.
     assert sum(differences) / len(differences) < 0.2
+
+
+SPOILS = {
+    "None is not one number": lambda t: setattr(t, "reward", None),
+    "reward is nan": lambda t: setattr(t, "reward", math.nan),
+    "0.5 points": lambda t: setattr(t, "reward", "0.5 points"),
+    "metrics['none']": lambda t: t.metrics.update(none=None),
+    "metrics['list']": lambda t: t.metrics.update(list=[1]),
+    "metadata['table']": lambda t: t.metadata.update(table={"a": 1}),
+    "SystemExit": lambda t: sys.exit(1),
+    "a message needs a 'role'": lambda t: t.messages_and_choices.append({"content": "x"}),
+    "a trajectory holds": lambda t: t.messages_and_choices.append(["no choice"]),
+    "ZeroDivisionError": lambda t: 1 / 0,
+}
+
+
+async def test_of_a_step_with_ten_spoilt_in_ten_ways_the_246_others_are_trained_published_and_logged(
+    torch_backend, tiny, project
+):
+    model = art.TrainableModel(name="spoilt", project=project, base_model=tiny, report_metrics=["tracker-files"])
+    await model.register(torch_backend)
+    asked = model.openai_client()
+    answer = await asked.chat.completions.create(model=model.get_inference_name(), messages=MESSAGES, max_tokens=6, n=8)
+    spoilt_at = {25 * i + 3: spoil for i, spoil in enumerate(SPOILS.values())}
+
+    async def rollout(number):
+        choice = answer.choices[number % 8].model_copy(deep=True)
+        # Powers of two, none of which is the mean of a group, so that each has an advantage.
+        trajectory = Trajectory(messages_and_choices=[*MESSAGES, choice], reward=2.0 ** (number % 8))
+        trajectory.metadata["number"] = number
+        if number in spoilt_at:
+            spoilt_at[number](trajectory)
+        return trajectory
+
+    groups = await art.gather_trajectory_groups(
+        [TrajectoryGroup(rollout(8 * g + i) for i in range(8)) for g in range(32)],
+        pbar_desc=None,
+        max_exceptions=len(SPOILS),
+    )
+    result = await torch_backend.train(model, groups, learning_rate=1e-4)
+    assert (result.step, await model.get_step()) == (1, 1)
+    assert result.metrics["data/step_num_trajectories_trained"] == 246
+    await model.log(groups, metrics=result.metrics, step=result.step, split="train")
+    (file,) = model._folder().rglob("0001.parquet")
+    back = read_trajectories(file)
+    kept = {trajectory.metadata["number"] for group in back for trajectory in group}
+    assert kept == set(range(256)) - spoilt_at.keys()
+    named = [str(error) for group in back for error in group.exceptions]
+    assert len(named) == len(SPOILS)
+    for words, error in zip(SPOILS, named, strict=True):
+        assert words in error

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -92,3 +93,29 @@ def test_the_config_of_the_deprecated_train_has_the_same_defaults_and_ranges():
         for value in (*RANGES[name][1], math.nan, math.inf):
             with pytest.raises(ValueError, match=name):
                 art.TrainConfig(**{name: value})
+
+
+# Of every numeric setting of the backend.
+BACKEND_RANGES = {
+    "max_adapters": ([2, 40], [1, 0, -1, True, 2.5, math.nan, math.inf, "8", None]),
+    "idle_timeout_s": ([0.5, 1800, math.inf], [0, -1, True, math.nan, -math.inf, "60", None]),
+    "inference_replicas": ([1, 2], [0, -1, True, 1.0, math.nan, "2", None]),
+}
+
+
+def test_every_numeric_setting_of_the_backend_has_a_range():
+    hints = typing.get_type_hints(LocalBackend.__init__)
+    assert {name for name, hint in hints.items() if kinds_of(hint) & {int, float}} == BACKEND_RANGES.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, (good, _) in BACKEND_RANGES.items() for v in good])
+def test_a_setting_of_the_backend_in_its_range_is_taken(name, value, tmp_path, fake_engines):
+    LocalBackend(path=tmp_path, **{name: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, (_, bad) in BACKEND_RANGES.items() for v in bad])
+def test_a_setting_of_the_backend_outside_of_it_is_refused_by_name(name, value, tmp_path, fake_engines):
+    with pytest.raises(ValueError, match=rf"^{name} must be a .*not {re.escape(repr(value))}"):
+        LocalBackend(path=tmp_path, **{name: value})
+    assert not list(tmp_path.iterdir())

@@ -101,8 +101,15 @@ class LocalBackend:
         auto_install: bool = False,
         show_progress: bool = True,
     ) -> None:
-        if max_adapters < 2:
-            raise ValueError("max_adapters must be at least 2: a new step is loaded while the old one is still served.")
+        if type(max_adapters) is not int or max_adapters < 2:
+            raise ValueError(
+                f"max_adapters must be a whole number of at least 2, not {max_adapters!r}: a new step is loaded while"
+                " the old one is still served."
+            )
+        if isinstance(idle_timeout_s, bool) or not isinstance(idle_timeout_s, int | float) or not idle_timeout_s > 0:
+            raise ValueError(
+                f"idle_timeout_s must be a number of seconds above 0, math.inf for never, not {idle_timeout_s!r}."
+            )
         self._registry = installed_plugins()
         for given, card in (
             (inference_engine, self._registry.inference_engine),
@@ -426,7 +433,7 @@ class LocalBackend:
 
     async def _publish_pending(self, model: PolicyModel) -> None:
         """Publish what a client saved but did not live to publish, or what was forked."""
-        step = await self._step(model)
+        step = await self._step(model, show=self._show)
         try:
             await step.begin()
         finally:

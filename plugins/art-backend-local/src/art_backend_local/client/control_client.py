@@ -150,9 +150,10 @@ class ControlClient:
             child.end()
         task = asyncio.current_task()
         try:
-            # Whoever cancels a second time is in a hurry, also when the first was long before.
-            while any(child.poll() is None for child in children) and (task is None or task.cancelling() < 2):
-                await asyncio.sleep(_LEAVE_POLL_S)
+            with Shown(f"Closing: waiting for the host of {self.path} to end", enabled=self._show and bool(children)):
+                # Whoever cancels a second time is in a hurry, also when the first was long before.
+                while any(child.poll() is None for child in children) and (task is None or task.cancelling() < 2):
+                    await asyncio.sleep(_LEAVE_POLL_S)
         finally:
             for child in children:
                 child.let_go()

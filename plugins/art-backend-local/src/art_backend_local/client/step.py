@@ -31,7 +31,7 @@ from ..wire.messages import BeginRequest, PublishRequest, PutAsideRequest, Relea
 from .control_client import ControlClient
 from .groups_file import groups_file
 from .kl_reference import find_reference
-from .waiting import TrainingBar
+from .waiting import TrainingBar, Waiting
 
 JSON = dict[str, Any]
 
@@ -107,7 +107,8 @@ class HostStep:
     async def publish(self, checkpoint: CheckpointRef) -> PublicationReceipt:
         """The host checks, loads, verifies and routes."""
         request = PublishRequest(**self._held, step=checkpoint.step, keep=self._keep)
-        answer = await self._client.follow("publish", request, lambda _: None)
+        with Waiting(f"Publishing {checkpoint.model} step {checkpoint.step}", enabled=self._show) as waiting:
+            answer = await self._client.follow("publish", request, waiting.show)
         self._removed += answer["removed"]
         self._on_published(checkpoint.step)
         return _receipt(checkpoint, answer["seconds"])
