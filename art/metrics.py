@@ -15,7 +15,12 @@ from art_core import TrajectoryGroup
 from art_core.trajectories import as_number
 
 # A metric of one of these sections has its full name already; any other is put under its split.
-SECTIONS = frozenset({"train", "val", "test", "loss", "data", "time", "throughput", "costs"})
+SECTIONS = frozenset(
+    {
+        *("train", "val", "test", "loss", "data", "time", "throughput", "costs"),
+        *("checkpoint", "discarded", "offpolicy", "queue"),
+    }
+)
 _NAMED = 20
 
 

@@ -37,6 +37,7 @@ from .best_step import best_step
 from .dev import InternalModelConfig, read_internal_config
 from .leave_out import without_unsound
 from .metrics import trajectory_metrics, warn_of_left_out, warn_of_non_finite, with_sections, without_unsound_metrics
+from .pinned_step import pinned_name
 from .step_clock import StepClock
 from .trackers import trackers
 from .train_config import TrainConfig, TrainSFTConfig
@@ -319,9 +320,14 @@ class TrainableModel(Model):
         await announce(installed_plugins(), "art_model_registered", backend=backend, model=self)
 
     def get_inference_name(self, step: int | None = None) -> str:
-        """`name@step` of the latest published step, or of `step`, once registered."""
+        """`name@step` of the latest published step, or of `step`, once registered.
+
+        In a rollout of a PipelineTrainer that holds a step, that one is named instead of the latest.
+        """
         if self._backend is None:
             return super().get_inference_name(step)
+        if step is None and (held := pinned_name(self.inference_base_url or "", self.name)) is not None:
+            return held
         return self._backend.inference_name(self, step)
 
     async def get_step(self) -> int:

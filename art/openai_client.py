@@ -24,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from .http_client import AnyLoopClient, httpx
 from .keep_alive import Answer, KeepAlivePool
+from .pinned_step import pinned_name
 
 REQUEST_TIMEOUT_S = 1200.0
 CONNECT_TIMEOUT_S = 5.0
@@ -72,6 +73,18 @@ class _ManyRequestsClient(openai.AsyncOpenAI):
     def chat(self) -> AsyncChat:
         return _Chat(self)
 
+    def pinned(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of a request, for the step that is held for this rollout where one is."""
+        model = params.get("model")
+        held = pinned_name(str(self.base_url), model) if isinstance(model, str) else None
+        return params if held is None else {**params, "model": held}
+
+    async def _prepare_options(self, options: Any) -> Any:
+        """What doesn't come through `chat.completions.create`, such as responses and parsed completions."""
+        if isinstance(options.json_data, dict):
+            options.json_data = self.pinned(options.json_data)
+        return await super()._prepare_options(options)
+
     async def plain_request(self) -> tuple[KeepAlivePool, bytes] | None:
         """The connections for a plain chat completion and the head of its request; None when it can't be plain."""
         transport, address, key, loop = self._client, self.base_url, self.api_key, asyncio.get_running_loop()
@@ -119,6 +132,7 @@ class _Completions(AsyncCompletions):
     async def create(self, **params: Any) -> Any:
         """As the openai package documents it; takes the short way when the request is plain."""
         client = self._client
+        params = client.pinned(params)
         plain = await client.plain_request()
         body = _encode(params) if plain is not None else None
         if plain is None or body is None:

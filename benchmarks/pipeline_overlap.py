@@ -1,0 +1,189 @@
+"""What rollouts and training at once cost beside the longer of the two, against one after the other.
+
+    python benchmarks/pipeline_overlap.py
+    python benchmarks/pipeline_overlap.py --steps 40 --sigma 1.0
+
+Engine and trainer are simulated: a rollout sleeps for a lognormal time, a step for a fixed one, and as many rollouts
+run at once as there are workers. What is measured is the client: admission, queue, kept state, logging. A step takes
+max(generate, train) seconds if nothing were ever waited for, where generate is the batch times the mean rollout over
+the number of workers. Steps before the pipeline is filled (`--warm`) are left out.
+
+A step waits for a rollout that would be too old after it, so rollouts that often take longer than `--off-policy` steps
+(a larger `--sigma`, more workers than a batch has groups) cost more than the limit that the ratio is taken of.
+
+    ratio         seconds of a step over max(generate, train)
+    trainer idle  share of the time in which no step trains
+    stale         share of the groups that were discarded as too old
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from measuring.machine import machine, versions
+from rich.console import Console
+from rich.table import Table
+
+import art
+from art.pipeline_trainer import PipelineTrainer
+from art_core import BackendCapability, LocalTrainResult, Registration, TrajectoryGroup, inference_name
+from art_core.history import HISTORY, read_history
+
+
+class SimulatedBackend:
+    """Trains by sleeping; keeps when each step began and ended, and the age of each group."""
+
+    name = "simulated"
+    capabilities = frozenset({BackendCapability.CONCURRENT_INFERENCE, BackendCapability.LEASES})
+
+    def __init__(self, path: Path, train_s: float) -> None:
+        self.path, self.train_s, self.step = path, train_s, 0
+        self.spans: list[tuple[float, float]] = []
+        self.sizes: list[int] = []
+
+    def capabilities_for(self, model: Any) -> frozenset[BackendCapability]:  # noqa: ARG002
+        return self.capabilities
+
+    async def register(self, model: Any) -> Registration:  # noqa: ARG002
+        return Registration(inference_base_url="http://127.0.0.1:9/v1", inference_api_key="none", base_path=self.path)
+
+    async def train(self, model: Any, groups: Sequence[TrajectoryGroup], **options: Any) -> LocalTrainResult:  # noqa: ARG002
+        began = time.monotonic()
+        await asyncio.sleep(self.train_s)
+        self.spans.append((began, time.monotonic()))
+        self.sizes.append(len(groups))
+        self.step += 1
+        return LocalTrainResult(step=self.step)
+
+    async def get_step(self, model: Any) -> int:  # noqa: ARG002
+        return self.step
+
+    async def list_steps(self, model: Any) -> list[int]:  # noqa: ARG002
+        return list(range(self.step + 1))
+
+    def inference_name(self, model: Any, step: int | None = None) -> str:
+        return inference_name(model.name, self.step if step is None else step)
+
+    @asynccontextmanager
+    async def lease(self, model: Any, step: int | None = None) -> AsyncIterator[str]:
+        yield self.inference_name(model, step)
+
+
+async def measure(arguments: argparse.Namespace, *, train_s: float, pipeline: bool) -> dict[str, Any]:
+    """One run of `steps` steps."""
+    chance, batch, workers = random.Random(arguments.seed), arguments.batch, arguments.workers
+    mu = math.log(arguments.rollout_s) - arguments.sigma**2 / 2
+    slept: list[float] = []
+
+    async def rollout(model: Any, scenario: Any, config: Any) -> TrajectoryGroup:  # noqa: ARG001
+        slept.append(chance.lognormvariate(mu, arguments.sigma))
+        await asyncio.sleep(slept[-1])
+        return TrajectoryGroup([art.Trajectory(reward=reward) for reward in (0.0, 1.0)])
+
+    def scenarios() -> Iterator[dict[str, Any]]:
+        while True:
+            yield {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        backend: Any = SimulatedBackend(Path(folder), train_s)
+        model = art.TrainableModel(name="agent", project="overlap", base_model="none")
+        await model.register(backend)
+        stale = 0
+        if pipeline:
+            trainer = PipelineTrainer(
+                model, backend, rollout, scenarios(), num_rollout_workers=workers, min_batch_size=batch,
+                max_batch_size=batch, max_steps_off_policy=arguments.off_policy, max_steps=arguments.steps,
+                log_interval_seconds=3600,
+            )  # fmt: skip
+            await trainer.train()
+            rows = read_history(Path(folder) / "overlap" / "models" / "agent" / HISTORY)
+            stale = int(rows[-1]["train/discarded_stale_groups"])
+        else:
+            places = asyncio.Semaphore(workers)
+
+            async def one() -> TrajectoryGroup:
+                async with places:
+                    return await rollout(model, {}, None)
+
+            for _ in range(arguments.steps):
+                groups = await asyncio.gather(*(one() for _ in range(batch)))
+                result = await backend.train(model, groups)
+                await model.log(groups, metrics=result.metrics, step=result.step, split="train")
+    return figures(backend, slept, batch=batch, workers=workers, warm=arguments.warm, stale=stale, train_s=train_s)
+
+
+def figures(
+    backend: SimulatedBackend,
+    slept: Sequence[float],
+    *,
+    batch: int,
+    workers: int,
+    warm: int,
+    stale: int,
+    train_s: float,
+) -> dict[str, Any]:
+    """Of the steps after the first `warm`, from the end of one to the end of the last."""
+    spans = backend.spans[warm:]
+    wall_s = spans[-1][1] - backend.spans[warm - 1][1]
+    generate_s = batch * sum(slept) / len(slept) / workers
+    step_s = wall_s / len(spans)
+    return {
+        "generate_s": generate_s,
+        "train_s": train_s,
+        "step_s": step_s,
+        "ratio": step_s / max(generate_s, train_s),
+        "trainer_idle": 1 - sum(end - begin for begin, end in spans) / wall_s,
+        "stale": stale / (sum(backend.sizes) + stale),
+    }
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    """The pipeline and the plain loop, with a trainer that is the longer part and with one that is as long."""
+    where = {"machine": machine(), "versions": versions([], ["art-core"])}
+    rows: list[dict[str, Any]] = []
+    generate_s = arguments.batch * arguments.rollout_s / arguments.workers
+    for share in (1.25, 1.0, 0.5):
+        for pipeline in (True, False):
+            row = await measure(arguments, train_s=share * generate_s, pipeline=pipeline)
+            rows.append({"loop": "pipeline" if pipeline else "plain", "train_to_generate": share, **row})
+    if arguments.json:
+        print(json.dumps({**where, "results": rows}, indent=1))
+        return
+    table = Table("loop", "train / generate", "step, s", "ratio", "trainer idle", "stale")
+    for row in rows:
+        table.add_row(
+            row["loop"], f"{row['train_to_generate']:g}", f"{row['step_s']:.3f}", f"{row['ratio']:.3f}",
+            f"{row['trainer_idle']:.1%}", f"{row['stale']:.1%}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print("\n".join(where.values()), highlight=False)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Two minutes at the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warm", type=int, default=6, help="first steps that are not counted")
+    parser.add_argument("--batch", type=int, default=16, help="groups in a step")
+    parser.add_argument("--workers", type=int, default=16, help="rollouts at once")
+    parser.add_argument("--rollout-s", type=float, default=0.5, help="the mean of a rollout's seconds")
+    parser.add_argument("--sigma", type=float, default=0.5, help="of the logarithm of a rollout's seconds")
+    parser.add_argument("--off-policy", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(parse_arguments()))
