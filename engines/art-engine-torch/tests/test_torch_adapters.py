@@ -85,7 +85,7 @@ def test_weights_without_tensors(adapter: Path) -> None:
     ("changes", "says"),
     [
         ({"r": 64}, "rank 64, but the engine holds adapters up to rank 16"),
-        ({"r": 3}, r"has shape \[4, 64\] where \[3, 64\] is needed"),
+        ({"r": 3}, r"down_proj.lora_A has shape \[4, 96\] where \[3, 96\] is needed"),
         ({"r": 0}, "r: must be greater than or equal to 1"),
         ({"r": "four"}, "r: must be a valid integer"),
         ({"lora_alpha": None}, "lora_alpha"),

@@ -79,7 +79,8 @@ def read_adapter(folder: Path) -> Adapter:
     for module, sides in found.items():
         if len(sides) != 2:
             raise AdapterMismatch(f"{file} has only lora_{next(iter(sides))} for {module}; A and B go together.")
-    pairs = {module: Pair(sides["A"], sides["B"]) for module, sides in found.items()}
+    # A file's order is its writer's; what is said of an adapter is not to depend on it.
+    pairs = {module: Pair(sides["A"], sides["B"]) for module, sides in sorted(found.items())}
     return Adapter(folder, config, pairs)
 
 
