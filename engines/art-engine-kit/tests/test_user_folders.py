@@ -94,6 +94,8 @@ def test_without_a_home_a_folder_beside_temporary_files_stands_in(
     assert not (tmp_path / "~").exists()
 
 
+# All make the same folder in the machine's own temporary one, and remove it.
+@pytest.mark.xdist_group("temporary folder of user 12345")
 @pytest.mark.parametrize("tmp", ["/no/such/folder", "/dev/null", ""])
 def test_a_temporary_folder_that_is_none_is_passed_over(tmp_path: Path, tmp: str) -> None:
     (cache, _, _), _ = ask(tmp_path, AS_NOBODY_KNOWN, HOME="relative", TMPDIR=tmp)
