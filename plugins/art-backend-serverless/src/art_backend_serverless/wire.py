@@ -102,8 +102,10 @@ class PageQuery(Sent):
 
 
 class CheckpointPage(Answered):
+    """Where `has_more` is absent, only an empty page is the last; so with events."""
+
     data: list[Checkpoint]
-    has_more: bool = False
+    has_more: bool | None = None
 
 
 class DeleteCheckpoints(Sent):
@@ -177,7 +179,7 @@ class EventQuery(Sent):
 
 class EventPage(Answered):
     data: list[Event]
-    has_more: bool = False
+    has_more: bool | None = None
 
 
 class ErrorDetail(Answered):
