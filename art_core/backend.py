@@ -102,12 +102,7 @@ class Backend(Protocol):
         """
 
     async def fork_checkpoint(
-        self,
-        model: PolicyModel,
-        from_model: str,
-        *,
-        from_project: str | None = None,
-        not_after_step: int | None = None,
+        self, model: PolicyModel, from_model: str, *, from_project: str | None = None, not_after_step: int | None = None
     ) -> int:
         """Start `model` from the latest checkpoint of another (not after a step); gives the step. Capability FORK."""
 

@@ -18,7 +18,9 @@ from .recorder import Recorder
 from .serving import REQUEST_LIMIT_S, Sample, samples
 from .training_data import PROMPTS, REWARDS
 
+# So large that a step's answers are told from those of the one before; several such steps may take a tiny model apart.
 RATE = 0.05
+SMALL_RATE = 1e-3
 ASK: list[Any] = [{"role": "user", "content": "Say something about the city."}]
 
 

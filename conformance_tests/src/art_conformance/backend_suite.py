@@ -26,7 +26,7 @@ from art_core.errors import (
 )
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-from .agents import Agent, version_of
+from .agents import RATE, SMALL_RATE, Agent, version_of
 from .backend_fixtures import BackendSuite, NewAgent, OpenBackend
 from .oracle import Oracle
 from .requirements import MUST, SHOULD, check
@@ -245,7 +245,7 @@ class BackendConformance(BackendSuite):
         async with agent.backend.lease(agent.model) as name:
             assert name == inference_name(agent.model.name, 1)
             for _ in range(3):
-                await agent.train()
+                await agent.train(learning_rate=RATE / 4)
             found = await agent.ask(name, n=4)
             assert {version_of(sample) for sample in found} == {1}
             self.assert_answers_as(oracle, found, agent.folder(1), [agent.folder(4)])
@@ -258,7 +258,7 @@ class BackendConformance(BackendSuite):
     )
     async def test_delete(self, agent: Agent) -> None:
         for _ in range(3):
-            await agent.train()
+            await agent.train(learning_rate=SMALL_RATE)
         with pytest.raises(CheckpointInUse):
             await agent.backend.delete_checkpoints(agent.model, [3])
         if Cap.LEASES in agent.backend.capabilities:
@@ -269,7 +269,7 @@ class BackendConformance(BackendSuite):
         assert await agent.backend.delete_checkpoints(agent.model, [1]) == [1]
         assert await agent.backend.list_steps(agent.model) == [step for step in before if step != 1]
         assert agent.heard.last("art_checkpoint_deleted")["checkpoint"].step == 1
-        assert (await agent.train()).step == 4
+        assert (await agent.train(learning_rate=SMALL_RATE)).step == 4
 
     @check(*("BCK-022", MUST, "A fork starts from the other model's weights."), needs=Cap.FORK, live=True)
     async def test_fork(self, agent: Agent, new_agent: NewAgent, oracle: Oracle) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from art_core import ArtError, BackendCapability, CheckpointRef, ModelKey, inference_name
 
-from .agents import Agent, version_of
+from .agents import RATE, Agent, version_of
 from .backend_fixtures import BackendSuite, NewAgent
 from .oracle import Oracle
 from .recorder import TRAINING
@@ -172,8 +172,8 @@ class PublicationConformance(BackendSuite):
 
         asking = [asyncio.create_task(keep_asking()) for _ in range(4)]
         try:
-            for step in (1, 2, 3):
-                assert (await agent.train()).step == step
+            for step, rate in ((1, RATE), (2, RATE), (3, RATE / 4)):
+                assert (await agent.train(learning_rate=rate)).step == step
         finally:
             ended.set()
             outcomes = await asyncio.gather(*asking, return_exceptions=True)

@@ -17,7 +17,7 @@ from art_engine_kit.checkpoint_folder import ADAPTER_WEIGHTS
 from art_engine_kit.environment import Flavour
 from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
-from art_engine_kit.training_wire import AdapterOptions, TrainJob
+from art_engine_kit.training_wire import AdapterOptions, SupervisedOptions, TrainJob
 from art_runtime.environments import python_for
 
 from .serving import port_for_a_server
@@ -46,6 +46,13 @@ def step_job(start: Path, groups: list[TrajectoryGroup], folder: Path, step: int
         groups_file=folder / f"groups-{step}.json", adapter=AdapterOptions(trainer_args={"adam_epsilon": _EPSILON}),
         options=TrainOptions(**{"learning_rate": RATE, "grad_accumulation_sequences": 1000, **options}),
     )  # fmt: skip
+
+
+def replies_job(start: Path, groups: list[TrajectoryGroup], folder: Path, step: int = 1) -> TrainJob:
+    """A job of the same groups by their replies, all of them one batch."""
+    job = step_job(start, groups, folder, step)
+    supervised = SupervisedOptions(learning_rates=[RATE], batch_size=1000)
+    return job.model_copy(update={"options": TrainOptions(), "supervised": supervised})
 
 
 def tensors(folder: Path, name: str = ADAPTER_WEIGHTS) -> dict[str, NDArray[Any]]:

@@ -17,7 +17,7 @@ from art_conformance.oracle import Oracle, oracle_for
 from art_conformance.random_models import UNUSUAL_ADAPTERS, adapter_by_peft
 from art_conformance.tiny_model import write_adapter
 from art_conformance.training_data import expected_loss, make_groups
-from art_conformance.training_steps import RATE, WEIGHTS, farthest, step_job, step_launch, tensors
+from art_conformance.training_steps import RATE, WEIGHTS, farthest, replies_job, step_job, step_launch, tensors
 from art_core import TrajectoryGroup, installed_plugins
 from art_core.registry import instantiate
 from art_engine_kit.canary import read_canary
@@ -75,13 +75,17 @@ async def worker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
         yield get
 
 
+def engines_of(base: str) -> tuple[str, ...]:
+    """torchtune has no Qwen3, and its own tests hold its Qwen2.5 against torch's."""
+    return ("torch", "unsloth", "torchtune") if base == "llama" else ("torch", "unsloth")
+
+
 async def test_a_step_and_the_next_are_those_of_other_engines_whoever_took_the_first(
     base: Path, oracle: Oracle, start: Path, groups: list[TrajectoryGroup], worker: Workers, tmp_path: Path,
     request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     name = request.node.callspec.params["base"]
-    # torchtune has no Qwen3, and its own tests hold its Qwen2.5 against torch's.
-    engines = ("torch", "unsloth", "torchtune") if name == "llama" else ("torch", "unsloth")
+    engines = engines_of(name)
     first, ended, second = {}, {}, {}
     for engine in engines:
         job = step_job(start, groups, tmp_path / engine)
@@ -119,6 +123,20 @@ async def test_a_step_and_the_next_are_those_of_other_engines_whoever_took_the_f
     assert resumed < WEIGHTS
     for job_ended, _ in second.values():
         assert job_ended.metrics["loss/train"] == pytest.approx(alone[0].metrics["loss/train"], abs=1e-4)
+
+
+async def test_a_step_on_replies_is_that_of_other_engines(
+    start: Path, groups: list[TrajectoryGroup], worker: Workers, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    jobs = {
+        engine: replies_job(start, groups, tmp_path / engine)
+        for engine in engines_of(request.node.callspec.params["base"])
+    }
+    metrics = {engine: (await (await worker(engine)).train(job)).metrics for engine, job in jobs.items()}
+    for engine, job in jobs.items():
+        assert metrics[engine]["data/step_num_gradient_steps"] == 1
+        assert metrics[engine]["loss/train"] == pytest.approx(metrics["torch"]["loss/train"], abs=1e-5)
+        assert farthest(job.destination, jobs["torch"].destination)[0] < WEIGHTS
 
 
 async def test_the_adapter_is_what_peft_makes_of_its_files(
