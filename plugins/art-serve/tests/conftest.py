@@ -109,10 +109,11 @@ class ArtServe:
         temporary.write_text(json.dumps(orders))
         temporary.replace(self.orders)
 
-    def trained(self) -> list[str]:
-        """Every job that the fake training worker began, such as `m@1`, over all its lives."""
-        logs = (self.data / "backend" / "logs").glob("training-fake*.log")
-        return [found.rpartition("/")[2] for log in logs for found in re.findall("job begun (.*)", log.read_text())]
+    def trained(self, name: str) -> list[int]:
+        """The steps of a model that the fake training worker began, over all its lives."""
+        logs = sorted((self.data / "backend" / "logs").glob("training-fake*.log*"))
+        words = rf"job begun .*/{re.escape(name)}@([0-9]+)"
+        return [int(step) for log in logs for step in re.findall(words, log.read_text())]
 
 
 class Client:
