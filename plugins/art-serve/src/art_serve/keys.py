@@ -12,7 +12,7 @@ from sqlalchemy import Engine, insert, select, update
 
 from art_core.names import check_name
 
-from .database import KEYS
+from .database import KEYS, reading
 
 _PREFIX = "art"
 # Compared with when there is no such key, so that an unknown id takes the way of a known one.
@@ -43,7 +43,7 @@ def create_key(engine: Engine, entity: str) -> str:
 def list_keys(engine: Engine) -> list[ApiKey]:
     """Every key, revoked ones too, oldest first."""
     columns = (KEYS.c.id, KEYS.c.entity, KEYS.c.created_at, KEYS.c.revoked_at)
-    with engine.begin() as connection:
+    with reading(engine) as connection:
         rows = connection.execute(select(*columns).order_by(KEYS.c.created_at)).all()
     return [ApiKey(id=key_id, entity=entity, created_at=made, revoked_at=gone) for key_id, entity, made, gone in rows]
 
@@ -59,7 +59,7 @@ def entity_of(engine: Engine, text: str) -> str | None:
     """The entity that a key's text opens; None for one that is malformed, unknown, wrong or revoked."""
     prefix, _, rest = text.partition("-")
     key_id, _, secret = rest.partition("-")
-    with engine.begin() as connection:
+    with reading(engine) as connection:
         row = connection.execute(
             select(KEYS.c.entity, KEYS.c.digest).where(KEYS.c.id == key_id, KEYS.c.revoked_at.is_(None))
         ).one_or_none()
