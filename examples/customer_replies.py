@@ -1,7 +1,8 @@
-"""Teach SmolLM2-135M to answer a shop's customers, by reinforcement learning, on the CPU of this machine.
+"""Teach SmolLM2-135M to answer a shop's customers, by reinforcement learning, on the CPU of this machine or elsewhere.
 
 A good reply says sorry, names the thing that went wrong, is short, and asks the customer back. The reward is the share
-of these four that a reply does. Run it with `make demo`, or `python examples/customer_replies.py --help`.
+of these four that a reply does. Run it with `make demo`, or `python examples/customer_replies.py --help`. With
+`--backend serverless` another machine serves and trains, and this one needs only art-core and art-backend-serverless.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 
 import art
-from art.local import LocalBackend
 from art_core import installed_plugins
 from art_tracker_files import read_history
 from reward_display import PublicationDisplay, plain_console, save_curve, show_next, show_step, shown_path
@@ -89,11 +89,15 @@ async def show_samples(console: Console, model: art.Model, title: str) -> float:
     return sum(trajectory.reward for trajectory in group) / len(group)
 
 
-async def main(arguments: argparse.Namespace) -> None:
-    """Everything a training script does: register, gather, train, log, again."""
-    console = plain_console()
-    start = time.monotonic()
-    installed_plugins().register(PublicationDisplay(console), name="publication-display")
+def backend_of(arguments: argparse.Namespace) -> art.Backend:
+    """Where the model is served and trained: the only line that differs between this machine and another."""
+    if arguments.backend == "serverless":
+        from art.serverless.backend import ServerlessBackend
+
+        backend: art.Backend = ServerlessBackend(base_url=arguments.base_url)
+        return backend
+    from art.local import LocalBackend
+
     backend = LocalBackend(
         in_process=True,
         path=arguments.path,
@@ -101,13 +105,24 @@ async def main(arguments: argparse.Namespace) -> None:
         training_engine=arguments.training_engine,
         auto_install=arguments.auto_install,
     )
-    async with backend:
+    return backend
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    """Everything a training script does: register, gather, train, log, again."""
+    console = plain_console()
+    start = time.monotonic()
+    installed_plugins().register(PublicationDisplay(console), name="publication-display")
+    async with backend_of(arguments) as backend:
         model = art.TrainableModel(
             name=arguments.name, project="customer-replies", base_model=arguments.base_model, base_path=arguments.path
         )
         await model.register(backend)
         before = await show_samples(console, model, "before training (complaints that are never trained on)")
         console.rule("training")
+        # W&B's cloud packs as it likes.
+        packs = arguments.backend == "local" or arguments.base_url is not None
+        options = {"packed_sequence_length": arguments.packed_sequence_length} if packs else {}
         first_reward = None
         for _ in range(await model.get_step(), arguments.steps):
             step_start = time.monotonic()
@@ -123,7 +138,7 @@ async def main(arguments: argparse.Namespace) -> None:
                 model,
                 groups,
                 learning_rate=arguments.learning_rate,
-                packed_sequence_length=arguments.packed_sequence_length,
+                **options,
             )
             await model.log(groups, metrics=result.metrics, step=result.step, split="train")
             first_reward = reward if first_reward is None else first_reward
@@ -140,7 +155,9 @@ async def main(arguments: argparse.Namespace) -> None:
             console,
             {
                 "go on with this model": [
-                    __file__, "--name", model.name, "--path", arguments.path, "--steps", str(2 * arguments.steps)
+                    __file__, "--name", model.name, "--path", arguments.path, "--steps", str(2 * arguments.steps),
+                    *(["--backend", arguments.backend] if arguments.backend != "local" else []),
+                    *(["--base-url", arguments.base_url] if arguments.base_url else []),
                 ],
                 "a tool over several turns": [str(Path(__file__).with_name("shop_tool.py"))],
                 "when something is wrong": ["-m", "art_core", "doctor"],
@@ -163,6 +180,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base-model", default="smollm2-135m-instruct", help="a name, a folder, or a hub name")
     parser.add_argument("--name", default=time.strftime("run-%Y%m%d-%H%M%S"), help="an old name goes on where it ended")
     parser.add_argument("--path", default="./runs", help="where checkpoints, trajectories and logs go")
+    parser.add_argument(
+        "--backend", choices=["local", "serverless"], default="local", help="this machine, or one elsewhere"
+    )
+    parser.add_argument(
+        "--base-url", help="for serverless: the address of `art serve`, W&B's cloud without; the key is WANDB_API_KEY"
+    )
     parser.add_argument("--inference-engine", default="torch", help="torch, vllm, sglang, or another that is installed")
     parser.add_argument("--training-engine", default="torch")
     parser.add_argument(

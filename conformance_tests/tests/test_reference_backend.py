@@ -426,7 +426,7 @@ MUTANTS: dict[str, type[ReferenceBackend]] = {
     "BCK-009": TakesAnyReward,
     "BCK-010": NeedsSomethingToTrain,
     "BCK-011": TrainsStrangers,
-    "BCK-012": NamesAnotherStep,
+    "BCK-032": NamesAnotherStep,
     "BCK-013": ListsNewestFirst,
     "BCK-014": TakesAnyName,
     "BCK-015": InventsBase,

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from art_core import Backend, ModelKey, Registration, TrainResult, Trajectory, TrajectoryGroup
+from art_core import Backend, BackendCapability, ModelKey, Registration, TrainResult, Trajectory, TrajectoryGroup
 
 from .recorder import Recorder
 from .serving import REQUEST_LIMIT_S, Sample, samples
@@ -54,10 +54,16 @@ class Agent:
     registration: Registration
     client: httpx.AsyncClient
     heard: Recorder
+    pulled: dict[int, Path] = field(default_factory=dict)
+
+    def named(self, step: int) -> str:
+        """What to ask for at the endpoint for a step."""
+        return self.backend.inference_name(self.model, step)
 
     async def post(self, name: str | None = None, *, key: str | None = None, **body: Any) -> httpx.Response:
         """Ask for a chat completion and give whatever comes back."""
-        asked = {"model": name or self.model.name, "messages": ASK, "max_tokens": 16, **body}
+        plain = self.registration.inference_model_name or self.model.name
+        asked = {"model": name or plain, "messages": ASK, "max_tokens": 16, **body}
         token = self.registration.inference_api_key if key is None else key
         url = f"{self.registration.inference_base_url.rstrip('/')}/chat/completions"
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -75,11 +81,19 @@ class Agent:
 
     async def train(self, **options: Any) -> TrainResult:
         """Sample groups and train one step on them."""
-        return await self.backend.train(self.model, await self.groups(), **{"learning_rate": RATE, **options})
+        result = await self.backend.train(self.model, await self.groups(), **{"learning_rate": RATE, **options})
+        saved = self.heard.checkpoints().get(result.step)
+        kept_elsewhere = saved is not None and not saved.path.is_dir()
+        if kept_elsewhere and BackendCapability.PULL in self.backend.capabilities:
+            target = Path(self.model.base_path) / "pulled" / f"{self.model.name}-{result.step}"
+            self.pulled[result.step] = await self.backend.pull_checkpoint(
+                self.model, step=result.step, local_path=target
+            )
+        return result
 
     def folder(self, step: int) -> Path:
-        """The adapter folder of a step that this agent saw saved."""
-        return self.heard.checkpoints()[step].path
+        """The adapter folder of a step that this agent saw saved, pulled where the backend keeps it elsewhere."""
+        return self.pulled[step] if step in self.pulled else self.heard.checkpoints()[step].path
 
     async def _group(self, messages: list[Any], rewards: Sequence[float]) -> TrajectoryGroup:
         from openai.types.chat.chat_completion import Choice

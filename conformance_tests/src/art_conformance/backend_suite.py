@@ -147,12 +147,26 @@ class BackendConformance(BackendSuite):
         with pytest.raises(ArtError, match="regist"):
             await agent.backend.train(stranger, await agent.groups())
 
-    @check("BCK-012", MUST, "inference_name gives name@step, by default of the latest step.", live=True)
+    @check(
+        "BCK-032",
+        MUST,
+        "inference_name gives a step's name, by default the latest one's, and that step answers it; it is name@step"
+        " unless the registration says that the endpoint has another name for the model.",
+        live=True,
+    )
     async def test_inference_name(self, agent: Agent) -> None:
-        assert agent.backend.inference_name(agent.model) == inference_name(agent.model.name, 0)
+        latest = agent.backend.inference_name(agent.model)
+        assert latest == agent.named(0)
         await agent.train()
-        assert agent.backend.inference_name(agent.model) == inference_name(agent.model.name, 1)
-        assert agent.backend.inference_name(agent.model, 0) == inference_name(agent.model.name, 0)
+        names = {0: latest, 1: agent.backend.inference_name(agent.model)}
+        for step, name in names.items():
+            assert name == agent.named(step)
+            if agent.registration.inference_model_name is None:
+                assert name == inference_name(agent.model.name, step)
+            answer = await agent.post(name)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == name
+            assert answer.json()["choices"][0]["policy_version"] == step
 
     @check("BCK-013", MUST, "list_steps gives the steps that are kept, oldest first, the latest among them.", live=True)
     async def test_list_steps(self, agent: Agent) -> None:
@@ -184,7 +198,7 @@ class BackendConformance(BackendSuite):
         found = await other.ask(n=2)
         assert {version_of(sample) for sample in found} == {0}
         self.assert_answers_as(oracle, found, None)
-        assert (await other.post(inference_name(agent.model.name, 1))).status_code == 404
+        assert (await other.post(other.named(1))).status_code == 404
 
     @check(
         "BCK-017", MUST, "Two trainings of one model at once end as two steps, or the second is ModelBusy.", live=True
@@ -243,7 +257,7 @@ class BackendConformance(BackendSuite):
     async def test_lease(self, agent: Agent, oracle: Oracle) -> None:
         await agent.train()
         async with agent.backend.lease(agent.model) as name:
-            assert name == inference_name(agent.model.name, 1)
+            assert name == agent.named(1)
             for _ in range(3):
                 await agent.train(learning_rate=RATE / 4)
             found = await agent.ask(name, n=4)

@@ -1,7 +1,7 @@
 """A stand-in for W&B's training cloud, which can't be here: a real HTTP server on loopback that speaks only what is
 published of the cloud's wire, keeps what it was sent, and fails in the ways that it is told to.
 
-It trains nothing. What trains is tested against `art serve`, in other files.
+It trains nothing. What trains is tested against a real `art serve`, which is started here too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +27,7 @@ from art_backend_serverless import Patience, ServerlessBackend
 KEY = "wandb-key-0123456789"
 QUICK = Patience(request_s=5.0, first_s=1.0, pause_s=0.01, longest_pause_s=0.05, job_silence_s=30.0)
 JSON = dict[str, Any]
+ART = [sys.executable, "-m", "art_core"]
 
 
 @dataclass(frozen=True)
@@ -338,3 +342,34 @@ def choice(text: str) -> Any:
             "policy_version": 0,
         }
     )
+
+
+@contextmanager
+def _art_serve(data: Path, base_model: str) -> Iterator[tuple[str, str]]:
+    """A server as a process of its own, with one base model, NAME=FOLDER, on engine torch; its address and a key."""
+    command = [*ART, "serve", "--data", str(data), "--port", "0", "--base-model", base_model]
+    command += ["--inference-engine", "torch", "--training-engine", "torch", "--backend-option", "max_adapters=20"]
+    made = subprocess.run(
+        [*ART, "serve", "keys", "create", "acme", "--data", str(data)], capture_output=True, text=True, check=True
+    )
+    log = data / "server.log"
+    with log.open("a", encoding="utf-8") as out:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, text=True)
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said, log.read_text(encoding="utf-8")[-3000:]
+        yield said.split()[-1], made.stdout.strip()
+    finally:
+        process.terminate()
+        process.wait(60)
+        assert process.stdout is not None
+        process.stdout.close()
+        down = [*ART, "down", "--path", str(data / "backend")]
+        subprocess.run(down, check=False, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def art_serve() -> Callable[..., AbstractContextManager[tuple[str, str]]]:
+    """Starts a server of one's own: `with art_serve(data, "tiny=FOLDER") as (url, key)`."""
+    return _art_serve

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +18,15 @@ from art_core import BackendCapability, ServerlessTrainResult
 from art_core.errors import BaseModelNotFound, CheckpointInUse, CheckpointNotFound, UnknownArgument
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-ART = [sys.executable, "-m", "art_core"]
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
-@contextmanager
-def art_serve(data: Path, base_model: Path) -> Iterator[tuple[str, str]]:
-    """A server whose base model is `tiny`; gives its address and a key."""
-    command = [*ART, "serve", "--data", str(data), "--port", "0", "--base-model", f"tiny={base_model}"]
-    command += ["--inference-engine", "torch", "--training-engine", "torch", "--backend-option", "max_adapters=20"]
-    made = subprocess.run(
-        [*ART, "serve", "keys", "create", "acme", "--data", str(data)], capture_output=True, text=True, check=True
-    )
-    log = data / "server.log"
-    with log.open("a", encoding="utf-8") as out:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, text=True)
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said, log.read_text(encoding="utf-8")[-3000:]
-        yield said.split()[-1], made.stdout.strip()
-    finally:
-        process.terminate()
-        process.wait(60)
-        assert process.stdout is not None
-        process.stdout.close()
-        down = [*ART, "down", "--path", str(data / "backend")]
-        subprocess.run(down, check=False, capture_output=True, timeout=120)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, own_tiny_model: Path) -> Iterator[tuple[str, str]]:
+def server(
+    tmp_path_factory: pytest.TempPathFactory, own_tiny_model: Path, art_serve: Callable[..., Any]
+) -> Iterator[tuple[str, str]]:
     """One server for the tests of this module; each has models of its own."""
-    with art_serve(tmp_path_factory.mktemp("serve"), own_tiny_model) as address_and_key:
+    with art_serve(tmp_path_factory.mktemp("serve"), f"tiny={own_tiny_model}") as address_and_key:
         yield address_and_key
 
 
