@@ -1,7 +1,8 @@
-"""Teach SmolLM2-135M to answer a shop's customers, by reinforcement learning, on the CPU of this machine.
+"""Teach SmolLM2-135M to answer a shop's customers, by reinforcement learning, on the CPU of this machine or elsewhere.
 
 A good reply says sorry, names the thing that went wrong, is short, and asks the customer back. The reward is the share
-of these four that a reply does. Run it with `make demo`, or `python examples/customer_replies.py --help`.
+of these four that a reply does. Run it with `make demo`, or `python examples/customer_replies.py --help`. With
+`--backend serverless` another machine serves and trains, and this one needs only art-core and art-backend-serverless.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 
 import art
-from art.local import LocalBackend
 from art.pipeline_trainer import PipelineTrainer, make_group_rollout_fn
 from art_core import installed_plugins
 from art_tracker_files import read_history
@@ -138,11 +138,15 @@ async def train_in_pipeline(backend: art.Backend, model: art.TrainableModel, opt
     await trainer.train()
 
 
-async def main(arguments: Namespace) -> None:
-    """Everything a training script does: register, gather, train, log, again."""
-    console = plain_console()
-    start = time.monotonic()
-    installed_plugins().register(PublicationDisplay(console), name="publication-display")
+def backend_of(arguments: Namespace) -> art.Backend:
+    """Where the model is served and trained: all that differs between this machine and another."""
+    if arguments.backend == "serverless":
+        from art.serverless.backend import ServerlessBackend
+
+        backend: art.Backend = ServerlessBackend(base_url=arguments.base_url)
+        return backend
+    from art.local import LocalBackend
+
     backend = LocalBackend(
         in_process=True,
         path=arguments.path,
@@ -150,7 +154,17 @@ async def main(arguments: Namespace) -> None:
         training_engine=arguments.training_engine,
         auto_install=arguments.auto_install,
     )
-    async with backend:
+    return backend
+
+
+async def main(arguments: Namespace) -> None:
+    """Everything a training script does: register, gather, train, log, again."""
+    console = plain_console()
+    start = time.monotonic()
+    if arguments.backend == "serverless" and arguments.base_url is None:
+        arguments.packed_sequence_length = None  # W&B's cloud packs as it likes
+    installed_plugins().register(PublicationDisplay(console), name="publication-display")
+    async with backend_of(arguments) as backend:
         model = art.TrainableModel(
             name=arguments.name, project="customer-replies", base_model=arguments.base_model, base_path=arguments.path
         )
@@ -173,7 +187,9 @@ async def main(arguments: Namespace) -> None:
             console,
             {
                 "go on with this model": [
-                    __file__, "--name", model.name, "--path", arguments.path, "--steps", str(2 * arguments.steps)
+                    __file__, "--name", model.name, "--path", arguments.path, "--steps", str(2 * arguments.steps),
+                    *(["--backend", arguments.backend] if arguments.backend != "local" else []),
+                    *(["--base-url", arguments.base_url] if arguments.base_url else []),
                 ],
                 "a tool over several turns": [str(Path(__file__).with_name("shop_tool.py"))],
                 "when something is wrong": ["-m", "art_core", "doctor"],
@@ -197,6 +213,12 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--base-model", default="smollm2-135m-instruct", help="a name, a folder, or a hub name")
     parser.add_argument("--name", default=time.strftime("run-%Y%m%d-%H%M%S"), help="an old name goes on where it ended")
     parser.add_argument("--path", default="./runs", help="where checkpoints, trajectories and logs go")
+    parser.add_argument(
+        "--backend", choices=["local", "serverless"], default="local", help="this machine, or one elsewhere"
+    )
+    parser.add_argument(
+        "--base-url", help="for serverless: the address of `art serve`, W&B's cloud without; the key is WANDB_API_KEY"
+    )
     parser.add_argument("--inference-engine", default="torch", help="torch, vllm, sglang, or another that is installed")
     parser.add_argument("--training-engine", default="torch")
     parser.add_argument(

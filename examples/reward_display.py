@@ -67,9 +67,12 @@ def shown_path(path: str) -> str:
     return min(path, os.path.relpath(path), key=len)
 
 
-def save_curve(history: list[dict[str, Any]], title: str, destination: Path) -> Path:
-    """Draw `train/reward` over the steps, with its standard deviation, and give the picture's path."""
-    import matplotlib
+def save_curve(history: list[dict[str, Any]], title: str, destination: Path) -> Path | str:
+    """Draw `train/reward` over the steps, with its standard deviation; gives the picture's path, or what it needs."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "none, as matplotlib isn't installed; history.jsonl has its numbers"
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

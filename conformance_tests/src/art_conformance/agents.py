@@ -55,6 +55,10 @@ class Agent:
     client: httpx.AsyncClient
     heard: Recorder
 
+    def named(self, step: int) -> str:
+        """What to ask for at the endpoint for a step."""
+        return self.backend.inference_name(self.model, step)
+
     async def post(self, name: str | None = None, *, key: str | None = None, **body: Any) -> httpx.Response:
         """Ask for a chat completion, of the latest step where no name is given, and give whatever comes back."""
         plain = self.registration.inference_model_name or self.model.name

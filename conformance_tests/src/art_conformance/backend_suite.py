@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from art_core import ArtError, Backend, BackendCapability, TrainResult, Trajectory, TrajectoryGroup
+from art_core import ArtError, Backend, BackendCapability, TrainResult, Trajectory, TrajectoryGroup, inference_name
 from art_core.errors import (
     BaseModelNotFound,
     CheckpointInUse,
@@ -180,7 +180,7 @@ class BackendConformance(SupervisedChecks, LeaseChecks, BackendSuite):
         found = await other.ask(n=2)
         assert {version_of(sample) for sample in found} == {0}
         self.assert_answers_as(oracle, found, None)
-        assert (await other.post(other.backend.inference_name(other.model, 1))).status_code == 404
+        assert (await other.post(other.named(1))).status_code == 404
 
     @check(
         "BCK-017", MUST, "Two trainings of one model at once end as two steps, or the second is ModelBusy.", live=True
@@ -326,18 +326,27 @@ class BackendConformance(SupervisedChecks, LeaseChecks, BackendSuite):
         assert answered_meanwhile > 0, "no request was answered between the start of training and its checkpoint"
 
     @check(
-        *("BCK-032", MUST, "inference_name gives each step a name, by default the latest; it answers under that name."),
+        *(
+            "BCK-032",
+            MUST,
+            "inference_name gives a step's name, by default the latest's, and that step answers it; it is"
+            " name@step unless the registration says that the endpoint has another name for the model.",
+        ),
         live=True,
     )
     async def test_name_of_a_step(self, agent: Agent) -> None:
-        backend, model = agent.backend, agent.model
-        first = backend.inference_name(model)
-        assert first == backend.inference_name(model, 0)
+        names = [agent.backend.inference_name(agent.model)]
         await agent.train()
-        second = backend.inference_name(model)
-        assert second == backend.inference_name(model, 1) != first == backend.inference_name(model, 0)
-        for name, step in ((first, 0), (second, 1), (first, 0)):
-            assert {version_of(sample) for sample in await agent.ask(name, max_tokens=4)} == {step}
+        names.append(agent.backend.inference_name(agent.model))
+        assert names[0] != names[1]
+        for step, name in enumerate(names):
+            assert name == agent.named(step)
+            if agent.registration.inference_model_name is None:
+                assert name == inference_name(agent.model.name, step)
+            answer = await agent.post(name, max_tokens=4)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == name
+            assert {choice["policy_version"] for choice in answer.json()["choices"]} == {step}
 
     @check(
         *("BCK-036", MUST, "The hooks of a step are called once each, in order, and those of a failure not at all."),

@@ -31,7 +31,7 @@ class LeaseChecks(BackendSuite):
     async def test_lease(self, agent: Agent, oracle: Oracle) -> None:
         await agent.train()
         async with agent.backend.lease(agent.model) as name:
-            assert name == agent.backend.inference_name(agent.model, 1)
+            assert name == agent.named(1)
             for _ in range(3):
                 await agent.train(learning_rate=RATE / 4)
             found = await agent.ask(name, n=4)

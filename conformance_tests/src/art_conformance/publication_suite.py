@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from art_core import ArtError, BackendCapability, CheckpointRef, ModelKey, inference_name
+from art_core import ArtError, BackendCapability, CheckpointRef, ModelKey
 
 from .agents import RATE, Agent, version_of
 from .backend_fixtures import BackendSuite, NewAgent
@@ -61,7 +61,7 @@ class PublicationConformance(BackendSuite):
     )
     async def test_step_by_name(self, agent: Agent, oracle: Oracle) -> None:
         await agent.train()
-        name = inference_name(agent.model.name, 1)
+        name = agent.named(1)
         answer = await agent.post(name, n=2)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == name
@@ -102,7 +102,7 @@ class PublicationConformance(BackendSuite):
 
         async def look(checkpoint: CheckpointRef) -> None:
             found = await agent.ask(n=2)
-            seen.append((found, (await agent.post(inference_name(agent.model.name, checkpoint.step))).status_code))
+            seen.append((found, (await agent.post(agent.named(checkpoint.step))).status_code))
 
         agent.heard.before_publish = look
         await agent.train()
@@ -243,7 +243,7 @@ class PublicationConformance(BackendSuite):
         receipt = agent.heard.last("art_checkpoint_published")["receipt"]
         assert receipt.step == result.step
         assert receipt.model == ModelKey(agent.model.project, agent.model.name)
-        assert receipt.inference_name == inference_name(agent.model.name, result.step)
+        assert receipt.inference_name == agent.named(result.step)
         assert {"checked", "loaded", "verified", "routed"} <= receipt.seconds.keys()
 
     @check(
@@ -319,7 +319,7 @@ class PublicationConformance(BackendSuite):
         found = await agent.ask(n=4)
         assert {version_of(sample) for sample in found} == {step}
         self.assert_answers_as(oracle, found, await agent.folder(step) if step else None)
-        answer = await agent.post(inference_name(agent.model.name, step + 1))
+        answer = await agent.post(agent.named(step + 1))
         assert answer.status_code == 404, f"the refused step can be asked for: HTTP {answer.status_code}"
 
 

@@ -10,7 +10,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from art_core import ArtError, InferenceEngine
+from art_core import ArtError
+from art_core.engines import JSON, Endpoint
+
+
+class Dialect(Protocol):
+    """How a server's requests and answers are written: that part of `art_core.InferenceEngine` which the gateway
+    uses.
+    """
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+
+    def prepare_request(self, endpoint: Endpoint, body: JSON, adapter: str | None) -> JSON:
+        """See `art_core.InferenceEngine`."""
+
+    def read_response(self, endpoint: Endpoint, body: JSON) -> JSON:
+        """See `art_core.InferenceEngine`."""
+
+    def read_chunk(self, endpoint: Endpoint, chunk: JSON) -> JSON:
+        """See `art_core.InferenceEngine`."""
 
 
 class RouteUnavailable(ArtError):
@@ -38,7 +58,7 @@ class Route:
 
     upstream_url: str
     upstream_key: str = field(repr=False)
-    engine: InferenceEngine
+    engine: Dialect
     adapter: str | None
     name: str
     step: int

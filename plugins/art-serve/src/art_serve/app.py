@@ -1,0 +1,160 @@
+"""The application: the wire, inference, health and the OpenAPI page under one roof, and every error in the wire's form.
+
+Knows the routers and nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import APIRouter, FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from art_backend_serverless import wire
+from art_core import BackendCapability
+from art_gateway.errors import ApiError
+
+from .access import Access, RequireKey
+from .answers import ERRORS
+from .inference import ArtifactRoutes, Inference, not_served
+from .request_rate import RequestRate
+from .service import Service
+from .wire_jobs import jobs_router
+from .wire_models import models_router
+
+BASE = "/v1"
+_log = logging.getLogger("art_serve.app")
+
+
+@asynccontextmanager
+async def serving_app(service: Service) -> AsyncIterator[ASGIApp]:
+    """The application; leaving it closes its connections to the backend."""
+    inference = Inference(ArtifactRoutes(service.backend, service.catalogue, service.transactions), service.catalogue)
+    try:
+        yield make_app(service, inference)
+    finally:
+        await inference.close()
+
+
+def make_app(service: Service, inference: Inference) -> ASGIApp:
+    """Put together what answers."""
+    bearer = HTTPBearer(auto_error=False, description="A key made by: art serve keys create ENTITY")
+    app = FastAPI(
+        title="art serve",
+        version=version("art-serve"),
+        description="Trains and serves models for clients elsewhere: the wire of art-backend-serverless, and OpenAI's"
+        " addresses of chat and completions for each model, under its artifact name.",
+        docs_url="/docs",
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.include_router(_health())
+    protected = [Security(bearer)]
+    app.include_router(_capabilities(service), prefix=BASE, dependencies=protected, tags=["capabilities"])
+    app.include_router(models_router(service), prefix=BASE, dependencies=protected, tags=["models"])
+    app.include_router(jobs_router(service), prefix=BASE, dependencies=protected, tags=["training jobs"])
+    app.include_router(_model_cards(inference), prefix=BASE, dependencies=protected, tags=["inference"])
+    app.router.routes += [
+        Route(f"{BASE}/chat/completions", inference.chat, methods=["POST"]),
+        Route(f"{BASE}/completions", inference.text, methods=["POST"]),
+    ]
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(DBAPIError, _database_error)
+    app.add_exception_handler(Exception, _own_error)
+    rate = RequestRate(per_s=service.limits.requests_per_s, burst=service.limits.requests_at_once)
+    return RequireKey(app, access=Access(service.transactions), rate=rate)
+
+
+def _health() -> APIRouter:
+    router = APIRouter(tags=["health"])
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    return router
+
+
+def _capabilities(service: Service) -> APIRouter:
+    router = APIRouter(responses=ERRORS)
+
+    @router.get(wire.CAPABILITIES)
+    async def capabilities(request: Request) -> wire.Capabilities:
+        """What this server does beyond the published wire, and whose key this is."""
+        declared = service.backend.capabilities
+        return wire.Capabilities(
+            entity=request.state.entity,
+            fork=BackendCapability.FORK in declared,
+            pull=False,
+            uploads=BackendCapability.SFT in declared,
+            content_encodings=["gzip"],
+        )
+
+    return router
+
+
+def _model_cards(inference: Inference) -> APIRouter:
+    router = APIRouter(responses=ERRORS)
+
+    @router.get("/models")
+    async def list_models(request: Request) -> dict[str, object]:
+        """The models that the key's entity can ask, in OpenAI's form."""
+        return {"object": "list", "data": inference.cards(request.state.entity)}
+
+    @router.get("/models/{model:path}")
+    async def one_model(request: Request, model: str) -> dict[str, object]:
+        """One of them, by its artifact name."""
+        for card in inference.cards(request.state.entity):
+            if model in (card["id"], card["root"]):
+                return card
+        raise not_served(model, request.state.entity)
+
+    return router
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    headers = {name.decode(): value.decode() for name, value in error.headers}
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = "; ".join(f"{'.'.join(map(str, p['loc'][1:]))}: {p['msg']}" for p in error.errors()[:5])
+    param = ".".join(map(str, error.errors()[0]["loc"][1:])) if error.errors() else None
+    return await _api_error(request, ApiError(422, problems, code="invalid_request", param=param))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: f"There is nothing at {request.url.path[:300]!r}.", 405: f"It doesn't take {request.method}."}
+    message = words.get(error.status_code, error.detail)
+    answer = await _api_error(request, ApiError(error.status_code, message, code="http_error"))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _database_error(request: Request, error: Exception) -> Response:
+    _log.error("the database failed: %s", error)
+    message = "The server's database doesn't answer now; nothing of this request was kept. Ask again."
+    return await _api_error(
+        request, ApiError(503, message, code="database_unavailable", type="server_error", retry_after_s=5)
+    )
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    message = f"The server failed on this request ({type(error).__name__}); its log says where."
+    return await _api_error(request, ApiError(500, message, code="server_error", type="server_error"))
