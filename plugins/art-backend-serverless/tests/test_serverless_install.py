@@ -48,8 +48,7 @@ def test_a_backend_is_made_without_any_of_them_imported() -> None:
         "import sys\n"
         "from art.serverless.backend import ServerlessBackend\n"
         "ServerlessBackend('k')\n"
-        # Cards of what else is installed are read, their code isn't.
-        f"heavy = {sorted(name.replace('-', '_') for name in NEVER if not name.startswith('art-'))}\n"
+        "heavy = ['torch', 'transformers', 'peft', 'safetensors', 'starlette', 'uvicorn', 'wandb', 'pyarrow']\n"
         "assert not set(heavy) & set(sys.modules), set(heavy) & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
