@@ -7,7 +7,10 @@ import subprocess
 import sys
 from importlib import metadata
 
+import pytest
 from packaging.requirements import Requirement
+
+from art_conformance import PluginConformance
 
 NEVER = {
     *("torch", "transformers", "peft", "safetensors", "accelerate", "vllm", "sglang", "huggingface-hub"),
@@ -35,6 +38,13 @@ def brought_by(name: str) -> set[str]:
                 found.add(normal(requirement.name))
                 waiting.append((requirement.name, frozenset(requirement.extras)))
     return found
+
+
+class TestServerlessPlugin(PluginConformance):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def plugin_name(cls) -> str:
+        return "serverless"
 
 
 def test_it_brings_neither_torch_nor_a_server() -> None:
