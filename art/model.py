@@ -295,6 +295,7 @@ class TrainableModel(Model):
     base_model: str
 
     _internal_config: InternalModelConfig | None = PrivateAttr(None)
+    _served_steps: int | None = PrivateAttr(None)
 
     def __init__(self, *, _internal_config: InternalModelConfig | None = None, **fields: Any) -> None:
         config = read_internal_config(_internal_config or {})
@@ -305,6 +306,11 @@ class TrainableModel(Model):
     def internal_config(self) -> Mapping[str, Any]:
         """The settings of `_internal_config` as they were read, empty when none were given."""
         return dict(self._internal_config or {})
+
+    @property
+    def served_steps(self) -> int | None:
+        """How many steps the backend can serve at once; None before registration and where there is no limit."""
+        return self._served_steps
 
     async def register(self, backend: Backend) -> None:
         """Have the backend serve this model, and learn its endpoint, key and folder. Again, it changes nothing.
@@ -318,7 +324,7 @@ class TrainableModel(Model):
         self.inference_model_name = registration.inference_model_name or self.name
         if registration.base_path is not None:
             self.base_path = str(registration.base_path)
-        self._backend = backend
+        self._backend, self._served_steps = backend, registration.served_steps
         await announce(installed_plugins(), "art_model_registered", backend=backend, model=self)
 
     def get_inference_name(self, step: int | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from art_core import Backend, BackendCapability, ModelKey, Registration, TrainResult, Trajectory, TrajectoryGroup
+from art_core import Backend, ModelKey, Registration, TrainResult, Trajectory, TrajectoryGroup
 
 from .recorder import Recorder
 from .serving import REQUEST_LIMIT_S, Sample, samples
@@ -54,14 +54,13 @@ class Agent:
     registration: Registration
     client: httpx.AsyncClient
     heard: Recorder
-    pulled: dict[int, Path] = field(default_factory=dict)
 
     def named(self, step: int) -> str:
         """What to ask for at the endpoint for a step."""
         return self.backend.inference_name(self.model, step)
 
     async def post(self, name: str | None = None, *, key: str | None = None, **body: Any) -> httpx.Response:
-        """Ask for a chat completion and give whatever comes back."""
+        """Ask for a chat completion, of the latest step where no name is given, and give whatever comes back."""
         plain = self.registration.inference_model_name or self.model.name
         asked = {"model": name or plain, "messages": ASK, "max_tokens": 16, **body}
         token = self.registration.inference_api_key if key is None else key
@@ -81,19 +80,16 @@ class Agent:
 
     async def train(self, **options: Any) -> TrainResult:
         """Sample groups and train one step on them."""
-        result = await self.backend.train(self.model, await self.groups(), **{"learning_rate": RATE, **options})
-        saved = self.heard.checkpoints().get(result.step)
-        kept_elsewhere = saved is not None and not saved.path.is_dir()
-        if kept_elsewhere and BackendCapability.PULL in self.backend.capabilities:
-            target = Path(self.model.base_path) / "pulled" / f"{self.model.name}-{result.step}"
-            self.pulled[result.step] = await self.backend.pull_checkpoint(
-                self.model, step=result.step, local_path=target
-            )
-        return result
+        return await self.backend.train(self.model, await self.groups(), **{"learning_rate": RATE, **options})
 
-    def folder(self, step: int) -> Path:
-        """The adapter folder of a step that this agent saw saved, pulled where the backend keeps it elsewhere."""
-        return self.pulled[step] if step in self.pulled else self.heard.checkpoints()[step].path
+    async def folder(self, step: int) -> Path:
+        """The adapter folder of a step that this agent saw saved, fetched where the backend keeps it elsewhere."""
+        path = self.heard.checkpoints()[step].path
+        if not path.is_dir():
+            path = Path(self.model.base_path) / "fetched" / f"{self.model.name}-{step}"
+            if not path.is_dir():
+                await self.backend.pull_checkpoint(self.model, step=step, local_path=path)
+        return path
 
     async def _group(self, messages: list[Any], rewards: Sequence[float]) -> TrajectoryGroup:
         from openai.types.chat.chat_completion import Choice
