@@ -27,6 +27,7 @@ from art_gateway.errors import ApiError
 from .access import Access, RequireKey
 from .answers import ERRORS
 from .inference import ArtifactRoutes, Inference, not_served
+from .job_payload import own_train_options
 from .request_rate import RequestRate
 from .service import Service
 from .wire_jobs import jobs_router
@@ -101,6 +102,7 @@ def _capabilities(service: Service) -> APIRouter:
             pull=False,
             uploads=BackendCapability.SFT in declared,
             content_encodings=["gzip"],
+            train_options=own_train_options(service.backend.backend),
         )
 
     return router
