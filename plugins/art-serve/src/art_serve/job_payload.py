@@ -21,13 +21,17 @@ _LONGEST_LINE = 16 * 2**20
 
 
 class JobPayload(BaseModel):
-    """The text that the queue keeps: `file` is the name of the body in KeptFiles, `num_sequences` what it trains on."""
+    """The text that the queue keeps. `file` names the body in KeptFiles; a supervised job has the `url` of its
+    conversations and the backend's `options`. `num_sequences` is how many it trains on.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     kind: Literal["rl", "sft"]
-    file: str
     num_sequences: int
+    file: str | None = None
+    url: str | None = None
+    options: dict[str, Any] = {}
 
 
 def read_groups(groups: wire.Groups) -> list[TrajectoryGroup]:
