@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,13 +25,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
-@pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, own_tiny_model: Path, art_serve: Callable[..., Any]
-) -> Iterator[tuple[str, str]]:
-    """One server for the tests of this module; each has models of its own."""
-    with art_serve(tmp_path_factory.mktemp("serve"), f"tiny={own_tiny_model}") as address_and_key:
-        yield address_and_key
+@pytest.fixture
+def server(own_server: tuple[str, str]) -> tuple[str, str]:
+    """Its address and a key."""
+    return own_server
 
 
 @pytest.fixture
