@@ -31,7 +31,8 @@ class PublicationDisplay:
     def art_checkpoint_published(self, receipt: PublicationReceipt) -> None:
         """Called once a step is loaded, verified and routed."""
         stages = ", ".join(f"{stage} {1000 * seconds:.0f} ms" for stage, seconds in receipt.seconds.items())
-        self._console.print(f"  published [bold]{receipt.inference_name}[/] ({stages})", highlight=False)
+        told = f" ({stages})" if stages else ""
+        self._console.print(f"  published [bold]{receipt.inference_name}[/]{told}", highlight=False)
 
 
 def show_step(console: Console, step: int, reward: float, first_reward: float, seconds: float) -> None:

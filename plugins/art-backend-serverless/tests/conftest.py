@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -345,13 +345,13 @@ def choice(text: str) -> Any:
 
 
 @contextmanager
-def _art_serve(data: Path, base_model: str) -> Iterator[tuple[str, str]]:
-    """A server as a process of its own, with one base model, NAME=FOLDER, on engine torch; its address and a key."""
-    command = [*ART, "serve", "--data", str(data), "--port", "0", "--base-model", base_model]
+def _art_serve(data: Path, *base_models: str) -> Iterator[tuple[str, str]]:
+    """A server as a process of its own, with base models NAME=FOLDER, on engine torch; its address and a key."""
+    command = [*ART, "serve", "--data", str(data), "--port", "0"]
+    command += [word for base_model in base_models for word in ("--base-model", base_model)]
     command += ["--inference-engine", "torch", "--training-engine", "torch", "--backend-option", "max_adapters=20"]
-    made = subprocess.run(
-        [*ART, "serve", "keys", "create", "acme", "--data", str(data)], capture_output=True, text=True, check=True
-    )
+    create = [*ART, "serve", "keys", "create", "acme", "--data", str(data)]
+    key = subprocess.run(create, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     log = data / "server.log"
     with log.open("a", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, text=True)
@@ -359,7 +359,7 @@ def _art_serve(data: Path, base_model: str) -> Iterator[tuple[str, str]]:
         assert process.stdout is not None
         said = process.stdout.readline()
         assert said, log.read_text(encoding="utf-8")[-3000:]
-        yield said.split()[-1], made.stdout.strip()
+        yield said.split()[-1], key
     finally:
         process.terminate()
         process.wait(60)
@@ -370,6 +370,12 @@ def _art_serve(data: Path, base_model: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def art_serve() -> Callable[..., AbstractContextManager[tuple[str, str]]]:
-    """Starts a server of one's own: `with art_serve(data, "tiny=FOLDER") as (url, key)`."""
-    return _art_serve
+def own_server(
+    tmp_path_factory: pytest.TempPathFactory, own_tiny_model: Path, conformance_model: Path
+) -> Iterator[tuple[str, str]]:
+    """The address and a key of one `art serve` for all tests that need one; each has models of its own. Base models are
+    `tiny`, and the conformance suite's by its folder.
+    """
+    names = (f"tiny={own_tiny_model}", f"{conformance_model}={conformance_model}")
+    with _art_serve(tmp_path_factory.mktemp("serve"), *names) as address_and_key:
+        yield address_and_key

@@ -312,3 +312,49 @@ def test_importing_it_reads_no_environment_and_opens_nothing() -> None:
     )
     env = {**os.environ, "WANDB_API_KEY": "never read"}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=60)
+
+
+async def test_each_phase_is_a_line_where_no_terminal_is(
+    cloud: Any, patience: Any, model: Any, groups: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with ServerlessBackend(cloud.key, cloud.base_url, patience=patience) as backend:
+        await model.register(backend)
+        await backend.train(model, groups, verbose=True)
+    said = capsys.readouterr()
+    lines = [line.partition(",")[0].partition(" |")[0] for line in said.err.splitlines()]
+    assert lines == [
+        "train agent-001: preparing the upload",
+        "train agent-001: uploading",
+        "train agent-001: training",
+        "train agent-001: waiting for the checkpoint",
+    ]
+    assert "loss/train 0.375" in said.out
+
+
+async def test_on_a_terminal_a_bar_is_fed_by_gradient_steps(
+    cloud: Any, patience: Any, model: Any, groups: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from art_backend_serverless import progress
+
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    progress._console.cache_clear()
+    try:
+        async with ServerlessBackend(cloud.key, cloud.base_url, patience=patience) as backend:
+            await model.register(backend)
+            cloud.scripts.append(
+                [("training_started", {"num_sequences": 4}), ("gradient_step", {"metrics": {"loss/train": 0.5}})]
+            )
+            training = asyncio.create_task(backend.train(model, groups))
+            while not cloud.calls("GET", ".*/events"):
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)  # a redraw or two
+            cloud.jobs["job-0"].append({"id": "end", "type": "training_ended", "data": {"step": 1}})
+            await training
+    finally:
+        progress._console.cache_clear()
+    shown = capsys.readouterr().err
+    assert "train agent-001: training" in shown
+    assert "1 of 4" in shown
+    assert "loss 0.5" in shown

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -21,13 +25,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
-@pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, own_tiny_model: Path, art_serve: Callable[..., Any]
-) -> Iterator[tuple[str, str]]:
-    """One server for the tests of this module; each has models of its own."""
-    with art_serve(tmp_path_factory.mktemp("serve"), f"tiny={own_tiny_model}") as address_and_key:
-        yield address_and_key
+@pytest.fixture
+def server(own_server: tuple[str, str]) -> tuple[str, str]:
+    """Its address and a key."""
+    return own_server
 
 
 @pytest.fixture
@@ -214,3 +215,158 @@ async def test_two_clients_of_one_model_get_a_step_each(
         await again.register(second)
         results = await asyncio.gather(backend.train(model, groups), second.train(again, groups))
     assert sorted(result.step for result in results) == [1, 2]
+
+
+async def test_the_loop_of_the_page(
+    backend: ServerlessBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "serverless.md").read_text(encoding="utf-8")
+    source = page[page.index("```python\n") + 10 :]
+    names: dict[str, Any] = {}
+    exec(compile(source[: source.index("\n```")], "serverless.md", "exec"), names)
+    model = await names["train_elsewhere"](backend, attempt, ["one", "two"], 2, base_model="tiny")
+    assert await model.get_step() == 2
+
+
+class Proxy:
+    """Passes bytes on to the server until it is told to cut, as a network does. It knows nothing of HTTP but where a
+    request ends.
+    """
+
+    def __init__(self, to: str) -> None:
+        self._host, self._port = urlsplit(to).hostname, urlsplit(to).port
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.up = True
+        self.cuts = 0
+        # Cuts when so many bytes have gone to the server, or as soon as it begins to answer a POST of a job.
+        self.cut_after: int | None = None
+        self.cut_answer = False
+        self.pause_s = 0.0
+        self.url = ""
+
+    async def __aenter__(self) -> Proxy:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.cut()
+        self._server.close()
+
+    def cut(self) -> None:
+        """End every connection at once."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self.up:
+            writer.transport.abort()
+            return
+        upstream_reader, upstream = await asyncio.open_connection(self._host, self._port)
+        ours = {writer, upstream}
+        self._writers |= ours
+        asked = bytearray()
+        try:
+            await asyncio.gather(self._to(reader, upstream, asked), self._back(upstream_reader, writer, asked))
+        except (ConnectionError, asyncio.IncompleteReadError):
+            self.cuts += 1
+        finally:
+            self._writers -= ours
+            for each in ours:
+                each.transport.abort()
+
+    async def _to(self, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter, asked: bytearray) -> None:
+        while data := await reader.read(4096):
+            asked += data
+            await asyncio.sleep(self.pause_s)
+            of_a_job = b"POST /v1/preview/training-jobs" in asked
+            if of_a_job and self.cut_after is not None and len(asked) >= self.cut_after:
+                self.cut_after = None
+                raise ConnectionAbortedError
+            upstream.write(data)
+            await upstream.drain()
+        raise ConnectionAbortedError
+
+    async def _back(self, upstream: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: bytearray) -> None:
+        while data := await upstream.read(4096):
+            await asyncio.sleep(self.pause_s)
+            if self.cut_answer and b"POST /v1/preview/training-jobs" in asked:
+                self.cut_answer = False
+                raise ConnectionAbortedError
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionAbortedError
+
+
+@pytest.mark.parametrize("how", ["in the upload", "in the answer", "while it trains", "slow by far"])
+async def test_a_network_that_fails_loses_no_step_and_trains_none_twice(
+    server: tuple[str, str], tmp_path: Path, how: str
+) -> None:
+    url, key = server
+    async with Proxy(url) as proxy, ServerlessBackend(key, proxy.url, show_progress=False) as backend:
+        model = a_model(f"cut-{how.replace(' ', '-')}", tmp_path)
+        await model.register(backend)
+        groups = await some_groups(model)
+        for step in range(1, 6):
+            training = asyncio.create_task(backend.train(model, groups, learning_rate=1e-4))
+            if how == "in the upload":
+                proxy.cut_after = 200 + 300 * step
+            elif how == "in the answer":
+                proxy.cut_answer = True
+            elif how == "slow by far":
+                proxy.pause_s = 0.05
+            else:
+                await asyncio.sleep(0.05 * step)
+                proxy.up = False
+                proxy.cut()
+                await asyncio.sleep(0.5)
+                proxy.up = True
+            assert (await training).step == step
+        assert await backend.list_steps(model) == [0, 1, 2, 3, 4, 5]
+        assert proxy.cut_after is None
+        assert not proxy.cut_answer
+        assert proxy.cuts >= (5 if how != "slow by far" else 0)
+
+
+KILLED = """
+import asyncio, sys
+import art
+from art_backend_serverless import ServerlessBackend
+
+async def main(url, folder):
+    backend = ServerlessBackend(base_url=url)
+    model = art.TrainableModel(name="killed", project="own", base_model="tiny", base_path=folder)
+    await model.register(backend)
+    group = lambda: art.TrajectoryGroup([
+        art.Trajectory(messages_and_choices=[{"role": "user", "content": "hi"}], reward=float(n)) for n in range(2)])
+    print("begun", flush=True)
+    await backend.train(model, [group()])
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_client_that_is_killed_loses_nothing_that_was_taken(
+    server: tuple[str, str], backend: ServerlessBackend, tmp_path: Path
+) -> None:
+    model = a_model("killed", tmp_path)
+    await model.register(backend)
+    for n in range(4):
+        before = await model.get_step()
+        client = subprocess.Popen(
+            [sys.executable, "-c", KILLED, server[0], str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "WANDB_API_KEY": server[1]},
+        )
+        assert client.stdout is not None
+        await asyncio.to_thread(client.stdout.readline)
+        await asyncio.sleep(0.1 * n)
+        client.kill()
+        client.wait()
+        client.stdout.close()
+        # Its job was taken and is trained to its end, or it was not: the next one comes after it either way.
+        step = (await backend.train(model, await some_groups(model))).step
+        assert step in (before + 1, before + 2)
+        assert await backend.list_steps(model) == list(range(step + 1))

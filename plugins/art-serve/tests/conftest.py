@@ -124,6 +124,11 @@ class Client:
         self.key = key
         self._http = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120)
 
+    @property
+    def url(self) -> str:
+        """The base URL."""
+        return self._server.url
+
     def close(self) -> None:
         self._http.close()
 
@@ -179,7 +184,7 @@ class Client:
 
 
 @contextmanager
-def serving(folder: Path, base: Path, *options: str, engine: str = "fake", start: bool = True) -> Iterator[ArtServe]:
+def serve_in(folder: Path, base: Path, *options: str, engine: str = "fake", start: bool = True) -> Iterator[ArtServe]:
     """A server whose only base model is `tiny`."""
     folder.mkdir(exist_ok=True)
     environment = {}
@@ -195,10 +200,16 @@ def serving(folder: Path, base: Path, *options: str, engine: str = "fake", start
         server.close()
 
 
+@pytest.fixture(scope="session")
+def serving() -> Any:
+    """Serve in a folder: `with serving(folder, base, engine="torch") as server`."""
+    return serve_in
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, own_tiny_model: Path) -> Iterator[ArtServe]:
     """One server on the fake engines for the tests of a module; each takes an entity of its own."""
-    with serving(tmp_path_factory.mktemp("serve"), own_tiny_model) as server:
+    with serve_in(tmp_path_factory.mktemp("serve"), own_tiny_model) as server:
         yield server
 
 
@@ -220,6 +231,6 @@ def own_server(tmp_path: Path, own_tiny_model: Path) -> Iterator[Callable[..., A
     with ExitStack() as stack:
 
         def make(*options: str, **how: Any) -> ArtServe:
-            return stack.enter_context(serving(tmp_path / "own", own_tiny_model, *options, **how))
+            return stack.enter_context(serve_in(tmp_path / "own", own_tiny_model, *options, **how))
 
         yield make

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
+import httpx
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -130,3 +133,42 @@ def test_a_base_model_that_is_not_served_is_refused_and_no_model_is_left(client:
     refused = client.ask("POST", "/preview/models", json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "base_model")
     assert client.json("GET", "/models")["data"] == []
+
+
+def test_a_checkpoint_is_fetched_by_hash_whole_and_in_parts(client: Any) -> None:
+    model = client.model()
+    client.ended(client.submit(model, learning_rate=0.5))
+    listed = client.json("GET", f"/preview/models/{model}/checkpoints/1/files")
+    assert {file["path"] for file in listed["files"]} == {"adapter_config.json", "adapter_model.safetensors"}
+    for file in listed["files"]:
+        address = f"/preview/models/{model}/blobs/{file['sha256']}"
+        whole = client.ask("GET", address)
+        assert hashlib.sha256(whole.content).hexdigest() == file["sha256"]
+        assert len(whole.content) == file["size"]
+        half = file["size"] // 2
+        parts = [client.ask("GET", address, headers={"Range": f"bytes={at}"}) for at in (f"0-{half - 1}", f"{half}-")]
+        assert [part.status_code for part in parts] == [206, 206]
+        assert b"".join(part.content for part in parts) == whole.content
+    assert client.ask("GET", f"/preview/models/{model}/checkpoints/7/files").status_code == 404
+    assert client.ask("GET", f"/preview/models/{model}/blobs/{'0' * 64}").status_code == 404
+
+
+def test_every_answer_has_the_id_under_which_the_log_knows_it(server: Any, client: Any) -> None:
+    given = client.ask("GET", "/capabilities", headers={"X-Request-Id": "mine-1"})
+    made = client.ask("GET", "/nowhere", headers={"X-Request-Id": "not allowed"})
+    assert given.headers["X-Request-Id"] == "mine-1"
+    assert len(made.headers["X-Request-Id"]) == 32
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    noted = {line.get("request_id"): line for line in lines if line["logger"] == "art_serve.requests"}
+    assert noted["mine-1"]["status"] == 200
+    assert noted[made.headers["X-Request-Id"]]["status"] == 404
+    assert client.key not in server.log.read_text()
+
+
+def test_health_and_figures_are_there_for_who_watches(server: Any, client: Any) -> None:
+    root = server.url.removesuffix("/v1")
+    assert [httpx.get(root + path).status_code for path in ("/health", "/ready", "/openapi.json", "/docs")] == [200] * 4
+    assert httpx.get(root + "/metrics").status_code == 401
+    figures = httpx.get(root + "/metrics", headers={"Authorization": f"Bearer {client.key}"}).text
+    assert 'art_serve_jobs{state="queued"} 0.0' in figures
+    assert 'address="/preview/models"' in figures

@@ -367,7 +367,7 @@ class ServerlessBackend:
             f"W&B's cloud keeps it as the artifact {remote.artifact_name()}, which wandb.Api().artifact(...) downloads."
             f" {_OWN_SERVER}",
         )
-        with JobProgress(f"pull {remote.key}", enabled=self._show) as progress:
+        with JobProgress(f"pull {remote.key}", enabled=self._show, brief=True) as progress:
             async with self._service.connected(progress.note) as connection:
                 there = await checkpoints.list_checkpoints(connection, remote.id)
                 wanted = (there[-1] if there else 0) if step in (None, "latest") else int(step)
@@ -474,7 +474,7 @@ class ServerlessBackend:
 
     @asynccontextmanager
     async def _waiting(self, what: str, phase: str) -> AsyncIterator[Connection]:
-        with JobProgress(what, enabled=self._show) as progress:
+        with JobProgress(what, enabled=self._show, brief=True) as progress:
             async with self._service.connected(progress.note) as connection:
                 progress.phase(phase)
                 yield connection

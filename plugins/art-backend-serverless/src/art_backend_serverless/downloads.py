@@ -79,7 +79,7 @@ async def _copy(
                         if have > file.size:
                             raise CorruptCheckpoint(f"{file.path} is longer than the {file.size} bytes it should have.")
                         await asyncio.to_thread(out.write, piece)
-                        progress.advance((before + have) / 1e6, total / 1e6, "MB")
+                        progress.advance(before + have, total)
             if have == file.size:
                 break
         except httpx.TransportError as error:

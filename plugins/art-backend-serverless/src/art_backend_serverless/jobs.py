@@ -71,12 +71,13 @@ class _Following:
 
     async def to_the_end(self) -> Outcome:
         patience = self._service.patience
-        self._progress.phase("queued")
         looks = 0
         while not self._ended:
             if await self._look():
                 looks = 0
                 continue
+            if self._last is None:
+                self._progress.phase("queued")
             silent_s = time.monotonic() - self._heard_at
             if silent_s >= patience.job_silence_s:
                 raise await self._stalled(silent_s)

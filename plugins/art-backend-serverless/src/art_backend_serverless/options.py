@@ -16,14 +16,10 @@ from . import wire
 
 AUTO_BATCH_SIZE: Final = 2
 Rate = Annotated[float, Field(ge=0)]
-#: Fields of ExperimentalConfig that every service takes.
-PUBLISHED: Final = (
-    *("learning_rate", "ppo", "epsilon", "epsilon_high", "advantage_balance", "scale_rewards"),
-    *("importance_sampling_level", "max_negative_advantage_importance_sampling_weight", "mask_prob_ratio"),
-    *("kimi_k2_tau", "precalculate_logprobs"),
-)
 #: Fields that a server of one's own takes besides, where it names them.
-OWN: Final = tuple(name for name in wire.ExperimentalConfig.model_fields if name not in PUBLISHED)
+OWN: Final = wire.OWN_TRAIN_OPTIONS
+#: Fields of ExperimentalConfig that every service takes.
+PUBLISHED: Final = tuple(name for name in wire.ExperimentalConfig.model_fields if name not in OWN)
 #: Arguments that are said in the wire's words, or concern this client.
 _SPOKEN: Final = ("loss_fn", "normalize_advantages", "save_checkpoint", "verbose")
 

@@ -27,10 +27,12 @@ def _console() -> Console:
 
 
 class JobProgress:
-    """A context manager around a job. `enabled=False` shows nothing."""
+    """A context manager around a job. `enabled=False` shows nothing, `brief` no line for what takes less than ten
+    seconds.
+    """
 
-    def __init__(self, what: str, *, enabled: bool = True) -> None:
-        self._what, self._enabled = what, enabled
+    def __init__(self, what: str, *, enabled: bool = True, brief: bool = False) -> None:
+        self._what, self._enabled, self._brief = what, enabled, brief
         self._phase, self._note = "", ""
         self._done, self._total = 0.0, 0.0
         self._begun = 0.0
@@ -73,7 +75,8 @@ class JobProgress:
         self._phase, self._note = phase, _in_short(note)
         if new:
             self._done = self._total = 0.0
-            self._print()
+            if not self._brief:
+                self._print()
         self._redraw()
 
     def advance(self, done: float, total: float, note: str = "") -> None:
@@ -126,4 +129,6 @@ def _in_short(note: str) -> str:
 
 
 def _counted(done: float, total: float) -> str:
+    if total > 100_000:
+        return f"{100 * done / total:.0f}%"
     return f"{done:g} of {total:g}" if total else f"{done:g}"

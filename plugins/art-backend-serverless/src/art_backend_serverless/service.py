@@ -27,6 +27,8 @@ from .errors import OutcomeUnknown, ServiceRefused, ServiceUnreachable, refusal,
 
 MessageT = TypeVar("MessageT", bound=BaseModel)
 _TIMEOUT = httpx.Timeout(connect=10.0, read=90.0, write=60.0, pool=None)
+# A service looks through what it was sent before it answers.
+_UPLOAD = httpx.Timeout(connect=10.0, read=600.0, write=60.0, pool=None)
 _NOT_TAKEN = frozenset({408, 429, 503})
 _GATEWAYS = frozenset({502, 504, 520, 521, 522, 523, 524})
 _MOST_500S = 4
@@ -232,7 +234,12 @@ class Connection:
                 content = body.model_dump_json(exclude_none=True).encode()
             params = None if query is None else query.model_dump(mode="json", exclude_none=True)
             request = self._http.build_request(
-                method, f"{service.base_url}{path}", params=params, headers=headers, content=content
+                method,
+                f"{service.base_url}{path}",
+                params=params,
+                headers=headers,
+                content=content,
+                timeout=_UPLOAD if isinstance(body, Spooled) else _TIMEOUT,
             )
             return await self._once(request, answer, doing=doing, repeat=repeat)
 
@@ -308,8 +315,7 @@ class Connection:
             return _Failed(ServiceUnreachable(f"{doing}: {where} gave no answer: {why.rstrip('.')}."))
         return OutcomeUnknown(
             f"{doing}: {where} gave no answer: {why.rstrip('.')}. It may have been done all the same, and this service"
-            " doesn't say how a request is repeated safely, so it was not sent again. Look what the model's latest step"
-            " is (await model.get_step()) before you repeat it."
+            " doesn't say how a request is repeated safely, so it was not sent again."
         )
 
     def _refusal(self, status: int, body: bytes, doing: str) -> Exception:

@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from art_core import (
     CheckpointRef,
     ModelKey,
@@ -25,6 +27,7 @@ from art_core.errors import CorruptCheckpoint
 from . import wire
 from .bodies import Spooled, conversations, message_with_groups, spooled
 from .checkpoints import step_after
+from .errors import OutcomeUnknown
 from .jobs import follow, step_of
 from .progress import JobProgress
 from .service import Connection, Service
@@ -76,8 +79,9 @@ class RemoteStep:
             async with self._service.connected(progress.note) as connection:
                 job_id = await self._submit(connection, progress)
                 outcome = await follow(self._service, connection, job_id, progress)
-                progress.phase("reading which step it is")
                 step = outcome.step
+                if step is None:
+                    progress.phase("waiting for the checkpoint")
                 if step is None and await self._service.capabilities(connection) is not None:
                     step = await step_of(connection, job_id)
                 if step is None:
@@ -116,14 +120,7 @@ async def training_job(
 ) -> str:
     """Submit a job that trains on groups; gives its id."""
     async with _upload(service, connection, progress, message_with_groups(message, groups), "application/json") as body:
-        job = await connection.post(
-            wire.TRAINING_JOBS,
-            wire.Job,
-            doing="submitting the training job",
-            body=body,
-            on_sent=_sent(progress, body),
-        )
-        return job.id
+        return await _submitted(connection, wire.TRAINING_JOBS, body, _sent(progress, body))
 
 
 async def sft_job(
@@ -150,7 +147,19 @@ async def sft_job(
                 f" {body.plain_size} with {body.sha256}. Nothing was trained; try again."
             )
         message = message.model_copy(update={"training_data_url": upload.url})
-    job = await connection.post(wire.SFT_TRAINING_JOBS, wire.Job, doing="submitting the training job", body=message)
+    return await _submitted(connection, wire.SFT_TRAINING_JOBS, message, lambda _: None)
+
+
+async def _submitted(
+    connection: Connection, path: str, body: BaseModel | Spooled, on_sent: Callable[[int], None]
+) -> str:
+    try:
+        job = await connection.post(path, wire.Job, doing="submitting the training job", body=body, on_sent=on_sent)
+    except OutcomeUnknown as error:
+        raise OutcomeUnknown(
+            f"{error} Look what the model's latest step is (await model.get_step()) before you train again: a job that"
+            " was taken may still be training."
+        ) from error
     return job.id
 
 
@@ -162,12 +171,16 @@ async def _upload(
     capabilities = await service.capabilities(connection)
     compress = capabilities is not None and "gzip" in capabilities.content_encodings
     async with spooled(pieces, content_type=content_type, compress=compress) as body:
-        progress.phase("uploading", f"{body.size / 1e6:.1f} MB")
+        progress.phase("uploading", _in_words(body.size))
         yield body
 
 
 def _sent(progress: JobProgress, body: Spooled) -> Callable[[int], None]:
     def sent(size: int) -> None:
-        progress.advance(round(size / 1e6, 1), round(body.size / 1e6, 1), "MB")
+        progress.advance(size, body.size, f"of {_in_words(body.size)}")
 
     return sent
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

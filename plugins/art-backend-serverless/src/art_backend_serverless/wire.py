@@ -143,6 +143,14 @@ class ExperimentalConfig(Sent):
     num_trajectories_learning_rate_multiplier_power: float | None = None
 
 
+#: Fields of ExperimentalConfig beyond the published ones.
+OWN_TRAIN_OPTIONS = (
+    *("kl_penalty_coef", "kl_penalty_reference_step", "allow_training_without_logprobs"),
+    *("truncated_importance_sampling", "packed_sequence_length", "grad_accumulation_sequences"),
+    "num_trajectories_learning_rate_multiplier_power",
+)
+
+
 class CreateTrainingJob(Sent):
     """POST TRAINING_JOBS."""
 

@@ -26,9 +26,13 @@ from art_gateway.errors import ApiError
 
 from .access import Access, RequireKey
 from .answers import ERRORS
+from .health import figures_router, health_router
 from .inference import ArtifactRoutes, Inference, not_served
+from .job_payload import own_train_options
+from .request_log import Figures, RequestLog
 from .request_rate import RequestRate
 from .service import Service
+from .wire_files import files_router
 from .wire_jobs import jobs_router
 from .wire_models import models_router
 
@@ -58,11 +62,14 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(_health())
+    figures = Figures()
     protected = [Security(bearer)]
+    app.include_router(health_router(service))
+    app.include_router(figures_router(service, figures), dependencies=protected)
     app.include_router(_capabilities(service), prefix=BASE, dependencies=protected, tags=["capabilities"])
     app.include_router(models_router(service), prefix=BASE, dependencies=protected, tags=["models"])
     app.include_router(jobs_router(service), prefix=BASE, dependencies=protected, tags=["training jobs"])
+    app.include_router(files_router(service), prefix=BASE, dependencies=protected, tags=["checkpoint files"])
     app.include_router(_model_cards(inference), prefix=BASE, dependencies=protected, tags=["inference"])
     app.router.routes += [
         Route(f"{BASE}/chat/completions", inference.chat, methods=["POST"]),
@@ -74,18 +81,8 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
     app.add_exception_handler(DBAPIError, _database_error)
     app.add_exception_handler(Exception, _own_error)
     rate = RequestRate(per_s=service.limits.requests_per_s, burst=service.limits.requests_at_once)
-    return RequireKey(app, access=Access(service.transactions), rate=rate)
-
-
-def _health() -> APIRouter:
-    router = APIRouter(tags=["health"])
-
-    @router.get("/health")
-    async def health() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok"}
-
-    return router
+    guarded = RequireKey(app, access=Access(service.transactions), rate=rate)
+    return RequestLog(guarded, figures=figures)
 
 
 def _capabilities(service: Service) -> APIRouter:
@@ -98,9 +95,10 @@ def _capabilities(service: Service) -> APIRouter:
         return wire.Capabilities(
             entity=request.state.entity,
             fork=BackendCapability.FORK in declared,
-            pull=False,
+            pull=BackendCapability.PULL in declared,
             uploads=BackendCapability.SFT in declared,
             content_encodings=["gzip"],
+            train_options=own_train_options(service.backend.backend),
         )
 
     return router

@@ -17,7 +17,6 @@ import typer
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-_LOG_FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 
 serve_cli = typer.Typer(
     help="Train and serve models for clients elsewhere, over the wire of art-backend-serverless.",
@@ -80,6 +79,7 @@ def serve(
 
     from .base_models import BaseModels
     from .request_bodies import BodyLimits
+    from .request_log import JsonLines
     from .server import CannotServe, ServeSettings
     from .server import serve as run
     from .service import Limits
@@ -107,7 +107,9 @@ def serve(
                 bodies=BodyLimits(job=job_mib * 2**20), waiting_jobs=waiting_jobs, requests_per_s=requests_per_s
             ),
         )
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=_LOG_FORMAT)
+        lines = logging.StreamHandler(sys.stderr)
+        lines.setFormatter(JsonLines())
+        logging.basicConfig(level=logging.INFO, handlers=[lines])
         run(settings, ready=lambda url: typer.echo(f"art serve: {url}"))
     except (ArtError, CannotServe, ValueError, OSError) as error:
         _fail(str(error))

@@ -5,31 +5,34 @@ Every name is made here of hashes and of ids that were checked; nothing that a c
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from art_core.atomic_files import write_atomically
-
 UPLOAD_SCHEME = "art-upload:///"
 _TEMPORARY = ".arriving-"
+_WRITTEN_AT_ONCE = 2**20
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class KeptUpload:
-    """A file that was sent whole."""
+class Arrived:
+    """A body that came whole, in a file that goes unless it is kept."""
 
-    url: str
+    file: Path
     sha256: str
     size: int
 
 
 class KeptFiles:
-    """Both kinds, each in a folder of its own under `folder`. Calls block."""
+    """Both kinds, each in a folder of its own under `folder`. What isn't a coroutine blocks."""
 
     def __init__(self, folder: Path) -> None:
         self._jobs = folder / "jobs"
@@ -37,13 +40,38 @@ class KeptFiles:
         for each in (self._jobs, self._uploads):
             each.mkdir(parents=True, exist_ok=True)
 
-    def keep_job(self, model_id: str, idempotency_key: str, body: bytes) -> str:
+    @asynccontextmanager
+    async def arriving(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[Arrived]:
+        """Take a body in, piece by piece, to disk. On leaving nothing is left of one that wasn't kept."""
+        file = self._jobs / f"{_TEMPORARY}{uuid4().hex}"
+        digest, size = hashlib.sha256(), 0
+        waiting: list[bytes] = []
+        try:
+            with await asyncio.to_thread(file.open, "wb") as opened:
+
+                def write(pieces: list[bytes]) -> None:
+                    for piece in pieces:
+                        digest.update(piece)
+                        opened.write(piece)
+
+                async for piece in pieces:
+                    size += len(piece)
+                    waiting.append(piece)
+                    if sum(map(len, waiting)) >= _WRITTEN_AT_ONCE:
+                        await asyncio.to_thread(write, waiting)
+                        waiting = []
+                await asyncio.to_thread(write, waiting)
+                opened.flush()
+                await asyncio.to_thread(os.fsync, opened.fileno())
+            yield Arrived(file, digest.hexdigest(), size)
+        finally:
+            file.unlink(missing_ok=True)
+
+    def keep_job(self, arrived: Arrived, model_id: str, idempotency_key: str) -> str:
         """Keep the body of a job; gives its name, which is the same for the same body under the same key."""
-        what = (model_id, idempotency_key, hashlib.sha256(body).hexdigest())
-        name = hashlib.sha256("\n".join(what).encode()).hexdigest()
-        path = self._jobs / name
-        if not path.exists():
-            write_atomically(path, body)
+        what = "\n".join((model_id, idempotency_key, arrived.sha256))
+        name = hashlib.sha256(what.encode()).hexdigest()
+        arrived.file.replace(self._jobs / name)
         return name
 
     def read_job(self, name: str) -> bytes:
@@ -54,42 +82,28 @@ class KeptFiles:
         """The job has ended."""
         (self._jobs / name).unlink(missing_ok=True)
 
-    def sweep(self, *, needed: Collection[str], upload_age_s: float) -> None:
-        """Remove bodies that no job needs, what never arrived whole, and files that are older than they are kept."""
-        for file in self._jobs.iterdir():
-            if file.name not in needed:
-                file.unlink(missing_ok=True)
-        oldest = time.time() - upload_age_s
-        for file in self._uploads.rglob("*"):
-            if file.is_file() and (file.name.startswith(_TEMPORARY) or file.stat().st_mtime < oldest):
-                file.unlink(missing_ok=True)
-
-    async def keep_upload(self, entity: str, chunks: AsyncIterator[bytes]) -> KeptUpload:
-        """Keep a file of an entity while it arrives. Nothing stays of one that doesn't arrive whole."""
+    def keep_upload(self, arrived: Arrived, entity: str) -> str:
+        """Keep a file of an entity; gives its URL."""
         folder = self._uploads / entity
         folder.mkdir(exist_ok=True)
-        temporary = folder / f"{_TEMPORARY}{uuid4().hex}"
-        digest, size = hashlib.sha256(), 0
-        try:
-            with temporary.open("wb") as file:
-                async for chunk in chunks:
-                    digest.update(chunk)
-                    size += len(chunk)
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            sha256 = digest.hexdigest()
-            temporary.replace(folder / sha256)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return KeptUpload(f"{UPLOAD_SCHEME}{entity}/{sha256}", sha256, size)
+        arrived.file.replace(folder / arrived.sha256)
+        return f"{UPLOAD_SCHEME}{entity}/{arrived.sha256}"
 
     def upload(self, entity: str, url: str) -> Path | None:
         """Where the file of a URL lies, if it is this entity's and there."""
         prefix = f"{UPLOAD_SCHEME}{entity}/"
         name = url.removeprefix(prefix)
-        if not url.startswith(prefix) or len(name) != 64 or set(name) - set("0123456789abcdef"):
+        if not url.startswith(prefix) or not _HASH.fullmatch(name):
             return None
         path = self._uploads / entity / name
         return path if path.is_file() else None
+
+    def sweep(self, *, needed: Collection[str], upload_age_s: float) -> None:
+        """Remove bodies that no job needs, what never arrived whole, and uploads that are older than they are kept."""
+        for file in self._jobs.iterdir():
+            if file.name not in needed:
+                file.unlink(missing_ok=True)
+        oldest = time.time() - upload_age_s
+        for file in self._uploads.glob("*/*"):
+            if file.stat().st_mtime < oldest:
+                file.unlink(missing_ok=True)

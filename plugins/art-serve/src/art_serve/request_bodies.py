@@ -70,9 +70,14 @@ async def read_message(
 
 async def as_message(body: bytes, message: type[MessageT]) -> MessageT:
     """A body as a message of the wire. Raises ApiError, 422 with the field at fault."""
+    if len(body) > _READ_IN_THREAD:
+        return await asyncio.to_thread(message_of, body, message)
+    return message_of(body, message)
+
+
+def message_of(body: bytes, message: type[MessageT]) -> MessageT:
+    """`as_message` for whoever is in a thread already."""
     try:
-        if len(body) > _READ_IN_THREAD:
-            return await asyncio.to_thread(message.model_validate_json, body)
         return message.model_validate_json(body)
     except ValidationError as error:
         raise invalid(error) from error

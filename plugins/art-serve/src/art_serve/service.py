@@ -15,12 +15,14 @@ from art_core.atomic_files import write_atomically
 
 from .base_models import BaseModels
 from .catalogue import Catalogue
+from .checkpoint_exports import CheckpointExports
 from .database import open_database
 from .hosted_backend import HostedBackend
 from .in_threads import Transactions
 from .job_payload import JobPayload
 from .job_queue import release_leases, unfinished_payloads
 from .kept_files import KeptFiles
+from .large_bodies import LargeBodies
 from .news import News
 from .phases import PhaseHooks
 from .request_bodies import BodyLimits
@@ -37,7 +39,7 @@ class Limits:
     waiting_jobs: int = 64
     requests_per_s: float = 500.0
     requests_at_once: float = 2000.0
-    uploads_at_once: int = 8
+    uploads_at_once: int = 16
     register_s: float = 50.0
     poll_s: float = 1.0
     upload_age_s: float = 7 * 24 * 3600.0
@@ -52,6 +54,8 @@ class Service:
     backend: HostedBackend
     worker: TrainingWorker
     files: KeptFiles
+    bodies: LargeBodies
+    exports: CheckpointExports
     news: News
     registry: PluginRegistry
     base_models: BaseModels
@@ -79,7 +83,8 @@ async def open_service(
         # Whoever holds the folder's lock knows that every other worker of this folder is dead.
         await transactions(release_leases, f"{server_id}:")
         files = await asyncio.to_thread(KeptFiles, data)
-        needed = {JobPayload.model_validate_json(text).file for text in await transactions(unfinished_payloads)}
+        payloads = [JobPayload.model_validate_json(text) for text in await transactions(unfinished_payloads)]
+        needed = {payload.file for payload in payloads if payload.file is not None}
         await asyncio.to_thread(files.sweep, needed=needed, upload_age_s=limits.upload_age_s)
         catalogue, news = await Catalogue.read(transactions), News()
         hosted = HostedBackend(backend, transactions, catalogue, base_models, files=data / "backend")
@@ -99,6 +104,8 @@ async def open_service(
                 backend=hosted,
                 worker=worker,
                 files=files,
+                bodies=LargeBodies(files, limits.bodies, at_once=limits.uploads_at_once),
+                exports=CheckpointExports(hosted, data / "exports"),
                 news=news,
                 registry=registry,
                 base_models=base_models,

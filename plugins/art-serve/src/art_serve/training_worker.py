@@ -27,7 +27,7 @@ from .catalogue import Catalogue
 from .hosted_backend import HostedBackend, ServedPolicy
 from .in_threads import Transactions
 from .job_events import NewEvent, tell
-from .job_payload import JobPayload, read_conversations, read_groups, sft_options, train_options
+from .job_payload import JobPayload, read_conversations, read_groups, train_options
 from .job_queue import Job, LeaseLost, claim, finish, fix_step, heartbeat
 from .kept_files import KeptFiles
 from .model_records import ModelRecord, checkpoint_metrics, keep_checkpoint
@@ -65,7 +65,7 @@ class TrainingWorker:
         self._wanted = asyncio.Event()
         self.running: Job | None = None
         self.phase: str | None = None
-        self.trained = {"succeeded": 0, "failed": 0}
+        self.at_work = False
 
     def wake(self) -> None:
         """A job was queued."""
@@ -73,6 +73,13 @@ class TrainingWorker:
 
     async def run(self) -> None:
         """Work until cancelled. A job that is cut off is taken up again by the next worker."""
+        self.at_work = True
+        try:
+            await self._run()
+        finally:
+            self.at_work = False
+
+    async def _run(self) -> None:
         while True:
             self._wanted.clear()
             job = await self._persist(claim, self._worker, lease_s=LEASE_S)
@@ -152,7 +159,7 @@ class TrainingWorker:
                         f"step {step} was trained and saved, and could not be published; step {latest} is served."
                         " The server's log says why."
                     )
-                result = await self._ask(payload, policy)
+                result = await self._ask(payload, record, policy)
                 if result.step != step:
                     _log.warning("the backend made step %d, not %d", result.step, step, extra={"job": job.id})
                 return finite(result.metrics), result.step
@@ -164,23 +171,17 @@ class TrainingWorker:
                 await asyncio.sleep(_AGAIN_S[-1])
         raise AssertionError("unreachable")
 
-    async def _ask(self, payload: JobPayload, policy: ServedPolicy) -> TrainResult:
-        body = await asyncio.to_thread(self._files.read_job, payload.file)
+    async def _ask(self, payload: JobPayload, record: ModelRecord, policy: ServedPolicy) -> TrainResult:
         backend = self._backend.backend
-        if payload.kind == "sft":
-            asked = wire.CreateSftTrainingJob.model_validate_json(body)
-            entity = self._entity_of(asked.model_id)
-            file = await asyncio.to_thread(self._files.upload, entity, asked.training_data_url)
+        if payload.url is not None:
+            file = await asyncio.to_thread(self._files.upload, record.entity, payload.url)
             if file is None:
                 raise RuntimeError("the uploaded file is no longer here; upload it and submit the job again")
             conversations = await asyncio.to_thread(read_conversations, file)
-            return await backend.train_sft(policy, conversations, **sft_options(asked.config))
+            return await backend.train_sft(policy, conversations, **payload.options)
+        body = await asyncio.to_thread(self._files.read_job, payload.file or "")
         request, groups = await asyncio.to_thread(_read_rl, body)
         return await backend.train(policy, groups, **train_options(request.experimental_config))
-
-    def _entity_of(self, model_id: str) -> str:
-        record = self._catalogue.known(model_id)
-        return "" if record is None else record.entity
 
     async def _metrics_of(self, record: ModelRecord, policy: ServedPolicy, step: int) -> dict[str, float | None]:
         """What is known of a step that was made before this process began."""
@@ -192,10 +193,10 @@ class TrainingWorker:
 
     async def _end(self, job: Job, *, error: str | None, events: list[NewEvent]) -> None:
         await self._persist(finish, job.id, self._worker, error=error, events=events)
-        self.trained["succeeded" if error is None else "failed"] += 1
         self._news.told(job.id, over=True)
         file = JobPayload.model_validate_json(job.payload).file
-        await asyncio.to_thread(self._files.forget_job, file)
+        if file is not None:
+            await asyncio.to_thread(self._files.forget_job, file)
         _log.info("job ended", extra={"job": job.id, "error": error})
 
     async def _persist(self, function: Callable[Concatenate[Engine, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -226,8 +227,3 @@ def _own_metrics(folder: Path) -> dict[str, float | None]:
 def _read_rl(body: bytes) -> tuple[wire.CreateTrainingJob, list[TrajectoryGroup]]:
     request = wire.CreateTrainingJob.model_validate_json(body)
     return request, read_groups(request.trajectory_groups)
-
-
-def payload_text(payload: JobPayload) -> str:
-    """The text that the queue keeps."""
-    return json.dumps(payload.model_dump(), sort_keys=True)

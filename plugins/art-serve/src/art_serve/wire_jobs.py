@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -13,10 +16,10 @@ from art_gateway.errors import ApiError
 
 from .answers import ERRORS, body_of, idempotency_key, key_reused, new_key, number_of
 from .job_events import events_after
-from .job_payload import JobPayload, read_conversations, read_groups
+from .job_payload import JobPayload, read_conversations, read_groups, sft_options
 from .job_queue import Job, JobState, QueueFull, find_job, place_of, submit
 from .model_records import ModelRecord
-from .request_bodies import as_message, pieces_of, read_body
+from .request_bodies import message_of, read_message
 from .service import Service
 from .wire_models import needs
 
@@ -28,7 +31,6 @@ def jobs_router(service: Service) -> APIRouter:
     """The addresses."""
     router = APIRouter(responses=ERRORS)
     catalogue, limits, news = service.catalogue, service.limits, service.news
-    reading = asyncio.Semaphore(limits.uploads_at_once)
 
     async def enqueue(record: ModelRecord, key: str, payload: JobPayload) -> wire.Job:
         try:
@@ -41,46 +43,46 @@ def jobs_router(service: Service) -> APIRouter:
                 most_waiting=limits.waiting_jobs,
             )
         except QueueFull as error:
-            await asyncio.to_thread(service.files.forget_job, payload.file)
+            await forget(payload)
             raise ApiError(429, str(error), code="queue_full", retry_after_s=_RETRY_S) from error
         except ValueError as error:
-            await asyncio.to_thread(service.files.forget_job, payload.file)
+            await forget(payload)
             raise key_reused(error) from error
         if job.state in (JobState.SUCCEEDED, JobState.FAILED):
-            await asyncio.to_thread(service.files.forget_job, payload.file)
+            await forget(payload)
         news.told(job.id)
         service.worker.wake()
         return wire.Job(id=job.id)
+
+    async def forget(payload: JobPayload) -> None:
+        if payload.file is not None:
+            await asyncio.to_thread(service.files.forget_job, payload.file)
 
     @router.post(wire.TRAINING_JOBS, **body_of(wire.CreateTrainingJob))
     async def create_training_job(request: Request) -> wire.Job:
         """Queue a step of reinforcement learning."""
         key = idempotency_key(request) or new_key()
-        async with reading:
-            body = await read_body(request, limit=limits.bodies.job, limits=limits.bodies)
-            asked = await as_message(body, wire.CreateTrainingJob)
-            record = catalogue.by_id(asked.model_id, entity=request.state.entity)
-            groups = await asyncio.to_thread(read_groups, asked.trajectory_groups)
-            file = await asyncio.to_thread(service.files.keep_job, record.id, key, body)
-        count = sum(len(group) for group in groups)
+        async with service.bodies.arriving(request, limit=limits.bodies.job) as arrived:
+            own = partial(catalogue.by_id, entity=request.state.entity)
+            record, count = await service.bodies.read(_read_job, arrived.file, own)
+            file = await asyncio.to_thread(service.files.keep_job, arrived, record.id, key)
         return await enqueue(record, key, JobPayload(kind="rl", file=file, num_sequences=count))
 
     @router.post(wire.SFT_TRAINING_JOBS, **body_of(wire.CreateSftTrainingJob))
     async def create_sft_training_job(request: Request) -> wire.Job:
         """Queue a step on the replies of conversations that were uploaded."""
         key = idempotency_key(request) or new_key()
-        body = await read_body(request, limit=2**20, limits=limits.bodies)
-        asked = await as_message(body, wire.CreateSftTrainingJob)
+        asked = await read_message(request, wire.CreateSftTrainingJob, limits=limits.bodies)
         record = catalogue.by_id(asked.model_id, entity=request.state.entity)
         needs(BackendCapability.SFT, service)
         file = await asyncio.to_thread(service.files.upload, record.entity, asked.training_data_url)
         if file is None:
             message = f"There is nothing at {asked.training_data_url[:300]!r}; POST {wire.UPLOADS} gives an address."
             raise ApiError(422, message, code="upload_not_found", param="training_data_url")
-        async with reading:
-            count = len(await asyncio.to_thread(read_conversations, file))
-        name = await asyncio.to_thread(service.files.keep_job, record.id, key, body)
-        return await enqueue(record, key, JobPayload(kind="sft", file=name, num_sequences=count))
+        count = len(await service.bodies.read(read_conversations, file))
+        options = sft_options(asked.config)
+        payload = JobPayload(kind="sft", url=asked.training_data_url, num_sequences=count, options=options)
+        return await enqueue(record, key, payload)
 
     upload_body = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
@@ -90,10 +92,9 @@ def jobs_router(service: Service) -> APIRouter:
         idempotency_key(request)
         needs(BackendCapability.SFT, service)
         entity: str = request.state.entity
-        async with reading:
-            pieces = pieces_of(request, limit=limits.bodies.upload, limits=limits.bodies)
-            kept = await service.files.keep_upload(entity, pieces)
-        return wire.Upload(url=kept.url, sha256=kept.sha256, size=kept.size)
+        async with service.bodies.arriving(request, limit=limits.bodies.upload) as arrived:
+            url = await asyncio.to_thread(service.files.keep_upload, arrived, entity)
+        return wire.Upload(url=url, sha256=arrived.sha256, size=arrived.size)
 
     @router.get(wire.TRAINING_JOB)
     async def get_training_job(request: Request, job_id: str) -> wire.JobStatus:
@@ -128,6 +129,13 @@ def jobs_router(service: Service) -> APIRouter:
         return wire.EventPage(data=data, has_more=more)
 
     return router
+
+
+def _read_job(file: Path, own: Callable[[str], ModelRecord]) -> tuple[ModelRecord, int]:
+    """The model of a job, and how many trajectories it has. Raises ApiError for what can't be trained on."""
+    asked = message_of(file.read_bytes(), wire.CreateTrainingJob)
+    record = own(asked.model_id)
+    return record, sum(len(group) for group in read_groups(asked.trajectory_groups))
 
 
 async def _own(service: Service, request: Request, job_id: str) -> Job:

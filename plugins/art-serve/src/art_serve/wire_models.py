@@ -26,7 +26,7 @@ from .answers import ERRORS, body_of, once, step_id, step_of
 from .job_payload import invalid
 from .job_queue import abandon
 from .model_records import ModelRecord, checkpoints_page, forget_checkpoints
-from .request_bodies import as_message, read_body, read_message
+from .request_bodies import as_message, message_of, read_body, read_message
 from .service import Service
 
 _UNREACHABLE = (BackendUnreachable, ProcessFailed, TimeoutError)
@@ -64,7 +64,7 @@ def models_router(service: Service) -> APIRouter:
                 if new:
                     await catalogue.delete(record)
                     hosted.forget(record)
-                _raise_as_answer(error, record)
+                raise_as_answer(error, record)
             return wire.Model(
                 id=record.id,
                 entity=record.entity,
@@ -85,14 +85,16 @@ def models_router(service: Service) -> APIRouter:
             raise ApiError(409, message, code="model_busy", param="model_id")
         await catalogue.delete(record)
         hosted.forget(record)
+        await service.exports.forget(record)
         return Response(status_code=204)
 
     @router.post(wire.MODEL_LOG, status_code=204, **body_of(wire.LogTrajectories))
     async def log_trajectories(request: Request, model_id: str) -> Response:
         """Give trajectories to the trackers that are installed beside the server."""
         record = own(request, model_id)
-        body = await read_body(request, limit=limits.bodies.job, limits=limits.bodies)
-        asked = await as_message(body, wire.LogTrajectories)
+        async with service.bodies.arriving(request, limit=limits.bodies.job) as arrived:
+            body = await asyncio.to_thread(arrived.file.read_bytes)
+            asked = await service.bodies.read(message_of, body, wire.LogTrajectories)
         if asked.model_id != record.id:
             message = f"The body names another model, {asked.model_id!r}, than the address."
             raise ApiError(422, message, code="invalid_request", param="model_id")
@@ -100,7 +102,7 @@ def models_router(service: Service) -> APIRouter:
             check_name(asked.split, what="split")
         except ValueError as error:
             raise ApiError(422, str(error), code="invalid_name", param="split") from error
-        groups = await asyncio.to_thread(_loggable, asked.trajectory_groups)
+        groups = await service.bodies.read(_loggable, asked.trajectory_groups)
 
         async def log() -> wire.Job:
             told: dict[str, Any] = {"model": hosted.policy(record), "step": catalogue.latest(record)}
@@ -141,8 +143,9 @@ def models_router(service: Service) -> APIRouter:
                 hosted.policy(record), [step for step in wanted if step in there]
             )
         except Exception as error:
-            _raise_as_answer(error, record)
+            raise_as_answer(error, record)
         await service.transactions(forget_checkpoints, record.id, deleted)
+        await service.exports.forget(record, deleted)
         missing = [step for step in wanted if step not in there]
         return wire.DeletedCheckpoints(deleted_count=len(deleted), not_found_steps=missing)
 
@@ -172,7 +175,7 @@ def models_router(service: Service) -> APIRouter:
                 await hosted.steps(record)
                 catalogue.published(record, await hosted.backend.get_step(policy))
             except Exception as error:
-                _raise_as_answer(error, record, source)
+                raise_as_answer(error, record, source)
             return wire.Forked(step=step)
 
         return await once(service, request, body, wire.Forked, make)
@@ -194,7 +197,7 @@ def in_clients_words(text: str, *records: ModelRecord) -> str:
     return text
 
 
-def _raise_as_answer(error: BaseException, *records: ModelRecord) -> NoReturn:
+def raise_as_answer(error: BaseException, *records: ModelRecord) -> NoReturn:
     """What the backend raised, as an answer; what is a mistake of ours stays one."""
     reason = in_clients_words(str(error) or type(error).__name__, *records)
     if isinstance(error, ApiError):
@@ -203,7 +206,9 @@ def _raise_as_answer(error: BaseException, *records: ModelRecord) -> NoReturn:
         raise ApiError(503, reason, code="backend_unavailable", type="server_error", retry_after_s=10) from error
     if isinstance(error, CheckpointNotFound):
         raise ApiError(404, reason, code="checkpoint_not_found") from error
-    if isinstance(error, CheckpointInUse | CheckpointError | ModelBusy):
+    if isinstance(error, CheckpointInUse):
+        raise ApiError(409, reason, code="checkpoint_in_use") from error
+    if isinstance(error, CheckpointError | ModelBusy):
         raise ApiError(409, reason, code="conflict") from error
     if isinstance(error, ArtError | ValueError | OSError):
         raise ApiError(422, reason, code="refused_by_backend") from error
