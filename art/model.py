@@ -129,23 +129,25 @@ class Model(BaseModel):
         """An OpenAI client for this model's endpoint, the same one each time; it holds thousands of requests at once.
 
         Nothing is added to what you ask for: of a registered TrainableModel, the gateway itself returns token ids and
-        logprobs with every choice. Raises NotRegistered, or ValueError when there is no endpoint or no key.
+        logprobs with every choice. Who asks it for this model's `name` asks for what the endpoint calls it. Raises
+        NotRegistered, or ValueError when there is no endpoint or no key.
         """
         base_url, api_key = self._endpoint()
+        served_as = self.inference_model_name or self.name
         try:
             loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
             loop = None
         if self._openai_client is not None:
-            (known_url, known_key, known_loop), client = self._openai_client
+            (known, known_loop), client = self._openai_client
             # Connections belong to an event loop; a client made before any ran has none yet.
-            if (known_url, known_key) == (base_url, api_key) and (loop is None or known_loop in (None, loop)):
-                self._openai_client = ((base_url, api_key, known_loop or loop), client)
+            if known == (base_url, api_key, served_as) and (loop is None or known_loop in (None, loop)):
+                self._openai_client = ((known, known_loop or loop), client)
                 return client
         from .openai_client import make_openai_client
 
-        client = make_openai_client(base_url=base_url, api_key=api_key)
-        self._openai_client = ((base_url, api_key, loop), client)
+        client = make_openai_client(base_url=base_url, api_key=api_key, served_as={self.name: served_as})
+        self._openai_client = (((base_url, api_key, served_as), loop), client)
         return client
 
     def litellm_completion_params(self, step: int | None = None) -> dict[str, Any]:
@@ -293,6 +295,7 @@ class TrainableModel(Model):
     base_model: str
 
     _internal_config: InternalModelConfig | None = PrivateAttr(None)
+    _served_steps: int | None = PrivateAttr(None)
 
     def __init__(self, *, _internal_config: InternalModelConfig | None = None, **fields: Any) -> None:
         config = read_internal_config(_internal_config or {})
@@ -304,6 +307,11 @@ class TrainableModel(Model):
         """The settings of `_internal_config` as they were read, empty when none were given."""
         return dict(self._internal_config or {})
 
+    @property
+    def served_steps(self) -> int | None:
+        """How many steps the backend can serve at once; None before registration and where there is no limit."""
+        return self._served_steps
+
     async def register(self, backend: Backend) -> None:
         """Have the backend serve this model, and learn its endpoint, key and folder. Again, it changes nothing.
 
@@ -313,10 +321,10 @@ class TrainableModel(Model):
         registration = await backend.register(self)
         self.inference_base_url = registration.inference_base_url
         self.inference_api_key = registration.inference_api_key
-        self.inference_model_name = self.name
+        self.inference_model_name = registration.inference_model_name or self.name
         if registration.base_path is not None:
             self.base_path = str(registration.base_path)
-        self._backend = backend
+        self._backend, self._served_steps = backend, registration.served_steps
         await announce(installed_plugins(), "art_model_registered", backend=backend, model=self)
 
     def get_inference_name(self, step: int | None = None) -> str:

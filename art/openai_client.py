@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import openai
@@ -42,18 +44,22 @@ _ABSENT: tuple[type, ...] = tuple(
 _RETRIED_STATUSES = frozenset({408, 409, 429})
 
 
-def make_openai_client(*, base_url: str, api_key: str) -> openai.AsyncOpenAI:
+def make_openai_client(
+    *, base_url: str, api_key: str, served_as: Mapping[str, str] | None = None
+) -> openai.AsyncOpenAI:
     """A client for any OpenAI-compatible endpoint, to be used on any event loop.
 
     A request may take 1200 s, connecting 5 s. Requests beyond what files may be open, or beyond 100,000, wait for those
-    before them.
+    before them. `served_as` are names of models for which the endpoint has others.
     """
-    return _ManyRequestsClient(
+    client = _ManyRequestsClient(
         base_url=base_url,
         api_key=api_key,
         timeout=openai.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
         http_client=AnyLoopClient(),
     )
+    client.served_as = served_as or {}
+    return client
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +74,29 @@ class _Plain:
 
 class _ManyRequestsClient(openai.AsyncOpenAI):
     _plain: _Plain | None = None
+    served_as: Mapping[str, str] = MappingProxyType({})
 
     @cached_property
     def chat(self) -> AsyncChat:
         return _Chat(self)
 
     def pinned(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The parameters of a request, for the step that is held for this rollout where one is."""
+        """The parameters of a request, for the step that is held for this rollout where one is, and else under the
+        endpoint's own name for the model.
+        """
         model = params.get("model")
-        held = pinned_name(str(self.base_url), model) if isinstance(model, str) else None
-        return params if held is None else {**params, "model": held}
+        if not isinstance(model, str):
+            return params
+        name = pinned_name(str(self.base_url), model) or self.served_as.get(model, model)
+        return params if name == model else {**params, "model": name}
+
+    def copy(self, **changes: Any) -> Self:
+        """As the openai package documents it; a copy knows the same names."""
+        made = super().copy(**changes)
+        made.served_as = self.served_as
+        return made
+
+    with_options = copy
 
     async def _prepare_options(self, options: Any) -> Any:
         """What doesn't come through `chat.completions.create`, such as responses and parsed completions."""

@@ -43,12 +43,16 @@ class PolicyModel(Protocol):
 class Registration:
     """What a model learns by registering: where and under which key it is served, and where its files are.
 
-    `base_path` is None when the backend keeps no files on this machine, and the model's own stays.
+    `base_path` is None when the backend keeps no files on this machine, and the model's own stays. `served_steps` is
+    how many steps can be served at once, the models that share an engine taken together; None where nothing limits it.
+    `inference_model_name` is what the endpoint calls the model, None where that is the model's name.
     """
 
     inference_base_url: str
     inference_api_key: str = field(repr=False)
     base_path: Path | None = None
+    served_steps: int | None = None
+    inference_model_name: str | None = None
 
 
 @runtime_checkable

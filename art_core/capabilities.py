@@ -70,10 +70,7 @@ class BackendCapability(Capability):
         "Inference goes on while a step trains, so that PipelineTrainer can keep both busy.",
     )
     LEASES = "leases", "A step can be leased: it stays served under its own name until the lease ends."
-    DELETE_CHECKPOINTS = (
-        "delete_checkpoints",
-        "Chosen steps can be deleted; the served and the leased ones are refused.",
-    )
+    DELETE_CHECKPOINTS = "delete_checkpoints", "Chosen steps can be deleted; served and leased ones are refused."
     FORK = "fork", "A model can start from another model's checkpoint."
     PULL = "pull", "A checkpoint can be copied out as a PEFT adapter folder."
     SFT = "sft", "Supervised fine-tuning: a step can train on the replies of conversations; RL goes on from it."

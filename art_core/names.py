@@ -71,7 +71,9 @@ def adapter_name(key: ModelKey, step: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """One step of one model, and the folder that holds it."""
+    """One step of one model, and the folder that holds it; where a backend keeps it elsewhere, `path` is its name
+    there, which is no folder of this machine.
+    """
 
     model: ModelKey
     step: int

@@ -1,7 +1,8 @@
-"""Teach SmolLM2-135M to answer a shop's customers, by reinforcement learning, on the CPU of this machine.
+"""Teach SmolLM2-135M to answer a shop's customers, by reinforcement learning, on the CPU of this machine or elsewhere.
 
 A good reply says sorry, names the thing that went wrong, is short, and asks the customer back. The reward is the share
-of these four that a reply does. Run it with `make demo`, or `python examples/customer_replies.py --help`.
+of these four that a reply does. Run it with `make demo`, or `python examples/customer_replies.py --help`. With
+`--backend serverless` another machine serves and trains, and this one needs only art-core and art-backend-serverless.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 import art
-from art.local import LocalBackend
+from art.pipeline_trainer import PipelineTrainer, make_group_rollout_fn
 from art_core import installed_plugins
 from art_tracker_files import read_history
 from reward_display import PublicationDisplay, plain_console, save_curve, show_next, show_step, shown_path
@@ -89,11 +91,62 @@ async def show_samples(console: Console, model: art.Model, title: str) -> float:
     return sum(trajectory.reward for trajectory in group) / len(group)
 
 
-async def main(arguments: argparse.Namespace) -> None:
-    """Everything a training script does: register, gather, train, log, again."""
-    console = plain_console()
-    start = time.monotonic()
-    installed_plugins().register(PublicationDisplay(console), name="publication-display")
+async def train_in_steps(console: Console, backend: art.Backend, model: art.TrainableModel, options: Namespace) -> None:
+    """The plain loop: attempts, then a training step on them, again and again."""
+    first_reward = None
+    for _ in range(await model.get_step(), options.steps):
+        step_start = time.monotonic()
+        groups = await art.gather_trajectory_groups(
+            (
+                art.TrajectoryGroup(rollout(model, complaint) for _ in range(options.samples))
+                for complaint in COMPLAINTS
+            ),
+            pbar_desc="gather",
+        )
+        reward = sum(trajectory.reward for group in groups for trajectory in group) / sum(map(len, groups))
+        result = await backend.train(
+            model,
+            groups,
+            learning_rate=options.learning_rate,
+            packed_sequence_length=options.packed_sequence_length,
+        )
+        await model.log(groups, metrics=result.metrics, step=result.step, split="train")
+        first_reward = reward if first_reward is None else first_reward
+        show_step(console, result.step, reward, first_reward, time.monotonic() - step_start)
+
+
+async def train_in_pipeline(backend: art.Backend, model: art.TrainableModel, options: Namespace) -> None:
+    """Attempts go on while a step trains; each says by which step it was made."""
+
+    async def attempt(model: art.TrainableModel, scenario: dict[str, Complaint], _: None) -> art.Trajectory:
+        return await rollout(model, scenario["complaint"])
+
+    trainer = PipelineTrainer(
+        model,
+        backend,
+        make_group_rollout_fn(attempt, n=options.samples),
+        [{"complaint": complaint} for complaint in COMPLAINTS] * options.steps,
+        min_batch_size=len(COMPLAINTS),
+        max_batch_size=len(COMPLAINTS),
+        max_steps_off_policy=1,
+        learning_rate=options.learning_rate,
+        packed_sequence_length=options.packed_sequence_length,
+        eval_every_n_steps=0,
+        log_interval_seconds=10,
+        total_scenarios=options.steps * len(COMPLAINTS),
+    )
+    await trainer.train()
+
+
+def backend_of(arguments: Namespace) -> art.Backend:
+    """Where the model is served and trained: all that differs between this machine and another."""
+    if arguments.backend == "serverless":
+        from art.serverless.backend import ServerlessBackend
+
+        backend: art.Backend = ServerlessBackend(base_url=arguments.base_url)
+        return backend
+    from art.local import LocalBackend
+
     backend = LocalBackend(
         in_process=True,
         path=arguments.path,
@@ -101,33 +154,27 @@ async def main(arguments: argparse.Namespace) -> None:
         training_engine=arguments.training_engine,
         auto_install=arguments.auto_install,
     )
-    async with backend:
+    return backend
+
+
+async def main(arguments: Namespace) -> None:
+    """Everything a training script does: register, gather, train, log, again."""
+    console = plain_console()
+    start = time.monotonic()
+    if arguments.backend == "serverless" and arguments.base_url is None:
+        arguments.packed_sequence_length = None  # W&B's cloud packs as it likes
+    installed_plugins().register(PublicationDisplay(console), name="publication-display")
+    async with backend_of(arguments) as backend:
         model = art.TrainableModel(
             name=arguments.name, project="customer-replies", base_model=arguments.base_model, base_path=arguments.path
         )
         await model.register(backend)
         before = await show_samples(console, model, "before training (complaints that are never trained on)")
         console.rule("training")
-        first_reward = None
-        for _ in range(await model.get_step(), arguments.steps):
-            step_start = time.monotonic()
-            groups = await art.gather_trajectory_groups(
-                (
-                    art.TrajectoryGroup(rollout(model, complaint) for _ in range(arguments.samples))
-                    for complaint in COMPLAINTS
-                ),
-                pbar_desc="gather",
-            )
-            reward = sum(trajectory.reward for group in groups for trajectory in group) / sum(map(len, groups))
-            result = await backend.train(
-                model,
-                groups,
-                learning_rate=arguments.learning_rate,
-                packed_sequence_length=arguments.packed_sequence_length,
-            )
-            await model.log(groups, metrics=result.metrics, step=result.step, split="train")
-            first_reward = reward if first_reward is None else first_reward
-            show_step(console, result.step, reward, first_reward, time.monotonic() - step_start)
+        if arguments.pipeline:
+            await train_in_pipeline(backend, model, arguments)
+        else:
+            await train_in_steps(console, backend, model, arguments)
         after = await show_samples(console, model, "after training")
         console.rule()
         console.print(f"mean reward on complaints never trained on: {before:.2f} before, {after:.2f} after")
@@ -140,7 +187,9 @@ async def main(arguments: argparse.Namespace) -> None:
             console,
             {
                 "go on with this model": [
-                    __file__, "--name", model.name, "--path", arguments.path, "--steps", str(2 * arguments.steps)
+                    __file__, "--name", model.name, "--path", arguments.path, "--steps", str(2 * arguments.steps),
+                    *(["--backend", arguments.backend] if arguments.backend != "local" else []),
+                    *(["--base-url", arguments.base_url] if arguments.base_url else []),
                 ],
                 "a tool over several turns": [str(Path(__file__).with_name("shop_tool.py"))],
                 "when something is wrong": ["-m", "art_core", "doctor"],
@@ -149,20 +198,27 @@ async def main(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> Namespace:
     """Every setting has a default that works on a laptop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, default=10, help="training steps in all; a second run goes on from the last"
+        "--steps", type=int, default=10, help="how often to attempt them all; a second run goes on from the last"
     )
     parser.add_argument("--samples", type=int, default=8, help="attempts at each complaint in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--packed-sequence-length", type=int, default=800, help="tokens in one gradient step; shorter means more steps"
     )
+    parser.add_argument("--pipeline", action="store_true", help="go on with attempts while a step trains")
     parser.add_argument("--base-model", default="smollm2-135m-instruct", help="a name, a folder, or a hub name")
     parser.add_argument("--name", default=time.strftime("run-%Y%m%d-%H%M%S"), help="an old name goes on where it ended")
     parser.add_argument("--path", default="./runs", help="where checkpoints, trajectories and logs go")
+    parser.add_argument(
+        "--backend", choices=["local", "serverless"], default="local", help="this machine, or one elsewhere"
+    )
+    parser.add_argument(
+        "--base-url", help="for serverless: the address of `art serve`, W&B's cloud without; the key is WANDB_API_KEY"
+    )
     parser.add_argument("--inference-engine", default="torch", help="torch, vllm, sglang, or another that is installed")
     parser.add_argument("--training-engine", default="torch")
     parser.add_argument(

@@ -31,7 +31,8 @@ class PublicationDisplay:
     def art_checkpoint_published(self, receipt: PublicationReceipt) -> None:
         """Called once a step is loaded, verified and routed."""
         stages = ", ".join(f"{stage} {1000 * seconds:.0f} ms" for stage, seconds in receipt.seconds.items())
-        self._console.print(f"  published [bold]{receipt.inference_name}[/] ({stages})", highlight=False)
+        told = f" ({stages})" if stages else ""
+        self._console.print(f"  published [bold]{receipt.inference_name}[/]{told}", highlight=False)
 
 
 def show_step(console: Console, step: int, reward: float, first_reward: float, seconds: float) -> None:
@@ -67,9 +68,12 @@ def shown_path(path: str) -> str:
     return min(path, os.path.relpath(path), key=len)
 
 
-def save_curve(history: list[dict[str, Any]], title: str, destination: Path) -> Path:
-    """Draw `train/reward` over the steps, with its standard deviation, and give the picture's path."""
-    import matplotlib
+def save_curve(history: list[dict[str, Any]], title: str, destination: Path) -> Path | str:
+    """Draw `train/reward` over the steps, with its standard deviation; gives the picture's path, or what it needs."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "none, as matplotlib isn't installed; history.jsonl has its numbers"
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

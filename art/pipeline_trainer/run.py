@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from art_core import Backend, BackendCapability, TrajectoryGroup
+from art_core import Backend, TrajectoryGroup
 
 from ..model import TrainableModel
 from ..pinned_step import pinned
@@ -20,6 +20,7 @@ from .kept_state import KeptState
 from .scenario_source import ScenarioSource
 from .settings import PipelineSettings
 from .status import StatusReporter
+from .step_leases import StepLeases
 
 
 @dataclass
@@ -34,12 +35,12 @@ class Run:
     source: ScenarioSource
     kept: KeptState
     status: StatusReporter
+    leases: StepLeases
     stopping: bool = False
     stop_after_step: bool = False
     aside: list[TrajectoryGroup] = field(default_factory=list)
     ready_at: dict[int, float] = field(default_factory=dict)
     rollouts: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    held: list[int] = field(default_factory=list)
     too_old: set[int] = field(default_factory=set)
     _waiting: set[asyncio.Future[None]] = field(default_factory=set)
 
@@ -75,15 +76,6 @@ class Run:
     @asynccontextmanager
     async def leased(self, step: int, *, pin: bool) -> AsyncIterator[None]:
         """Hold a step, and with `pin` send the requests of the block to it."""
-        base_url = self.model.inference_base_url or ""
-        async with AsyncExitStack() as stack:
-            name = self.backend.inference_name(self.model, step)
-            if BackendCapability.LEASES in self.backend.capabilities_for(self.model):
-                name = await stack.enter_async_context(self.backend.lease(self.model, step))
-            if pin:
-                stack.enter_context(pinned(base_url, self.model.name, name))
-            self.held.append(step)
-            try:
+        async with self.leases.hold(step) as name:
+            with pinned(self.model.inference_base_url or "", self.model.name, name) if pin else nullcontext():
                 yield
-            finally:
-                self.held.remove(step)

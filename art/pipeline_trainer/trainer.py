@@ -26,6 +26,7 @@ from .scenario_source import ScenarioSource
 from .settings import Late, PipelineSettings, Update
 from .signals import on_signals
 from .status import Counts, StatusReporter
+from .step_leases import StepLeases
 from .training import Training
 
 HOW_TO_GO_DEDICATED = (
@@ -147,10 +148,11 @@ class PipelineTrainer(Generic[ScenarioT]):
 
         With `handle_signals`, the first SIGINT or SIGTERM finishes the step under way, saves and returns; the second
         one stops now, with KeyboardInterrupt. Raises an ExceptionGroup of what ended the run, PipelineRunning when
-        another pipeline trains this model.
+        another pipeline trains this model, ValueError when the backend has no places for the steps that may be held.
         """
         if self._run is not None:
             raise RuntimeError("this PipelineTrainer is training already")
+        _check_places(self._model, self._settings, evaluates=self._eval_fn is not None)
         step = await self._backend.get_step(self._model)
         kept_state = KeptState(ModelKey(self._model.project, self._model.name).folder(Path(self._model.base_path)))
         try:
@@ -166,7 +168,8 @@ class PipelineTrainer(Generic[ScenarioT]):
         flow.ready = [ReadyGroup(each.scenario, each.version, each.group, each.actor_s) for each in kept.groups]
         status = StatusReporter(self._settings, flow, Counts.of(kept.counts), self._total_scenarios)
         source = ScenarioSource(self._scenarios, offset=kept.handed_out, unfinished=kept.unfinished)
-        return Run(self._model, self._backend, self._config, self._settings, flow, source, kept_state, status)
+        leases = StepLeases(self._model, self._backend)
+        return Run(self._model, self._backend, self._config, self._settings, flow, source, kept_state, status, leases)
 
     async def _supervised(self, run: Run, handle_signals: bool) -> None:
         current, forced = asyncio.current_task(), False
@@ -225,6 +228,19 @@ class PipelineTrainer(Generic[ScenarioT]):
             await training.save_state()
             run.status.say(f"{run.status.line()}\nPipelineTrainer ended: {why}.")
             status.cancel()
+
+
+def _check_places(model: TrainableModel, settings: PipelineSettings, *, evaluates: bool) -> None:
+    """Rollouts hold the current step and those that they may be older by; the next one is loaded beside them."""
+    rollouts = min(settings.max_steps_off_policy + 1, settings.num_rollout_workers)
+    needed = rollouts + 1 + (evaluates and settings.eval_every_n_steps > 0)
+    if model.served_steps is not None and model.served_steps < needed:
+        raise ValueError(
+            f"this pipeline may need {needed} steps of {model.name!r} served at once ({rollouts} held by rollouts, the"
+            f" next one{', one under evaluation' if needed > rollouts + 1 else ''}), and the backend has places for"
+            f" {model.served_steps}. Give it more, as in LocalBackend(max_adapters={needed}), or lower"
+            " max_steps_off_policy."
+        )
 
 
 def _check_retention(strategy: CheckpointRetentionStrategy | None, evaluates: bool) -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from art_conformance import MUST, SHOULD, check
-from art_conformance.catalogue import requirements
+from art_conformance.catalogue import REVISION, requirements
 from art_conformance.requirements import checks_of
 from art_conformance.serving import event_lines
 
@@ -140,7 +140,7 @@ def test_what_was_not_run_does_not_count(pytester: pytest.Pytester) -> None:
 def test_the_report_has_a_line_for_what_is_not_met_and_with_v_for_everything(pytester: pytest.Pytester) -> None:
     result, _ = run(pytester, "")
     lines = section(result, "ART conformance")
-    assert lines[0] == "PluginConformance rev 1, TestMine: conformant (13 met, 1 NOT MET)"
+    assert lines[0] == f"PluginConformance rev {REVISION}, TestMine: conformant (13 met, 1 NOT MET)"
     assert [line.split()[0] for line in lines[1:-1]] == ["PLG-014", "AssertionError:"]
     result, _ = run(pytester, "", "-v")
     ids = {line.split()[0] for line in section(result, "ART conformance") if line.startswith("  PLG-")}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from art_conformance.catalogue import REVISION
 from art_conformance.command_line import cli
 from art_conformance.matrix import CellReport, CellVerdict, run_cell, run_matrix
 from art_conformance.matrix_cells import Cell, Chosen, cells, chosen
@@ -134,10 +135,16 @@ def test_the_page_and_the_badge_never_count_what_was_not_run_as_met() -> None:
     assert "- **training-tune**: TRN-110 off by 2" in text
     assert "| torch | 2.13 |" in text
     assert badge([good, missing]) == {
-        "schemaVersion": 1, "label": "ART conformance", "message": "revision 1, 1 of 1", "color": "brightgreen",
+        "schemaVersion": 1,
+        "label": "ART conformance",
+        "message": f"revision {REVISION}, 1 of 1",
+        "color": "brightgreen",
     }  # fmt: skip
     assert badge([good, late])["color"] == "lightgrey"
-    assert (badge([good, late, bad])["color"], badge([good, late, bad])["message"]) == ("red", "revision 1, 1 of 3")
+    assert (badge([good, late, bad])["color"], badge([good, late, bad])["message"]) == (
+        "red",
+        f"revision {REVISION}, 1 of 3",
+    )
     assert badge([missing])["color"] == "lightgrey"
 
 
@@ -162,4 +169,6 @@ def test_the_command_writes_a_page_a_badge_and_says_by_its_status_what_was_found
     told = CliRunner().invoke(cli, ["matrix", "--folder", str(tmp_path), "--only", "plugins"])
     assert told.exit_code == 0, told.stdout
     assert "| plugins | conformant |" in (tmp_path / "matrix.md").read_text(encoding="utf-8")
-    assert json.loads((tmp_path / "badge.json").read_text(encoding="utf-8"))["message"] == "revision 1, 1 of 1"
+    assert (
+        json.loads((tmp_path / "badge.json").read_text(encoding="utf-8"))["message"] == f"revision {REVISION}, 1 of 1"
+    )

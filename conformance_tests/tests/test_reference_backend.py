@@ -31,6 +31,7 @@ from art_core import (
     ModelKey,
     Registration,
     SavedStep,
+    ServerlessTrainResult,
     announce,
 )
 
@@ -347,6 +348,46 @@ class LeaseOfAnother(ReferenceBackend):
         yield self.inference_name(model, 0)
 
 
+class LeasesOnce(ReferenceBackend):
+    """The first who lets go ends the lease of all."""
+
+    @asynccontextmanager
+    async def lease(self, model: Any, step: int | None = None) -> AsyncIterator[str]:
+        steps = self._served(model).steps
+        held = (steps.routed or 0) if step is None else step
+        if held not in self.leased:
+            steps.lease(held)
+            self.leased.add(held)
+        try:
+            yield self.inference_name(model, held)
+        finally:
+            if held in self.leased:
+                self.leased.remove(held)
+                steps.end_lease(held)
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.leased: set[int] = set()
+
+
+class LearnsNothingFromReplies(ReferenceBackend):
+    async def train_sft(self, model: Any, trajectories: Any, **options: Any) -> LocalTrainResult:
+        return await super().train_sft(model, trajectories, **{**options, "learning_rate": 0.0})
+
+
+class TakesAnyBatchSize(ReferenceBackend):
+    async def train_sft(self, model: Any, trajectories: Any, **options: Any) -> LocalTrainResult:
+        return await super().train_sft(model, trajectories, learning_rate=1e-3)
+
+
+class OneArtifact(ReferenceBackend):
+    """Says that it keeps artifacts, and gives every step the model's own name."""
+
+    async def train(self, model: Any, trajectory_groups: Any, **options: Any) -> Any:
+        result = await super().train(model, trajectory_groups, **options)
+        return ServerlessTrainResult(step=result.step, metrics=result.metrics, artifact_name=model.name)
+
+
 class DeletesAnything(ReferenceBackend):
     async def delete_checkpoints(self, model: Any, steps: Any) -> list[int]:
         return list(steps)
@@ -426,7 +467,6 @@ MUTANTS: dict[str, type[ReferenceBackend]] = {
     "BCK-009": TakesAnyReward,
     "BCK-010": NeedsSomethingToTrain,
     "BCK-011": TrainsStrangers,
-    "BCK-012": NamesAnotherStep,
     "BCK-013": ListsNewestFirst,
     "BCK-014": TakesAnyName,
     "BCK-015": InventsBase,
@@ -443,6 +483,12 @@ MUTANTS: dict[str, type[ReferenceBackend]] = {
     "BCK-026": DropsRequestsAtPublish,
     "BCK-030": ForgetsAtClose,
     "BCK-031": NotUnsaved,
+    "BCK-032": NamesAnotherStep,
+    "BCK-033": LeasesOnce,
+    "BCK-034": LearnsNothingFromReplies,
+    "BCK-035": TakesAnyBatchSize,
+    "BCK-036": AnnouncesTwice,
+    "BCK-037": OneArtifact,
 }
 WITHOUT_MUTANT = {"PUB-020": "the reference backend has no server to kill"}
 

@@ -75,3 +75,12 @@ def test_no_request_ends_a_server_or_costs_another_its_answer() -> None:
 def test_hostile_environments() -> None:
     [ran] = run("hostile_environments.py", "--only", "files that shadow modules")["runs"]
     assert ran["trained"], ran["said"]
+
+
+@pytest.mark.slow
+def test_the_example_learns_in_a_pipeline_and_one_after_the_other(tiny_base_model: Path) -> None:
+    result = run("pipeline_learning.py", "--steps", "1", "--goal", "0", "--base-model", str(tiny_base_model))
+    for way in ("plain", "pipeline"):
+        [(rollouts, seconds)] = result["reached"][way]
+        assert rollouts == 64, "all eight complaints are attempted eight times"
+        assert seconds > 0

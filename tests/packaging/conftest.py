@@ -63,3 +63,9 @@ def environment(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Envir
     made = Environment(folder, wheels)
     made.install("art-core", "art-backend-local", "art-engine-torch")
     return made
+
+
+@pytest.fixture(scope="session")
+def environment_for() -> type[Environment]:
+    """What `environment` is, for an environment of a test's own."""
+    return Environment

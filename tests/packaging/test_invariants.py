@@ -36,6 +36,7 @@ ALLOWED = {
     "art_gateway": set[str](),
     "art_tracker": set[str](),
     "art_backend": {"art_engine_kit", "art_runtime", "art_gateway", "art_tracker_files"},
+    "art_backend_serverless": set[str](),
     "art_serve": {"art_backend_serverless", "art_runtime", "art_gateway"},
     "art_trackio": {"art_tracker_kit"},
     "art_wandb": {"art_tracker_kit"},

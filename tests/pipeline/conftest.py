@@ -21,10 +21,13 @@ class SimulatedBackend:
 
     name = "simulated"
 
-    def __init__(self, path: Path, *, step: int = 0, train_s: float = 0.0, capabilities=EVERYTHING) -> None:
+    def __init__(
+        self, path: Path, *, step: int = 0, train_s: float = 0.0, capabilities=EVERYTHING, served_steps=None
+    ) -> None:
         self.path, self.train_s, self.capabilities = path, train_s, capabilities
         self.steps = list(range(step + 1))
         self.leases: Counter[int] = Counter()
+        self.most_leases, self.served_steps = 0, served_steps
         self.batches: list[tuple[int, list[tuple[int, int]]]] = []
         self.options: list[dict] = []
         self.fail_with: Exception | None = None
@@ -34,7 +37,12 @@ class SimulatedBackend:
         return self.capabilities
 
     async def register(self, model):
-        return Registration(inference_base_url="http://127.0.0.1:9/v1", inference_api_key="k", base_path=self.path)
+        return Registration(
+            inference_base_url="http://127.0.0.1:9/v1",
+            inference_api_key="k",
+            base_path=self.path,
+            served_steps=self.served_steps,
+        )
 
     async def train(self, model, trajectory_groups, **options):
         check_groups(trajectory_groups)
@@ -65,6 +73,7 @@ class SimulatedBackend:
         if step not in self.steps:
             raise CheckpointNotFound(f"{step}")
         self.leases[step] += 1
+        self.most_leases = max(self.most_leases, self.leases[step])
         try:
             yield self.inference_name(model, step)
         finally:

@@ -357,6 +357,23 @@ async def test_make_group_rollout_fn_keeps_what_an_attempt_raised(model):
     assert (len(made), [str(error) for error in made.exceptions]) == (2, ["ValueError: broken tool"])
 
 
+async def test_a_backend_without_places_for_the_steps_that_may_be_held_is_refused(
+    model, backend_class, make_scenarios, tmp_path
+):
+    narrow = backend_class(tmp_path, served_steps=5)
+    await model.register(narrow)
+    with pytest.raises(ValueError, match=r"need 6 steps of 'agent'.*places for 5.*max_adapters=6.*max_steps_off_poli"):
+        await PipelineTrainer(model, narrow, quick, make_scenarios(8)).train()
+    await PipelineTrainer(model, narrow, quick, make_scenarios(8), max_steps_off_policy=3).train()
+    assert sorted(narrow.trained()) == list(range(8))
+
+
+async def test_rollouts_of_one_step_share_one_lease(model, simulated, make_scenarios):
+    await PipelineTrainer(model, simulated, quick, make_scenarios(64), num_rollout_workers=8).train()
+    assert simulated.most_leases == 1
+    assert not +simulated.leases
+
+
 async def test_a_backend_that_takes_turns_is_refused_with_the_way_out(model, backend_class, tmp_path):
     shared = backend_class(tmp_path, capabilities=frozenset({BackendCapability.LEASES}))
     with pytest.raises(ValueError, match=r"trainer_gpu_ids=.*inference_gpu_ids="):

@@ -55,9 +55,14 @@ class Agent:
     client: httpx.AsyncClient
     heard: Recorder
 
+    def named(self, step: int) -> str:
+        """What to ask for at the endpoint for a step."""
+        return self.backend.inference_name(self.model, step)
+
     async def post(self, name: str | None = None, *, key: str | None = None, **body: Any) -> httpx.Response:
-        """Ask for a chat completion and give whatever comes back."""
-        asked = {"model": name or self.model.name, "messages": ASK, "max_tokens": 16, **body}
+        """Ask for a chat completion, of the latest step where no name is given, and give whatever comes back."""
+        plain = self.registration.inference_model_name or self.model.name
+        asked = {"model": name or plain, "messages": ASK, "max_tokens": 16, **body}
         token = self.registration.inference_api_key if key is None else key
         url = f"{self.registration.inference_base_url.rstrip('/')}/chat/completions"
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -77,9 +82,14 @@ class Agent:
         """Sample groups and train one step on them."""
         return await self.backend.train(self.model, await self.groups(), **{"learning_rate": RATE, **options})
 
-    def folder(self, step: int) -> Path:
-        """The adapter folder of a step that this agent saw saved."""
-        return self.heard.checkpoints()[step].path
+    async def folder(self, step: int) -> Path:
+        """The adapter folder of a step that this agent saw saved, fetched where the backend keeps it elsewhere."""
+        path = self.heard.checkpoints()[step].path
+        if not path.is_dir():
+            path = Path(self.model.base_path) / "fetched" / f"{self.model.name}-{step}"
+            if not path.is_dir():
+                await self.backend.pull_checkpoint(self.model, step=step, local_path=path)
+        return path
 
     async def _group(self, messages: list[Any], rewards: Sequence[float]) -> TrajectoryGroup:
         from openai.types.chat.chat_completion import Choice

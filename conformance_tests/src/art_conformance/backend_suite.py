@@ -26,16 +26,19 @@ from art_core.errors import (
 )
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-from .agents import RATE, SMALL_RATE, Agent, version_of
+from .agents import SMALL_RATE, Agent, version_of
 from .backend_fixtures import BackendSuite, NewAgent, OpenBackend
+from .lease_checks import LeaseChecks
 from .oracle import Oracle
+from .recorder import TRAINING
 from .requirements import MUST, SHOULD, check
+from .supervised_checks import SupervisedChecks
 from .tiny_model import write_adapter
 
 Cap = BackendCapability
 
 
-class BackendConformance(BackendSuite):
+class BackendConformance(SupervisedChecks, LeaseChecks, BackendSuite):
     """Give the fixture `open_backend` (scope="class"): a function from a folder of its own to a backend."""
 
     @check("BCK-001", MUST, "The backend implements the protocol and has a plain name.", live=True)
@@ -139,20 +142,13 @@ class BackendConformance(BackendSuite):
             assert result.metrics["data/step_num_gradient_steps"] == 0
             found = await agent.ask(n=2)
             assert {version_of(sample) for sample in found} == {step}
-            self.assert_answers_as(oracle, found, agent.folder(1))
+            self.assert_answers_as(oracle, found, await agent.folder(1))
 
     @check("BCK-011", MUST, "A model that isn't registered can't be trained, and the error says what to do.", live=True)
     async def test_unregistered(self, agent: Agent) -> None:
         stranger = replace(agent.model, name="never-registered")
         with pytest.raises(ArtError, match="regist"):
             await agent.backend.train(stranger, await agent.groups())
-
-    @check("BCK-012", MUST, "inference_name gives name@step, by default of the latest step.", live=True)
-    async def test_inference_name(self, agent: Agent) -> None:
-        assert agent.backend.inference_name(agent.model) == inference_name(agent.model.name, 0)
-        await agent.train()
-        assert agent.backend.inference_name(agent.model) == inference_name(agent.model.name, 1)
-        assert agent.backend.inference_name(agent.model, 0) == inference_name(agent.model.name, 0)
 
     @check("BCK-013", MUST, "list_steps gives the steps that are kept, oldest first, the latest among them.", live=True)
     async def test_list_steps(self, agent: Agent) -> None:
@@ -184,7 +180,7 @@ class BackendConformance(BackendSuite):
         found = await other.ask(n=2)
         assert {version_of(sample) for sample in found} == {0}
         self.assert_answers_as(oracle, found, None)
-        assert (await other.post(inference_name(agent.model.name, 1))).status_code == 404
+        assert (await other.post(other.named(1))).status_code == 404
 
     @check(
         "BCK-017", MUST, "Two trainings of one model at once end as two steps, or the second is ModelBusy.", live=True
@@ -236,22 +232,6 @@ class BackendConformance(BackendSuite):
             assert refusal.value.instead.strip()
 
     @check(
-        *("BCK-020", MUST, "A leased step is served under its own name until the lease ends, whatever is published."),
-        needs=Cap.LEASES,
-        live=True,
-    )
-    async def test_lease(self, agent: Agent, oracle: Oracle) -> None:
-        await agent.train()
-        async with agent.backend.lease(agent.model) as name:
-            assert name == inference_name(agent.model.name, 1)
-            for _ in range(3):
-                await agent.train(learning_rate=RATE / 4)
-            found = await agent.ask(name, n=4)
-            assert {version_of(sample) for sample in found} == {1}
-            self.assert_answers_as(oracle, found, agent.folder(1), [agent.folder(4)])
-        assert {version_of(sample) for sample in await agent.ask()} == {4}
-
-    @check(
         *("BCK-021", MUST, "Chosen steps are deleted and announced; the served and the leased ones are refused."),
         needs=Cap.DELETE_CHECKPOINTS,
         live=True,
@@ -281,7 +261,7 @@ class BackendConformance(BackendSuite):
             assert got == await agent.backend.get_step(other.model)
             found = await other.ask(n=4, max_tokens=24)
             assert {version_of(sample) for sample in found} == {got}
-            self.assert_answers_as(oracle, found, agent.folder(step), [None, agent.folder(3 - step)])
+            self.assert_answers_as(oracle, found, await agent.folder(step), [None, await agent.folder(3 - step)])
         result = await other.train()
         assert result.step == got + 1
 
@@ -346,6 +326,52 @@ class BackendConformance(BackendSuite):
         assert answered_meanwhile > 0, "no request was answered between the start of training and its checkpoint"
 
     @check(
+        *(
+            "BCK-032",
+            MUST,
+            "inference_name gives a step's name, by default the latest's, and that step answers it; it is"
+            " name@step unless the registration says that the endpoint has another name for the model.",
+        ),
+        live=True,
+    )
+    async def test_name_of_a_step(self, agent: Agent) -> None:
+        names = [agent.backend.inference_name(agent.model)]
+        await agent.train()
+        names.append(agent.backend.inference_name(agent.model))
+        assert names[0] != names[1]
+        for step, name in enumerate(names):
+            assert name == agent.named(step)
+            if agent.registration.inference_model_name is None:
+                assert name == inference_name(agent.model.name, step)
+            answer = await agent.post(name, max_tokens=4)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == name
+            assert {choice["policy_version"] for choice in answer.json()["choices"]} == {step}
+
+    @check(
+        *("BCK-036", MUST, "The hooks of a step are called once each, in order, and those of a failure not at all."),
+        live=True,
+    )
+    async def test_hooks_in_order(self, agent: Agent) -> None:
+        result = await agent.train()
+        failing = {"art_checkpoint_publish_failed", "art_train_failed"}
+        assert agent.heard.names(*TRAINING) == [hook for hook in TRAINING if hook not in failing]
+        assert agent.heard.last("art_before_train")["step"] == result.step
+        assert agent.heard.last("art_checkpoint_saved")["checkpoint"].step == result.step
+        assert agent.heard.last("art_checkpoint_published")["receipt"].step == result.step
+        assert agent.heard.last("art_after_train")["result"] == result
+
+    @check(
+        *("BCK-037", MUST, "A trained step's result names its artifact, by its model and its step."),
+        needs=Cap.CHECKPOINTS_AS_ARTIFACTS,
+        live=True,
+    )
+    async def test_artifact(self, agent: Agent) -> None:
+        names = [getattr(await agent.train(learning_rate=SMALL_RATE), "artifact_name", None) for _ in range(2)]
+        assert all(isinstance(name, str) and agent.model.name in name for name in names), names
+        assert names[0] != names[1], "two steps have one artifact"
+
+    @check(
         "BCK-030",
         MUST,
         "close can be called twice; opened again, the backend goes on at the last step, weights and all.",
@@ -358,7 +384,7 @@ class BackendConformance(BackendSuite):
         first = open_backend(folder)
         agent = await new_agent(backend=first)
         await agent.train()
-        saved = agent.folder(1)
+        saved = await agent.folder(1)
         await first.close()
         await first.close()
         async with open_backend(folder) as second:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from art_core import ArtError, BackendCapability, CheckpointRef, ModelKey, inference_name
+from art_core import ArtError, BackendCapability, CheckpointRef, ModelKey
 
 from .agents import RATE, Agent, version_of
 from .backend_fixtures import BackendSuite, NewAgent
@@ -53,21 +53,21 @@ class PublicationConformance(BackendSuite):
             assert result.step == step
             found = await agent.ask(n=4, max_tokens=24)
             assert {version_of(sample) for sample in found} == {step}
-            self.assert_answers_as(oracle, found, agent.folder(step), folders)
-            folders.append(agent.folder(step))
+            self.assert_answers_as(oracle, found, await agent.folder(step), folders)
+            folders.append(await agent.folder(step))
 
     @check(
         "PUB-003", MUST, "name@k answers from step k, and the answer says so in its model and its choices.", live=True
     )
     async def test_step_by_name(self, agent: Agent, oracle: Oracle) -> None:
         await agent.train()
-        name = inference_name(agent.model.name, 1)
+        name = agent.named(1)
         answer = await agent.post(name, n=2)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == name
         found = await agent.ask(name, n=4)
         assert {version_of(sample) for sample in found} == {1}
-        self.assert_answers_as(oracle, found, agent.folder(1), [None])
+        self.assert_answers_as(oracle, found, await agent.folder(1), [None])
         assert (await agent.post()).json()["model"] == name, "the plain name does not say which step answered"
 
     @check("PUB-004", MUST, "A name or a step that isn't served is a 404 that lists what there is.", live=True)
@@ -102,7 +102,7 @@ class PublicationConformance(BackendSuite):
 
         async def look(checkpoint: CheckpointRef) -> None:
             found = await agent.ask(n=2)
-            seen.append((found, (await agent.post(inference_name(agent.model.name, checkpoint.step))).status_code))
+            seen.append((found, (await agent.post(agent.named(checkpoint.step))).status_code))
 
         agent.heard.before_publish = look
         await agent.train()
@@ -145,7 +145,7 @@ class PublicationConformance(BackendSuite):
         finally:
             for task in asking:
                 task.cancel()
-        folders: dict[int, Path | None] = {0: None, 1: agent.folder(1)}
+        folders: dict[int, Path | None] = {0: None, 1: await agent.folder(1)}
         spanning = 0
         for found, ended_after in answers:
             versions = {version_of(sample) for sample in found}
@@ -179,7 +179,7 @@ class PublicationConformance(BackendSuite):
             outcomes = await asyncio.gather(*asking, return_exceptions=True)
         failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         assert not failed, f"a request failed: {failed[0]}"
-        folders: dict[int, Path | None] = {0: None, **{step: agent.folder(step) for step in (1, 2, 3)}}
+        folders: dict[int, Path | None] = {0: None, **{step: await agent.folder(step) for step in (1, 2, 3)}}
         for version in sorted({version_of(sample) for sample in answers}):
             mine = [sample for sample in answers if version_of(sample) == version][:24]
             others = [folder for step, folder in folders.items() if step != version]
@@ -227,7 +227,7 @@ class PublicationConformance(BackendSuite):
         assert result.step >= 2
         found = await agent.ask(n=4)
         assert {version_of(sample) for sample in found} == {result.step}
-        self.assert_answers_as(oracle, found, agent.folder(result.step), [agent.folder(1)])
+        self.assert_answers_as(oracle, found, await agent.folder(result.step), [await agent.folder(1)])
 
     @check(
         "PUB-014", MUST, "The hooks of a step fire once each and in order, and the failing ones not at all.", live=True
@@ -243,7 +243,7 @@ class PublicationConformance(BackendSuite):
         receipt = agent.heard.last("art_checkpoint_published")["receipt"]
         assert receipt.step == result.step
         assert receipt.model == ModelKey(agent.model.project, agent.model.name)
-        assert receipt.inference_name == inference_name(agent.model.name, result.step)
+        assert receipt.inference_name == agent.named(result.step)
         assert {"checked", "loaded", "verified", "routed"} <= receipt.seconds.keys()
 
     @check(
@@ -296,7 +296,7 @@ class PublicationConformance(BackendSuite):
         for server in servers:
             server.kill()
         await asyncio.to_thread(psutil.wait_procs, servers, 10)
-        for asked, version, folder in ((agent, 1, agent.folder(1)), (other, 0, None)):
+        for asked, version, folder in ((agent, 1, await agent.folder(1)), (other, 0, None)):
             found = await _answered(asked)
             assert {version_of(sample) for sample in found} == {version}
             self.assert_answers_as(oracle, found, folder)
@@ -318,8 +318,8 @@ class PublicationConformance(BackendSuite):
         assert await agent.backend.get_step(agent.model) == step
         found = await agent.ask(n=4)
         assert {version_of(sample) for sample in found} == {step}
-        self.assert_answers_as(oracle, found, agent.folder(step) if step else None)
-        answer = await agent.post(inference_name(agent.model.name, step + 1))
+        self.assert_answers_as(oracle, found, await agent.folder(step) if step else None)
+        answer = await agent.post(agent.named(step + 1))
         assert answer.status_code == 404, f"the refused step can be asked for: HTTP {answer.status_code}"
 
 

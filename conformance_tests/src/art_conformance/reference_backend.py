@@ -29,6 +29,7 @@ from art_core import (
     PublicationReceipt,
     Registration,
     SavedStep,
+    Trajectory,
     TrajectoryGroup,
     announce,
     check_groups,
@@ -44,17 +45,17 @@ from art_core.errors import (
     InvalidName,
     NotRegistered,
     PublicationFailed,
-    UnsupportedCapability,
 )
 from art_core.names import parse_inference_name
 from art_core.publication import publish
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving, step_folder, whole_steps
 from art_engine_kit.served_steps import ServedSteps
+from art_engine_kit.sft_options import SftOptions
 from art_engine_kit.train_options import TrainOptions
 
-from .oracle import oracle_for
+from .oracle import Oracle, oracle_for
 from .reference_publisher import ReferencePublisher
-from .reference_trainer import train_step
+from .reference_trainer import Row, train_step
 from .tiny_model import write_adapter
 
 Cap = BackendCapability
@@ -84,7 +85,7 @@ class ReferenceBackend:
     capabilities = frozenset(
         {
             *(Cap.LEASES, Cap.DELETE_CHECKPOINTS, Cap.FORK, Cap.PULL, Cap.WARM_START),
-            *(Cap.CHECKPOINTS_ON_DISK, Cap.CONCURRENT_INFERENCE),
+            *(Cap.CHECKPOINTS_ON_DISK, Cap.CONCURRENT_INFERENCE, Cap.SFT),
         }
     )
 
@@ -118,15 +119,24 @@ class ReferenceBackend:
         """Train one step, a sequence at a time, and publish it."""
         chosen = TrainOptions.of(options, where="ReferenceBackend.train")
         check_groups(trajectory_groups)
+        return await self._train(model, trajectory_groups, trained_rows(trajectory_groups), chosen.learning_rate)
+
+    async def train_sft(
+        self, model: PolicyModel, trajectories: Sequence[Trajectory], **options: Any
+    ) -> LocalTrainResult:
+        """Train one step on the last reply of each conversation, all in one batch, and publish it."""
+        chosen = SftOptions.of(options, where="ReferenceBackend.train_sft")
+        rows = reply_rows(oracle_for(self._served(model).base), trajectories)
+        return await self._train(model, [TrajectoryGroup(trajectories)], rows, float(np.mean(chosen.learning_rate)))
+
+    async def _train(
+        self, model: PolicyModel, groups: Sequence[TrajectoryGroup], rows: Sequence[Row], rate: float
+    ) -> LocalTrainResult:
         served = self._served(model)
         await served.training.acquire()
         step = max(whole_steps(served.checkpoints)) + 1
-        verbs = self.step(served, step, trajectory_groups, chosen)
-        return await run_step(self.registry, self, model, trajectory_groups, verbs, step=step)
-
-    async def train_sft(self, *_: Any, **__: Any) -> LocalTrainResult:
-        """It trains by rewards alone."""
-        raise UnsupportedCapability(self.name, str(Cap.SFT), "Use art-backend-local: pip install art-backend-local.")
+        verbs = self.step(served, step, rows, rate)
+        return await run_step(self.registry, self, model, groups, verbs, step=step)
 
     async def get_step(self, model: PolicyModel) -> int:
         """The routed step."""
@@ -267,11 +277,11 @@ class ReferenceBackend:
         self,
         served: ServedModel,
         step: int,
-        groups: Sequence[TrajectoryGroup] = (),
-        options: TrainOptions | None = None,
+        rows: Sequence[Row] = (),
+        rate: float = 0.0,
     ) -> ReferenceStep:
         """The verbs of one step, which ends the training lock."""
-        return ReferenceStep(self, served, step, groups, options or TrainOptions())
+        return ReferenceStep(self, served, step, rows, rate)
 
     def _open(self, key: ModelKey, base: Path) -> ServedModel:
         adapter = base if (base / ADAPTER_CONFIG).is_file() else None
@@ -307,17 +317,16 @@ class ReferenceStep:
     backend: ReferenceBackend
     served: ServedModel
     step: int
-    groups: Sequence[TrajectoryGroup]
-    options: TrainOptions
+    rows: Sequence[Row]
+    rate: float
 
     async def train_and_save(self) -> SavedStep[LocalTrainResult]:
         """From the routed step; with nothing to train on, a copy of it."""
         served, checkpoint = self.served, self.served.ref(self.step)
         start = served.ref(served.steps.routed or 0).path
-        rows = trained_rows(self.groups)
         metrics = {"data/step_num_gradient_steps": 0.0}
-        if rows:
-            base, rate = served.base, self.options.learning_rate
+        if self.rows:
+            base, rows, rate = served.base, self.rows, self.rate
             with saving(checkpoint.path, step=self.step, base_model=str(base), engine=self.backend.name) as folder:
                 metrics = await asyncio.to_thread(train_step, base, start, folder, rows, rate)
         else:
@@ -350,9 +359,19 @@ class ReferenceStep:
         return replace(checkpoint, path=checkpoint.path.rename(aside))
 
 
-def trained_rows(groups: Sequence[TrajectoryGroup]) -> list[tuple[list[int], list[int], float]]:
+def reply_rows(oracle: Oracle, trajectories: Sequence[Trajectory]) -> list[Row]:
+    """(prompt, ids, 1) of the last reply of every conversation."""
+    rows: list[Row] = []
+    for trajectory in trajectories:
+        *before, reply = trajectory.messages()
+        ids = oracle.tokenizer(str(reply["content"]), add_special_tokens=False)["input_ids"]
+        rows.append((oracle.chat_ids(before), ids, 1.0))
+    return rows
+
+
+def trained_rows(groups: Sequence[TrajectoryGroup]) -> list[Row]:
     """(prompt, sampled ids, advantage) of every choice whose advantage isn't 0."""
-    rows = []
+    rows: list[Row] = []
     for group in groups:
         rewards = np.array([trajectory.reward for trajectory in group])
         for trajectory in group:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-import art_serve
+from art_serve import database, keys
 
 # The fake engines are the local backend's own; they compute no model, and everything around them is real.
 FAKE_PLUGIN = Path(__file__).parents[2] / "art-backend-local" / "tests" / "fake_plugin"
@@ -91,9 +91,9 @@ class ArtServe:
     def key(self, entity: str) -> str:
         """A new key, as `art serve keys create` makes it."""
         self.data.mkdir(exist_ok=True)
-        engine = art_serve.open_database(self.data / "state.sqlite")
+        engine = database.open_database(self.data / "state.sqlite")
         try:
-            return art_serve.create_key(engine, entity)
+            return keys.create_key(engine, entity)
         finally:
             engine.dispose()
 

@@ -13,48 +13,48 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-import art_serve
-from art_serve import JobState, LeaseLost
+from art_serve import database, job_queue, keys
+from art_serve.job_queue import JobState, LeaseLost
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
-    engine = art_serve.open_database(tmp_path / "state.sqlite")
+    engine = database.open_database(tmp_path / "state.sqlite")
     yield engine
     engine.dispose()
 
 
-def _submit(engine: Engine, key: str, *, entity: str = "one", payload: str = "{}") -> art_serve.Job:
-    return art_serve.submit(engine, entity=entity, model_id=f"m-{entity}", idempotency_key=key, payload=payload)
+def _submit(engine: Engine, key: str, *, entity: str = "one", payload: str = "{}") -> job_queue.Job:
+    return job_queue.submit(engine, entity=entity, model_id=f"m-{entity}", idempotency_key=key, payload=payload)
 
 
 def test_a_key_opens_its_entity_until_it_is_revoked(engine: Engine) -> None:
-    mine, other = art_serve.create_key(engine, "one"), art_serve.create_key(engine, "two")
-    assert [art_serve.entity_of(engine, key) for key in (mine, other)] == ["one", "two"]
+    mine, other = keys.create_key(engine, "one"), keys.create_key(engine, "two")
+    assert [keys.entity_of(engine, key) for key in (mine, other)] == ["one", "two"]
     key_id = mine.split("-")[1]
-    assert art_serve.revoke_key(engine, key_id)
-    assert not art_serve.revoke_key(engine, key_id)
-    assert art_serve.entity_of(engine, mine) is None
-    assert art_serve.entity_of(engine, other) == "two"
+    assert keys.revoke_key(engine, key_id)
+    assert not keys.revoke_key(engine, key_id)
+    assert keys.entity_of(engine, mine) is None
+    assert keys.entity_of(engine, other) == "two"
 
 
 def test_wrong_keys_open_nothing(engine: Engine) -> None:
-    mine, other = art_serve.create_key(engine, "one"), art_serve.create_key(engine, "two")
+    mine, other = keys.create_key(engine, "one"), keys.create_key(engine, "two")
     swapped = "-".join([*mine.split("-")[:2], other.split("-")[2]])
     for text in ("", "-", "art", mine[:-1], mine + "0", mine.upper(), "x" + mine, swapped, "art-\0-\0", "\ud800"):
-        assert art_serve.entity_of(engine, text) is None, text
+        assert keys.entity_of(engine, text) is None, text
 
 
 def test_no_secret_is_in_the_database(engine: Engine, tmp_path: Path) -> None:
-    secret = art_serve.create_key(engine, "one").split("-")[2].encode()
+    secret = keys.create_key(engine, "one").split("-")[2].encode()
     engine.dispose()
     assert all(secret not in file.read_bytes() for file in tmp_path.iterdir())
 
 
 def test_an_entity_that_is_no_name_is_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match="is not a name of an entity"):
-        art_serve.create_key(engine, "../two")
-    assert art_serve.list_keys(engine) == []
+        keys.create_key(engine, "../two")
+    assert keys.list_keys(engine) == []
 
 
 def test_a_repeated_submission_gives_the_same_job(engine: Engine) -> None:
@@ -67,8 +67,8 @@ def test_a_repeated_submission_gives_the_same_job(engine: Engine) -> None:
 
 def test_another_entity_finds_no_job(engine: Engine) -> None:
     job = _submit(engine, "a")
-    assert art_serve.find_job(engine, job.id, entity="one") == job
-    assert art_serve.find_job(engine, job.id, entity="two") is None
+    assert job_queue.find_job(engine, job.id, entity="one") == job
+    assert job_queue.find_job(engine, job.id, entity="two") is None
 
 
 def test_one_job_runs_at_a_time_and_entities_take_turns(engine: Engine) -> None:
@@ -78,37 +78,37 @@ def test_one_job_runs_at_a_time_and_entities_take_turns(engine: Engine) -> None:
     order = []
     for now in range(4):
         with ThreadPoolExecutor(4) as pool:
-            claims = list(pool.map(lambda n, at=now: art_serve.claim(engine, f"w{n}", lease_s=9, now=at), range(4)))
+            claims = list(pool.map(lambda n, at=now: job_queue.claim(engine, f"w{n}", lease_s=9, now=at), range(4)))
         ((worker, job),) = [(n, job) for n, job in enumerate(claims) if job is not None]
         order.append(job.payload)
-        art_serve.finish(engine, job.id, f"w{worker}")
+        job_queue.finish(engine, job.id, f"w{worker}")
     assert order == ["one a", "two a", "one b", "one c"]
-    assert art_serve.claim(engine, "w", lease_s=9) is None
+    assert job_queue.claim(engine, "w", lease_s=9) is None
 
 
 def test_a_heartbeat_keeps_the_job(engine: Engine) -> None:
     job = _submit(engine, "a")
-    art_serve.claim(engine, "w1", lease_s=10, now=0)
-    art_serve.heartbeat(engine, job.id, "w1", lease_s=10, now=9)
-    assert art_serve.claim(engine, "w2", lease_s=10, now=15) is None
+    job_queue.claim(engine, "w1", lease_s=10, now=0)
+    job_queue.heartbeat(engine, job.id, "w1", lease_s=10, now=9)
+    assert job_queue.claim(engine, "w2", lease_s=10, now=15) is None
 
 
 def test_a_failed_job_keeps_its_reason_and_isn_t_run_again(engine: Engine) -> None:
     job = _submit(engine, "a")
-    art_serve.claim(engine, "w1", lease_s=10)
-    art_serve.finish(engine, job.id, "w1", error="out of memory")
+    job_queue.claim(engine, "w1", lease_s=10)
+    job_queue.finish(engine, job.id, "w1", error="out of memory")
     ended = _submit(engine, "a")
     assert (ended.state, ended.error) == (JobState.FAILED, "out of memory")
-    assert art_serve.claim(engine, "w1", lease_s=10) is None
+    assert job_queue.claim(engine, "w1", lease_s=10) is None
 
 
 _WORKER = """
 import sys, time
 from pathlib import Path
-import art_serve
-engine = art_serve.open_database(Path(sys.argv[1]))
-job = art_serve.claim(engine, "killed", lease_s=10, now=0)
-art_serve.fix_step(engine, job.id, "killed", 7)
+from art_serve import database, job_queue
+engine = database.open_database(Path(sys.argv[1]))
+job = job_queue.claim(engine, "killed", lease_s=10, now=0)
+job_queue.fix_step(engine, job.id, "killed", 7)
 print(job.id, flush=True)
 time.sleep(60)
 """
@@ -123,19 +123,19 @@ def test_a_job_outlives_kill_9_of_its_worker_under_the_same_step(engine: Engine,
             assert worker.stdout.readline().strip() == first.id
         finally:
             os.kill(worker.pid, signal.SIGKILL)
-    assert art_serve.claim(engine, "next", lease_s=10, now=9) is None
-    resumed = art_serve.claim(engine, "next", lease_s=10, now=11)
+    assert job_queue.claim(engine, "next", lease_s=10, now=9) is None
+    resumed = job_queue.claim(engine, "next", lease_s=10, now=11)
     assert resumed is not None
     assert (resumed.id, resumed.step) == (first.id, 7)
-    assert art_serve.fix_step(engine, first.id, "next", 8) == 7
+    assert job_queue.fix_step(engine, first.id, "next", 8) == 7
     for late in (
-        lambda: art_serve.finish(engine, first.id, "killed"),
-        lambda: art_serve.heartbeat(engine, first.id, "killed", lease_s=10),
-        lambda: art_serve.fix_step(engine, first.id, "killed", 9),
+        lambda: job_queue.finish(engine, first.id, "killed"),
+        lambda: job_queue.heartbeat(engine, first.id, "killed", lease_s=10),
+        lambda: job_queue.fix_step(engine, first.id, "killed", 9),
     ):
         with pytest.raises(LeaseLost, match="let go of it"):
             late()
-    art_serve.finish(engine, first.id, "next")
-    following = art_serve.claim(engine, "next", lease_s=10, now=12)
+    job_queue.finish(engine, first.id, "next")
+    following = job_queue.claim(engine, "next", lease_s=10, now=12)
     assert following is not None
     assert following.id == second.id

@@ -133,6 +133,22 @@ class ExperimentalConfig(Sent):
     mask_prob_ratio: bool | None = None
     kimi_k2_tau: float | None = None
     precalculate_logprobs: bool | None = None
+    # Of a server of one's own, where `Capabilities.train_options` names them.
+    kl_penalty_coef: float | None = None
+    kl_penalty_reference_step: int | None = Field(default=None, ge=0)
+    allow_training_without_logprobs: bool | None = None
+    truncated_importance_sampling: float | None = None
+    packed_sequence_length: int | None = Field(default=None, ge=1)
+    grad_accumulation_sequences: int | None = Field(default=None, ge=1)
+    num_trajectories_learning_rate_multiplier_power: float | None = None
+
+
+#: Fields of ExperimentalConfig beyond the published ones.
+OWN_TRAIN_OPTIONS = (
+    *("kl_penalty_coef", "kl_penalty_reference_step", "allow_training_without_logprobs"),
+    *("truncated_importance_sampling", "packed_sequence_length", "grad_accumulation_sequences"),
+    "num_trajectories_learning_rate_multiplier_power",
+)
 
 
 class CreateTrainingJob(Sent):
@@ -183,6 +199,11 @@ class EventPage(Answered):
 
 
 class ErrorDetail(Answered):
+    """`code` is one word for a program; of these a client makes the error that a local backend would raise:
+    base_model_not_served, invalid_trajectories, invalid_name, model_busy, checkpoint_in_use, checkpoint_not_found,
+    unsupported.
+    """
+
     message: str
     type: str = "error"
     code: str | None = None
@@ -193,13 +214,16 @@ class Error(Answered):
 
 
 class Capabilities(Answered):
-    """GET CAPABILITIES. A service that answers 404 has none of these."""
+    """GET CAPABILITIES. A service that answers 404 has none of these. `train_options` are the names of fields of
+    ExperimentalConfig that it takes beyond the published ones.
+    """
 
     entity: str | None = None
     fork: bool = False
     pull: bool = False
     uploads: bool = False
     content_encodings: list[Literal["gzip", "zstd"]] = Field(default_factory=list)
+    train_options: list[str] = Field(default_factory=list)
 
 
 class JobStatus(Answered):

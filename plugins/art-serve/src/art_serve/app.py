@@ -28,6 +28,7 @@ from .access import Access, RequireKey
 from .answers import ERRORS
 from .health import figures_router, health_router
 from .inference import ArtifactRoutes, Inference, not_served
+from .job_payload import own_train_options
 from .request_log import Figures, RequestLog
 from .request_rate import RequestRate
 from .service import Service
@@ -97,6 +98,7 @@ def _capabilities(service: Service) -> APIRouter:
             pull=BackendCapability.PULL in declared,
             uploads=BackendCapability.SFT in declared,
             content_encodings=["gzip"],
+            train_options=own_train_options(service.backend.backend),
         )
 
     return router

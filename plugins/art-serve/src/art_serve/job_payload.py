@@ -4,6 +4,7 @@ and the Backend protocol; runs nothing.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from art_backend_serverless import wire
-from art_core import Trajectory, TrajectoryGroup, check_groups
+from art_core import Backend, Trajectory, TrajectoryGroup, check_groups
 from art_core.errors import InvalidTrajectory
 from art_gateway.errors import ApiError
 
@@ -45,10 +46,14 @@ def read_groups(groups: wire.Groups) -> list[TrajectoryGroup]:
         check_groups(read)
     except InvalidTrajectory as error:
         raise ApiError(422, str(error), code="invalid_trajectories", param="trajectory_groups") from error
-    if not any(len(group) for group in read):
-        message = "There is no trajectory in trajectory_groups, so there is nothing to train on."
-        raise ApiError(422, message, code="no_trajectories", param="trajectory_groups")
+    # Without a trajectory it is a step too, that carries the checkpoint on.
     return read
+
+
+def own_train_options(backend: Backend) -> list[str]:
+    """What the backend's `train` takes of the options beyond the published ones."""
+    taken = inspect.signature(backend.train).parameters
+    return [name for name in wire.OWN_TRAIN_OPTIONS if name in taken]
 
 
 def train_options(config: wire.ExperimentalConfig | None) -> dict[str, Any]:

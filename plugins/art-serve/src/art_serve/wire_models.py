@@ -206,7 +206,9 @@ def raise_as_answer(error: BaseException, *records: ModelRecord) -> NoReturn:
         raise ApiError(503, reason, code="backend_unavailable", type="server_error", retry_after_s=10) from error
     if isinstance(error, CheckpointNotFound):
         raise ApiError(404, reason, code="checkpoint_not_found") from error
-    if isinstance(error, CheckpointInUse | CheckpointError | ModelBusy):
+    if isinstance(error, CheckpointInUse):
+        raise ApiError(409, reason, code="checkpoint_in_use") from error
+    if isinstance(error, CheckpointError | ModelBusy):
         raise ApiError(409, reason, code="conflict") from error
     if isinstance(error, ArtError | ValueError | OSError):
         raise ApiError(422, reason, code="refused_by_backend") from error

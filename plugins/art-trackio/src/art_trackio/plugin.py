@@ -44,8 +44,8 @@ async def art_log_trajectories(
 
 @hookimpl
 def art_checkpoint_published(model: PolicyModel, checkpoint: CheckpointRef) -> None:
-    """Report the adapter that is served now as an artifact."""
-    if _reports(model):
+    """Report the adapter that is served now as an artifact, unless the backend keeps it elsewhere."""
+    if _reports(model) and checkpoint.path.is_dir():
         base_model = model.base_model
         reporter.tell(
             model, f"the checkpoint of step {checkpoint.step}", lambda run: run.adapter(checkpoint, base_model)

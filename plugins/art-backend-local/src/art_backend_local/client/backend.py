@@ -191,6 +191,7 @@ class LocalBackend:
             inference_base_url=answer["inference_base_url"],
             inference_api_key=answer["inference_api_key"],
             base_path=self._path,
+            served_steps=self._max_adapters,
         )
 
     async def unregister(self, model: PolicyModel) -> None:
