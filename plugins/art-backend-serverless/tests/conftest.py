@@ -25,7 +25,7 @@ import art
 from art_backend_serverless import Patience, ServerlessBackend
 
 KEY = "wandb-key-0123456789"
-QUICK = Patience(request_s=5.0, first_s=1.0, pause_s=0.01, longest_pause_s=0.05, job_silence_s=30.0)
+QUICK = Patience(request_s=5.0, first_s=1.0, pause_s=0.01, longest_pause_s=0.05, poll_s=0.05, job_silence_s=30.0)
 JSON = dict[str, Any]
 ART = [sys.executable, "-m", "art_core"]
 
