@@ -283,13 +283,13 @@ class Connection:
             response = await self._http.send(request)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
             # It never left.
-            said = f"{doing}: {self._service.base_url} can't be reached: {self._said(error)}."
-            if "CERTIFICATE_VERIFY_FAILED" in said:
+            words = f"{doing}: {self._service.base_url} can't be reached: {self._said(error)}."
+            if "CERTIFICATE_VERIFY_FAILED" in words:
                 raise ServiceUnreachable(
-                    f"{said} Its certificate isn't trusted here. When it is your own server's, name the file of its"
+                    f"{words} Its certificate isn't trusted here. When it is your own server's, name the file of its"
                     " certificate in SSL_CERT_FILE."
                 ) from error
-            raise _Failed(ServiceUnreachable(said)) from error
+            raise _Failed(ServiceUnreachable(words)) from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise self._unanswered(doing, f"the connection broke: {self._said(error)}", repeat) from error
         self._service.answered()
