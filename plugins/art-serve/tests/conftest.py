@@ -16,8 +16,11 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from art_serve import database, keys
+from art_serve.commands import serve_cli
 
 # The fake engines are the local backend's own; they compute no model, and everything around them is real.
 FAKE_PLUGIN = Path(__file__).parents[2] / "art-backend-local" / "tests" / "fake_plugin"
@@ -34,6 +37,7 @@ class ArtServe:
         self.log = folder / "server.log"
         self.orders = folder / "orders.json"
         self.url = ""
+        self.verify: Any = True
         self._options = options
         self._environment = {**os.environ, **environment, "ART_FAKE_ORDERS": str(self.orders)}
         self._process: subprocess.Popen[str] | None = None
@@ -83,10 +87,14 @@ class ArtServe:
         path = self.data / "backend"
         subprocess.run([*ART, "down", "--path", str(path)], check=False, capture_output=True, timeout=120)
 
-    def keys(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`art serve keys …` on its data."""
-        command = [*ART, "serve", "keys", *arguments, "--data", str(self.data)]
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """`art serve` on its data, for a server that isn't to start."""
+        command = [*ART, "serve", "--data", str(self.data), "--port", "0", *self._options, *options]
         return subprocess.run(command, capture_output=True, text=True, env=self._environment, timeout=60)
+
+    def keys(self, *arguments: str) -> Result:
+        """`art serve keys …` on its data."""
+        return CliRunner().invoke(serve_cli, ["keys", *arguments, "--data", str(self.data)])
 
     def key(self, entity: str) -> str:
         """A new key, as `art serve keys create` makes it."""
@@ -122,7 +130,9 @@ class Client:
     def __init__(self, server: ArtServe, key: str) -> None:
         self._server = server
         self.key = key
-        self._http = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120)
+        self._http = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"}, timeout=120, verify=server.verify, follow_redirects=False
+        )
 
     @property
     def url(self) -> str:

@@ -83,7 +83,7 @@ def test_what_cannot_be_trained_on_is_refused_before_it_is_queued(client: Any) -
         answer = client.ask("POST", "/preview/training-jobs", json=body)
         return answer.status_code, answer.json()["error"]["param"]
 
-    assert refused(trajectory_groups=[]) == (422, "trajectory_groups")
+    assert refused(trajectory_groups=7) == (422, "trajectory_groups")
     assert refused(trajectory_groups=[{"trajectories": [{"reward": "much"}]}]) == (
         422,
         "trajectory_groups.0.trajectories.0.reward",

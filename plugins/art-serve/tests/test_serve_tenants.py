@@ -181,7 +181,7 @@ def test_keys_put_together_or_revoked_or_malformed_open_nothing(two: Two) -> Non
     mixed = "-".join([*two.owner.key.split("-")[:2], two.other.key.split("-")[2]])
     revoked = two.server.key("owner")
     assert httpx.get(f"{two.server.url}/models", headers={"Authorization": f"Bearer {revoked}"}).status_code == 200
-    assert two.server.keys("revoke", revoked.split("-")[1]).returncode == 0
+    assert two.server.keys("revoke", revoked.split("-")[1]).exit_code == 0
 
     def refused(key: str) -> bool:
         got = httpx.get(f"{two.server.url}/models", headers={"Authorization": key.encode()})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,7 @@ from .adapter_settings import check_peft_args
 from .advantages import balance_step
 from .canaries import CanaryMaker
 from .chat_template import ChatTemplate
+from .mismatch import Mismatch
 from .optimizer import OPTIMIZER_SETTINGS, REPLIES, REWARDS, AdapterOptimizer, OptimizerOptions
 from .packed_work import GradientStepRun, PackedWork, totals
 from .packing import PackedRow, pack_rows
@@ -106,7 +108,7 @@ class Trainer:
         def gradient_steps() -> Iterator[GradientStepRun]:
             tensors = self._prepare(packed, advantages, weights, options, job.reference, cancelled)
             for begin in range(0, len(tensors), window):
-                yield self._gradient_step(tensors[begin : begin + window], options, cancelled)
+                yield self._gradient_step(tensors[begin : begin + window], options, cancelled, first=begin == 0)
 
         work = PackedWork(
             step.metrics, step.rows, packed, -(-len(packed) // window), gradient_steps, optimizer_options, REWARDS
@@ -271,18 +273,21 @@ class Trainer:
         return result
 
     def _gradient_step(
-        self, part: Sequence[RowTensors], options: TrainOptions, cancelled: Callable[[], bool]
+        self, part: Sequence[RowTensors], options: TrainOptions, cancelled: Callable[[], bool], *, first: bool
     ) -> GradientStepRun:
         """Yields a row's number when it is done, then the step's metrics. The loss is a mean over the trained tokens of
-        all `part`.
+        all `part`. Of the first, whose policy nothing has changed yet, the mismatch with the engine is measured.
         """
         assert self._optimizer is not None
         count = sum(len(row.entry_target) for row in part)
         sums = {"loss/train": 0.0, "loss/entropy": 0.0, "loss/kl_div": 0.0, "loss/kl_policy_ref": 0.0}
+        mismatch = Mismatch()
         self._optimizer.clear_gradients()
         for done, row in enumerate(part, start=1):
             _stop_if(cancelled)
-            loss, entropy = row.loss(self._policy, options)
+            loss, entropy, logprobs = row.loss(self._policy, options)
+            if first:
+                mismatch += Mismatch.of(logprobs, row.entries)
             (loss.loss / count).backward()  # type: ignore[no-untyped-call]
             sums["loss/train"] += float(loss.loss.detach())
             sums["loss/entropy"] += float(entropy)
@@ -295,7 +300,9 @@ class Trainer:
         trajectories = len(np.unique(np.concatenate([row.row.entry_trajectory for row in part])))
         learning_rate = options.learning_rate * trajectories**options.num_trajectories_learning_rate_multiplier_power
         norm = self._optimizer.step(learning_rate)
-        yield {key: value / count for key, value in sums.items()} | {
+        yield {
+            **{key: value / count for key, value in sums.items()},
+            **mismatch.metrics(),
             "loss/grad_norm": norm,
             "loss/learning_rate": learning_rate,
         }
@@ -434,4 +441,5 @@ def _rates(given: Sequence[float], batches: int) -> list[float]:
 
 
 def _mean(samples: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(sample[key] for sample in samples) / len(samples) for key in samples[0]}
+    """Of each metric over the samples that have it; the first has them all."""
+    return {key: fmean(sample[key] for sample in samples if key in sample) for key in samples[0]}

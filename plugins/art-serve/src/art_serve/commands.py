@@ -104,7 +104,10 @@ def serve(
             certificate=certificate,
             key=key,
             limits=Limits(
-                bodies=BodyLimits(job=job_mib * 2**20), waiting_jobs=waiting_jobs, requests_per_s=requests_per_s
+                bodies=BodyLimits(job=job_mib * 2**20),
+                waiting_jobs=waiting_jobs,
+                requests_per_s=requests_per_s,
+                requests_at_once=4 * requests_per_s,
             ),
         )
         lines = logging.StreamHandler(sys.stderr)
