@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ import art
 from art_backend_serverless import Patience, ServerlessBackend
 
 KEY = "wandb-key-0123456789"
-QUICK = Patience(request_s=5.0, first_s=1.0, pause_s=0.01, longest_pause_s=0.05, job_silence_s=30.0)
+QUICK = Patience(request_s=5.0, first_s=1.0, pause_s=0.01, longest_pause_s=0.05, poll_s=0.05, job_silence_s=30.0)
 JSON = dict[str, Any]
 ART = [sys.executable, "-m", "art_core"]
 
@@ -272,9 +272,8 @@ class FakeCloud:
         await writer.drain()
 
 
-@pytest.fixture
-async def cloud() -> AsyncIterator[FakeCloud]:
-    """A cloud of this test's own."""
+@asynccontextmanager
+async def _cloud() -> AsyncIterator[FakeCloud]:
     made = FakeCloud()
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
     made.port, made.server = server.sockets[0].getsockname()[1], server
@@ -284,12 +283,25 @@ async def cloud() -> AsyncIterator[FakeCloud]:
 
 
 @pytest.fixture
+async def cloud() -> AsyncIterator[FakeCloud]:
+    """A cloud of this test's own."""
+    async with _cloud() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def new_cloud() -> Callable[[], AbstractAsyncContextManager[FakeCloud]]:
+    """Makes a cloud, for a test that needs many: `async with new_cloud() as cloud`."""
+    return _cloud
+
+
+@pytest.fixture
 def serverless(cloud: FakeCloud) -> ServerlessBackend:
     """A backend at the cloud of this test, which shows nothing."""
     return ServerlessBackend(KEY, cloud.base_url, patience=QUICK, show_progress=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def patience() -> Patience:
     """That of a client in a hurry."""
     return QUICK

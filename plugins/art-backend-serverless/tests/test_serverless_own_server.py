@@ -244,6 +244,7 @@ class Proxy:
         self.cut_answer = False
         self.pause_s = 0.0
         self.url = ""
+        self.gzipped = False
 
     async def __aenter__(self) -> Proxy:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -281,6 +282,7 @@ class Proxy:
             asked += data
             await asyncio.sleep(self.pause_s)
             of_a_job = b"POST /v1/preview/training-jobs" in asked
+            self.gzipped |= of_a_job and b"content-encoding: gzip" in asked.lower()
             if of_a_job and self.cut_after is not None and len(asked) >= self.cut_after:
                 self.cut_after = None
                 raise ConnectionAbortedError
@@ -324,6 +326,7 @@ async def test_a_network_that_fails_loses_no_step_and_trains_none_twice(
                 proxy.up = True
             assert (await training).step == step
         assert await backend.list_steps(model) == [0, 1, 2, 3, 4, 5]
+        assert proxy.gzipped
         assert proxy.cut_after is None
         assert not proxy.cut_answer
         assert proxy.cuts >= (5 if how != "slow by far" else 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -50,6 +51,7 @@ _EVERY_SERVICE: Final = frozenset(
     {Cap.CONCURRENT_INFERENCE, Cap.LEASES, Cap.DELETE_CHECKPOINTS, Cap.CHECKPOINTS_AS_ARTIFACTS}
 )
 _OWN_SERVERS: Final = frozenset({Cap.SFT, Cap.FORK, Cap.PULL})
+LOGS_LIMIT_S: Final = 30.0
 _OWN_SERVER = "A server of your own does: `art serve`, and ServerlessBackend(base_url=...)."
 
 
@@ -79,7 +81,11 @@ class ServerlessBackend:
     ) -> None:
         self._registry = installed_plugins()
         address = check_base_url(CLOUD if base_url is None else base_url)
-        self._service = Service(address, ApiKey(api_key), patience or Patience())
+        patience = patience or Patience()
+        self._service = Service(address, ApiKey(api_key), patience)
+        # What is only logged may not hold up who trains.
+        brief = replace(patience, request_s=min(patience.request_s, LOGS_LIMIT_S))
+        self._logs_service = Service(address, ApiKey(api_key), brief)
         self._capabilities = _EVERY_SERVICE if address == CLOUD else _EVERY_SERVICE | _OWN_SERVERS
         self._show = show_progress
         self._models: dict[ModelKey, RemoteModel] = {}
@@ -260,8 +266,8 @@ class ServerlessBackend:
         remote = self._registered(model)
         path = wire.MODEL_LOG.format(model_id=remote.id)
         message = wire.LogTrajectories(model_id=remote.id, trajectory_groups=[], split=split)
-        async with self._service.connected() as connection:
-            can = await self._service.capabilities(connection)
+        async with self._logs_service.connected() as connection:
+            can = await self._logs_service.capabilities(connection)
             compress = can is not None and "gzip" in can.content_encodings
             pieces = message_with_groups(message, list(trajectory_groups))
             async with spooled(pieces, content_type="application/json", compress=compress) as body:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -32,20 +32,31 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         409: "it conflicts with what is there",
         413: "the body is too large",
         415: "the body's encoding isn't read here",
-        422: "a field is wrong; the message names it",
+        422: "a field is wrong, or the backend can't do this; the message says which",
         429: "too much at once; Retry-After says when to come back",
-        501: "the backend can't do this",
         503: "not now; Retry-After says when to come back",
     }.items()
 }
 
 
-def body_of(message: type[BaseModel]) -> dict[str, Any]:
-    """For a route's decorator: the body that it reads by itself, since it counts and unpacks what arrives."""
+def body_of(message: type[BaseModel], **fields: Mapping[str, Any]) -> dict[str, Any]:
+    """For a route's decorator: the body that it reads by itself, since it counts and unpacks what arrives. `fields`
+    adds to what the message's schema says of these.
+    """
     schema = message.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = schema.pop("$defs", {})
-    content = {"application/json": {"schema": _inlined(schema, definitions)}}
-    return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}
+    content = _inlined(schema, definitions)
+    for field, more in fields.items():
+        content["properties"][field] |= more
+    body = {"required": True, "content": {"application/json": {"schema": content}}}
+    return {"openapi_extra": {"requestBody": body}}
+
+
+def leading_to(*operations: str, **given: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's decorator: to which other addresses its answer leads, by which field of it."""
+    parameters = {name: f"$response.body#/{field}" for name, field in given.items()}
+    links: dict[str, Any] = {name: {"operationId": name, "parameters": parameters} for name in operations}
+    return {200: {"links": links}}
 
 
 def idempotency_key(request: Request) -> str | None:

@@ -6,6 +6,7 @@ Knows the routers and nothing of what they do.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from fastapi.security import HTTPBearer
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp
 
 from art_backend_serverless import wire
@@ -61,6 +62,7 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
         docs_url="/docs",
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     figures = Figures()
     protected = [Security(bearer)]
@@ -77,7 +79,7 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
     ]
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, _HttpError(app))
     app.add_exception_handler(DBAPIError, _database_error)
     app.add_exception_handler(Exception, _own_error)
     rate = RequestRate(per_s=service.limits.requests_per_s, burst=service.limits.requests_at_once)
@@ -136,13 +138,31 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return await _api_error(request, ApiError(422, problems, code="invalid_request", param=param))
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    words = {404: f"There is nothing at {request.url.path[:300]!r}.", 405: f"It doesn't take {request.method}."}
-    message = words.get(error.status_code, error.detail)
-    answer = await _api_error(request, ApiError(error.status_code, message, code="http_error"))
-    answer.headers.update(error.headers or {})
-    return answer
+class _HttpError:
+    """What is at no address, and what an address doesn't take, with the methods that it does take."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._addresses: list[tuple[re.Pattern[str], frozenset[str]]] = []
+
+    async def __call__(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        words = {404: f"There is nothing at {request.url.path[:300]!r}.", 405: f"It doesn't take {request.method}."}
+        message = words.get(error.status_code, error.detail)
+        answer = await _api_error(request, ApiError(error.status_code, message, code="http_error"))
+        answer.headers.update(error.headers or {})
+        if error.status_code == 405:
+            answer.headers["Allow"] = ", ".join(sorted(self._methods(request.url.path)))
+        return answer
+
+    def _methods(self, path: str) -> set[str]:
+        # Each route knows its own method only, and the first of a path answers for all of them.
+        if not self._addresses:
+            for address, operations in self._app.openapi()["paths"].items():
+                methods = frozenset(operation.upper() for operation in operations)
+                self._addresses.append((compile_path(address)[0], methods))
+            self._addresses.append((re.compile(f"^{BASE}/(chat/)?completions$"), frozenset({"POST"})))
+        return {method for pattern, methods in self._addresses if pattern.match(path) for method in methods}
 
 
 async def _database_error(request: Request, error: Exception) -> Response:

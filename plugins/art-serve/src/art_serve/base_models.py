@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from art_gateway.errors import ApiError
 
@@ -31,6 +31,11 @@ class BaseModels:
                 raise ValueError(f"--base-model={option!r}: give a name, or NAME=FOLDER")
             given[name] = str(Path(where).expanduser().resolve()) if equals else name
         return cls(given)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What the OpenAPI page says of a base model's name."""
+        return {"enum": sorted(self._given)} if self._given else {"pattern": f"^{_HUB_NAME.pattern}$"}
 
     def check(self, name: str) -> None:
         """Raise ApiError, 422, for a name that isn't taken."""

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from .answers import ERRORS
 from .job_queue import JobState, count_by_state
 from .request_log import Figures
 from .service import Service
@@ -41,7 +42,7 @@ def health_router(service: Service) -> APIRouter:
 
 def figures_router(service: Service, figures: Figures) -> APIRouter:
     """`/metrics`, which needs a key as everything else does."""
-    router = APIRouter(tags=["health"])
+    router = APIRouter(tags=["health"], responses=ERRORS)
 
     @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:

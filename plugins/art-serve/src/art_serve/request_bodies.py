@@ -78,7 +78,7 @@ async def as_message(body: bytes, message: type[MessageT]) -> MessageT:
 def message_of(body: bytes, message: type[MessageT]) -> MessageT:
     """`as_message` for whoever is in a thread already."""
     try:
-        return message.model_validate_json(body)
+        return message.model_validate_json(body, strict=True)
     except ValidationError as error:
         raise invalid(error) from error
 

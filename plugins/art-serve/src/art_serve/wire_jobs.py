@@ -14,7 +14,7 @@ from art_backend_serverless import wire
 from art_core import BackendCapability
 from art_gateway.errors import ApiError
 
-from .answers import ERRORS, body_of, idempotency_key, key_reused, new_key, number_of
+from .answers import ERRORS, body_of, idempotency_key, key_reused, leading_to, new_key, number_of
 from .job_events import events_after
 from .job_payload import JobPayload, read_conversations, read_groups, sft_options
 from .job_queue import Job, JobState, QueueFull, find_job, place_of, submit
@@ -58,7 +58,9 @@ def jobs_router(service: Service) -> APIRouter:
         if payload.file is not None:
             await asyncio.to_thread(service.files.forget_job, payload.file)
 
-    @router.post(wire.TRAINING_JOBS, **body_of(wire.CreateTrainingJob))
+    leads = leading_to("get_training_job", "list_events", job_id="id")
+
+    @router.post(wire.TRAINING_JOBS, responses=leads, **body_of(wire.CreateTrainingJob))
     async def create_training_job(request: Request) -> wire.Job:
         """Queue a step of reinforcement learning."""
         key = idempotency_key(request) or new_key()

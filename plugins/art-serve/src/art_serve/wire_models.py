@@ -22,7 +22,8 @@ from art_core.errors import (
 from art_core.trajectories import TrajectoryGroup, check_groups
 from art_gateway.errors import ApiError
 
-from .answers import ERRORS, body_of, once, step_id, step_of
+from .answers import ERRORS, body_of, leading_to, once, step_id, step_of
+from .artifact_names import NAME_PATTERN
 from .job_payload import invalid
 from .job_queue import abandon
 from .model_records import ModelRecord, checkpoints_page, forget_checkpoints
@@ -40,7 +41,17 @@ def models_router(service: Service) -> APIRouter:
     def own(request: Request, model_id: str) -> ModelRecord:
         return catalogue.by_id(model_id, entity=request.state.entity)
 
-    @router.post(wire.MODELS, **body_of(wire.CreateModel))
+    name: dict[str, Any] = {"pattern": NAME_PATTERN}
+    named = {"project": name, "name": name, "base_model": service.base_models.schema}
+    of_model = ("delete_model", "list_checkpoints", "delete_checkpoints", "list_files", "log_trajectories")
+    leads = leading_to(*of_model, model_id="id")
+    # A job names its model in the body.
+    leads[200]["links"]["create_training_job"] = {
+        "operationId": "create_training_job",
+        "requestBody": {"model_id": "$response.body#/id"},
+    }
+
+    @router.post(wire.MODELS, responses=leads, **body_of(wire.CreateModel, **named))
     async def create_model(request: Request) -> wire.Model:
         """Make a model, or give the one of that name. Answers when it is served, or after 50 seconds."""
         body = await read_body(request, limit=2**20, limits=limits.bodies)
@@ -184,10 +195,10 @@ def models_router(service: Service) -> APIRouter:
 
 
 def needs(capability: BackendCapability, service: Service) -> None:
-    """Raise ApiError, 501, when the backend doesn't declare it."""
+    """Raise ApiError, 422, when the backend doesn't declare it."""
     if capability not in service.backend.capabilities:
         message = f"The backend behind this server can't do this: it doesn't declare {capability}."
-        raise ApiError(501, message, code="unsupported", type="server_error")
+        raise ApiError(422, message, code="unsupported")
 
 
 def in_clients_words(text: str, *records: ModelRecord) -> str:
