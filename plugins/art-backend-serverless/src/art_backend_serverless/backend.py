@@ -442,7 +442,8 @@ class ServerlessBackend:
             raise ModelBusy(f"{key} is being trained by this client; wait for that step.")
         self._training.add(key)
         try:
-            before = await self.get_step(model)
+            async with self._waiting(f"train {key.name}", "asking for the latest step") as connection:
+                before = await checkpoints.latest_step(connection, remote.id) or 0
 
             def published(step: int) -> None:
                 self._latest[key] = step
