@@ -101,7 +101,8 @@ wheels: $(READY)  ## Build every distribution into dist/
 	@ls dist
 
 conformance: engines  ## Hold every engine, backend and plugin against its suites: docs/conformance/matrix.md
-	@$(BIN)/art-conformance matrix --folder docs/conformance $(ARGS)
+	@$(BIN)/art-conformance matrix --folder docs/conformance $(ARGS) \
+	    --tests serverless=plugins/art-backend-serverless/tests/test_serverless_conformance.py
 
 benchmarks: $(READY)  ## Run every benchmark; each prints the machine and the versions
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done

@@ -16,10 +16,8 @@ from art_core.errors import AdapterMismatch, CorruptCheckpoint, InvalidTrajector
 from art_engine_kit.canary import read_canary
 from art_engine_kit.checkpoint_folder import read_manifest
 from art_engine_kit.group_records import record_of
-from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import (
-    AdapterOptions,
     AdapterWritten,
     JobEnded,
     JobSaved,
@@ -36,25 +34,6 @@ from art_training_kit.tokenize import tokenize_groups
 from art_training_kit.trainer import JobCancelled, Trainer
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture
-def job(checkpoints: Path, make_groups: Make) -> Make:
-    """Make the job of a step; keyword arguments are train options."""
-
-    def make(
-        step: int = 1, groups: Any = None, adapter: Any = None, reference: KlReference | None = None, **options: Any
-    ) -> TrainJob:
-        file = checkpoints.parent / f"groups-{step}.json"
-        write_groups(file, make_groups(step) if groups is None else groups)
-        return TrainJob(
-            model="project/agent", step=step,
-            start=checkpoints / f"{step - 1:04d}", destination=checkpoints / f"{step:04d}",
-            groups_file=file, reference=reference, adapter=AdapterOptions(**(adapter or {})),
-            options=TrainOptions(**({"learning_rate": 1e-2} | options)),
-        )  # fmt: skip
-
-    return make
 
 
 def files(folder: Path) -> dict[str, bytes]:

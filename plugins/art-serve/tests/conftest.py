@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from typer.testing import CliRunner
 from art_serve import database, keys
 from art_serve.commands import serve_cli
 
+# Beside this file, and no package's.
+sys.path.insert(0, str(Path(__file__).parent))
 # The fake engines are the local backend's own; they compute no model, and everything around them is real.
 FAKE_PLUGIN = Path(__file__).parents[2] / "art-backend-local" / "tests" / "fake_plugin"
+real_postgresql = import_module("real_postgresql")
 ART = [sys.executable, "-m", "art_core"]
 JSON = dict[str, Any]
 GROUPS = [{"trajectories": [{"messages_and_choices": [], "reward": 0.0}, {"messages_and_choices": [], "reward": 1.0}]}]
@@ -99,7 +103,7 @@ class ArtServe:
     def key(self, entity: str) -> str:
         """A new key, as `art serve keys create` makes it."""
         self.data.mkdir(exist_ok=True)
-        engine = database.open_database(self.data / "state.sqlite")
+        engine = database.open_database(self._environment.get("ART_SERVE_DATABASE") or self.data / "state.sqlite")
         try:
             return keys.create_key(engine, entity)
         finally:
@@ -194,10 +198,12 @@ class Client:
 
 
 @contextmanager
-def serve_in(folder: Path, base: Path, *options: str, engine: str = "fake", start: bool = True) -> Iterator[ArtServe]:
+def serve_in(
+    folder: Path, base: Path, *options: str, engine: str = "fake", start: bool = True, database: str = ""
+) -> Iterator[ArtServe]:
     """A server whose only base model is `tiny`."""
     folder.mkdir(exist_ok=True)
-    environment = {}
+    environment = {"ART_SERVE_DATABASE": database} if database else {}
     if engine == "fake":
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(FAKE_PLUGIN), os.environ.get("PYTHONPATH"))))
     engines = ["--inference-engine", engine, "--training-engine", engine]
@@ -244,3 +250,26 @@ def own_server(tmp_path: Path, own_tiny_model: Path) -> Iterator[Callable[..., A
             return stack.enter_context(serve_in(tmp_path / "own", own_tiny_model, *options, **how))
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The address of a PostgreSQL that the tests start; they are skipped where none is installed."""
+    if why := real_postgresql.missing():
+        pytest.skip(why)
+    with real_postgresql.postgresql() as address:
+        yield address
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where an empty database is: a file, and a real PostgreSQL."""
+    if request.param == "sqlite":
+        return str(tmp_path / "state.sqlite")
+    return real_postgresql.new_database(request.getfixturevalue("postgresql"))
+
+
+@pytest.fixture
+def postgresql_url(postgresql: str) -> str:
+    """The URL of an empty database."""
+    return str(real_postgresql.new_database(postgresql))

@@ -106,3 +106,23 @@ def test_a_server_that_is_told_to_end_goes_on_with_its_job_when_it_is_back(serve
     assert client.ended(job)["data"] == {"step": 1}
     assert client.steps(model) == [0, 1]
     assert logprob(client, name) == -1.5
+
+
+def test_a_server_on_postgresql_goes_on_after_a_kill_too(
+    serving: Any, postgresql_url: str, tmp_path: Any, own_tiny_model: Any
+) -> None:
+    with serving(tmp_path / "own", own_tiny_model, database=postgresql_url) as server:
+        client = server.client(server.key("acme"))
+        model = client.model()
+        server.order(hold_train=True)
+        jobs = [client.submit(model, key=f"k{n}", learning_rate=0.5) for n in range(2)]
+        client.until(lambda: server.trained("m"))
+        server.kill()
+        server.order()
+        server.start()
+        assert [client.ended(job)["data"]["step"] for job in jobs] == [1, 2]
+        assert client.submit(model, key="k0", learning_rate=0.5) == jobs[0]
+        assert server.trained("m") == [1, 1, 2]
+        assert [logprob(client, f"m:step{step}") for step in (1, 2)] == [-1.5, -2.5]
+        assert not (server.data / "state.sqlite").exists()
+        assert "postgresql" not in server.log.read_text()

@@ -1,4 +1,4 @@
-"""Keys and jobs of a training server, through their public names and over a real SQLite file."""
+"""Keys and jobs of a training server, through their public names, over a real SQLite file and a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from art_serve.job_queue import JobState, LeaseLost
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    engine = database.open_database(tmp_path / "state.sqlite")
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = database.open_database(database_url)
     yield engine
     engine.dispose()
 
@@ -45,7 +45,8 @@ def test_wrong_keys_open_nothing(engine: Engine) -> None:
         assert keys.entity_of(engine, text) is None, text
 
 
-def test_no_secret_is_in_the_database(engine: Engine, tmp_path: Path) -> None:
+def test_no_secret_is_in_the_database(tmp_path: Path) -> None:
+    engine = database.open_database(tmp_path / "state.sqlite")
     secret = keys.create_key(engine, "one").split("-")[2].encode()
     engine.dispose()
     assert all(secret not in file.read_bytes() for file in tmp_path.iterdir())
@@ -106,7 +107,7 @@ _WORKER = """
 import sys, time
 from pathlib import Path
 from art_serve import database, job_queue
-engine = database.open_database(Path(sys.argv[1]))
+engine = database.open_database(sys.argv[1])
 job = job_queue.claim(engine, "killed", lease_s=10, now=0)
 job_queue.fix_step(engine, job.id, "killed", 7)
 print(job.id, flush=True)
@@ -114,9 +115,9 @@ time.sleep(60)
 """
 
 
-def test_a_job_outlives_kill_9_of_its_worker_under_the_same_step(engine: Engine, tmp_path: Path) -> None:
+def test_a_job_outlives_kill_9_of_its_worker_under_the_same_step(engine: Engine, database_url: str) -> None:
     first, second = _submit(engine, "a"), _submit(engine, "b")
-    command = [sys.executable, "-c", _WORKER, str(tmp_path / "state.sqlite")]
+    command = [sys.executable, "-c", _WORKER, database_url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
         try:

@@ -5,6 +5,7 @@ Knows the routers and nothing of what they do.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -81,6 +82,7 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _HttpError(app))
     app.add_exception_handler(DBAPIError, _database_error)
+    app.add_exception_handler(OSError, _disk_error)
     app.add_exception_handler(Exception, _own_error)
     rate = RequestRate(per_s=service.limits.requests_per_s, burst=service.limits.requests_at_once)
     guarded = RequireKey(app, access=Access(service.transactions), rate=rate)
@@ -171,6 +173,16 @@ async def _database_error(request: Request, error: Exception) -> Response:
     return await _api_error(
         request, ApiError(503, message, code="database_unavailable", type="server_error", retry_after_s=5)
     )
+
+
+async def _disk_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    _log.error("a file could not be written: %s", error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return await _own_error(request, error)
+    message = "The server's disk is full; nothing of this request was kept. Tell whoever runs it, and ask again."
+    full = ApiError(503, message, code="disk_full", type="server_error", retry_after_s=30)
+    return await _api_error(request, full)
 
 
 async def _own_error(request: Request, error: Exception) -> Response:

@@ -30,6 +30,8 @@ from sqlalchemy import (
     text,
 )
 
+from .upgrades import bring_up_to_date
+
 _LOCK_LIMIT_S = 20.0
 # Any number that no other program of this database takes for an advisory lock.
 _WRITE_LOCK = 7_236_001
@@ -117,9 +119,9 @@ ANSWERS = Table(
 
 
 def open_database(where: Path | str) -> Engine:
-    """Open a SQLite file in WAL mode, or a database by its URL, and make the tables that it lacks.
+    """Open a SQLite file in WAL mode, or a database by its URL, and bring its tables up to date.
 
-    A locked database is waited for, 20 s.
+    A locked database is waited for, 20 s. Raises UnknownRevision for one of a later version.
     """
     url = make_url(where) if isinstance(where, str) and "://" in where else make_url(f"sqlite:///{where}")
     if url.get_backend_name() == "sqlite":
@@ -131,7 +133,11 @@ def open_database(where: Path | str) -> Engine:
             url = url.set(drivername="postgresql+psycopg")
         engine = create_engine(url, pool_pre_ping=True)
         event.listen(engine, "begin", _begin_postgresql)
-    METADATA.create_all(engine)
+    try:
+        bring_up_to_date(engine)
+    except BaseException:
+        engine.dispose()
+        raise
     return engine
 
 

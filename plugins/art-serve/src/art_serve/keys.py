@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from art_core.names import check_name
 from .database import KEYS, reading
 
 _PREFIX = "art"
+# Nothing else reaches the database, which may not even take it as text.
+_FORM = re.compile(rf"{_PREFIX}-([0-9a-f]{{16}})-([0-9a-f]{{64}})", re.ASCII)
 # Compared with when there is no such key, so that an unknown id takes the way of a known one.
 _NO_DIGEST = "0" * 64
 
@@ -57,14 +60,14 @@ def revoke_key(engine: Engine, key_id: str) -> bool:
 
 def entity_of(engine: Engine, text: str) -> str | None:
     """The entity that a key's text opens; None for one that is malformed, unknown, wrong or revoked."""
-    prefix, _, rest = text.partition("-")
-    key_id, _, secret = rest.partition("-")
+    written = _FORM.fullmatch(text)
+    key_id, secret = (written[1], written[2]) if written else ("", "")
     with reading(engine) as connection:
         row = connection.execute(
             select(KEYS.c.entity, KEYS.c.digest).where(KEYS.c.id == key_id, KEYS.c.revoked_at.is_(None))
         ).one_or_none()
     same = hmac.compare_digest(row.digest if row else _NO_DIGEST, _digest(secret))
-    return str(row.entity) if row and same and prefix == _PREFIX else None
+    return str(row.entity) if row and same and written else None
 
 
 def _digest(secret: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from art_backend_serverless import wire
 from art_core import BackendCapability, TrainResult, TrajectoryGroup
@@ -66,6 +66,8 @@ class TrainingWorker:
         self.running: Job | None = None
         self.phase: str | None = None
         self.at_work = False
+        self._untold: list[NewEvent] = []
+        self._telling: asyncio.Task[None] | None = None
 
     def wake(self) -> None:
         """A job was queued."""
@@ -92,14 +94,24 @@ class TrainingWorker:
                 await self._take(job)
 
     async def enter(self, phase: str, model: Any) -> None:
-        """The step of a model is in this phase now; of another than the running job's nothing is told."""
+        """The step of a model is in this phase now; of another than the running job's nothing is told. The step doesn't
+        wait for the database.
+        """
         job = self.running
         record = None if job is None else self._catalogue.known(job.model_id)
         if job is None or record is None or model is not self._backend.policy(record):
             return
         self.phase = phase
-        await self._persist(tell, job.id, ("phase", {"phase": phase}))
-        self._news.told(job.id)
+        self._untold.append(("phase", {"phase": phase}))
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell(job), name=f"tell of {job.id}")
+
+    async def _tell(self, job: Job) -> None:
+        while self._untold:
+            events = tuple(self._untold)
+            await self._persist(tell, job.id, *events)
+            del self._untold[: len(events)]
+            self._news.told(job.id)
 
     async def _take(self, job: Job) -> None:
         self.running, self.phase = job, None
@@ -112,7 +124,11 @@ class TrainingWorker:
             beat.cancel()
             work.cancel()
             outcome, _ = await asyncio.gather(work, beat, return_exceptions=True)
-            self.running = self.phase = None
+            if self._telling is not None:
+                self._telling.cancel()
+                await asyncio.gather(self._telling, return_exceptions=True)
+            self._untold.clear()
+            self.running = self.phase = self._telling = None
         if isinstance(outcome, LeaseLost):
             _log.warning("job was given to another worker", extra={"job": job.id})
         elif isinstance(outcome, Exception):
@@ -132,7 +148,8 @@ class TrainingWorker:
         except (DBAPIError, LeaseLost):
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
+            # PostgreSQL takes no NUL in a text, and a log's last lines may hold one.
+            reason = (str(error) or type(error).__name__).replace("\0", "\N{REPLACEMENT CHARACTER}")
             _log.warning("job failed: %s", reason, extra={"job": job.id}, exc_info=not isinstance(error, ApiError))
             await self._end(job, error=reason, events=[("training_failed", {"error_message": reason})])
             return
@@ -192,6 +209,8 @@ class TrainingWorker:
         return await asyncio.to_thread(_own_metrics, folder)
 
     async def _end(self, job: Job, *, error: str | None, events: list[NewEvent]) -> None:
+        if self._telling is not None:
+            await self._telling
         await self._persist(finish, job.id, self._worker, error=error, events=events)
         self._news.told(job.id, over=True)
         file = JobPayload.model_validate_json(job.payload).file
@@ -204,7 +223,7 @@ class TrainingWorker:
         for pause in (*_AGAIN_S, *(_AGAIN_S[-1] for _ in range(1000))):
             try:
                 return await self._transactions(partial(function), *args, **kwargs)
-            except DBAPIError as error:
+            except (OperationalError, InterfaceError) as error:
                 _log.warning("the database doesn't answer, trying again in %g s: %s", pause, error.orig)
                 await asyncio.sleep(pause)
         raise RuntimeError("the database has been away for more than an hour; the server ends")

@@ -1,0 +1,1 @@
+"""How the tables became what they are: Alembic's folder. Revisions are never changed, only added."""

@@ -1,0 +1,87 @@
+"""A disk that is full and a database that is locked, under a running server: said in words, and nothing is lost."""
+
+from __future__ import annotations
+
+import resource
+import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@contextmanager
+def full_disk(server: Any) -> Iterator[None]:
+    """No file of the server's process may grow."""
+    before = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def locked(server: Any) -> Iterator[None]:
+    """Somebody else holds the database's write lock."""
+    connection = sqlite3.connect(server.data / "state.sqlite", isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
+        connection.close()
+
+
+def test_a_full_disk_refuses_a_job_in_words_and_takes_it_when_there_is_room(server: Any, client: Any) -> None:
+    model = client.model()
+    before = list((server.data / "jobs").iterdir())
+    body = {"model_id": model, "trajectory_groups": []}
+    with full_disk(server):
+        refused = client.ask("POST", "/preview/training-jobs", json=body, headers={"Idempotency-Key": "k"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "disk_full")
+        assert int(refused.headers["Retry-After"]) > 0
+        assert client.json("GET", f"/preview/models/{model}/checkpoints")["data"]
+    assert list((server.data / "jobs").iterdir()) == before
+    assert client.ended(client.submit(model, key="k"))["type"] == "training_ended"
+    assert client.steps(model) == [0, 1]
+
+
+def test_a_step_that_ends_while_the_disk_is_full_is_kept_once_there_is_room(server: Any, client: Any) -> None:
+    model = client.model(name := "m-full-disk")
+    server.order(hold_train=True)
+    job = client.submit(model, learning_rate=0.5)
+    client.until(lambda: server.trained(name))
+    with full_disk(server):
+        server.order()
+        client.until(lambda: _served(server, name) == 1)
+    assert client.ended(job)["data"] == {"step": 1}
+    assert server.trained(name) == [1]
+    assert client.steps(model) == [0, 1]
+
+
+def test_a_database_that_is_locked_for_a_while_loses_nothing(server: Any, client: Any) -> None:
+    model = client.model(name := "m-locked")
+    server.order(hold_train=True)
+    running = client.submit(model)
+    client.until(lambda: server.trained(name))
+    with ThreadPoolExecutor(1) as pool:
+        with locked(server):
+            waiting = pool.submit(client.submit, model, key="k")
+            server.order()
+            client.until(lambda: _served(server, name) == 1)
+            assert client.json("GET", f"/preview/training-jobs/{running}")["state"] == "running", "who reads isn't held"
+            assert not waiting.done()
+        jobs = [running, waiting.result()]
+    assert [client.ended(job)["data"]["step"] for job in jobs] == [1, 2]
+    assert server.trained(name) == [1, 2]
+
+
+def _served(server: Any, name: str) -> int:
+    """The step that the backend has, whatever the database says: its checkpoint is on disk and marked as published."""
+    folders = list((server.data / "backend").glob(f"*/models/{name}/checkpoints/*.published"))
+    return max((int(mark.name.partition(".")[0]) for mark in folders), default=0)
