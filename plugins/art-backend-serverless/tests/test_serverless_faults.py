@@ -5,6 +5,7 @@ nothing is trained twice.
 from __future__ import annotations
 
 import asyncio
+import resource
 import shutil
 import ssl
 import subprocess
@@ -360,3 +361,15 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(
         await model.register(trusting)
         assert (await trusting.train(model, groups)).step == 1
         cloud.drop()
+
+
+async def test_a_full_disk_is_said_and_nothing_is_sent(cloud: Any, serverless: Any, model: Any, groups: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # no file may be larger, as on a disk that is full
+    try:
+        with pytest.raises(OSError, match=r"could not be written to .* TMPDIR"):
+            await serverless.train(model, groups)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not cloud.calls("POST", JOBS)
+    assert (await serverless.train(model, groups)).step == 1

@@ -204,6 +204,16 @@ async def test_what_the_server_refuses_is_said_in_its_words(
             await a_model("x", tmp_path).register(stranger)
 
 
+def test_one_backend_serves_several_event_loops(server: tuple[str, str], tmp_path: Path) -> None:
+    backend, model = ServerlessBackend(server[1], server[0], show_progress=False), a_model("loops", tmp_path)
+    asyncio.run(model.register(backend))
+
+    async def step() -> int:
+        return (await backend.train(model, await some_groups(model))).step
+
+    assert [asyncio.run(step()) for _ in range(2)] == [1, 2]
+
+
 async def test_two_clients_of_one_model_get_a_step_each(
     server: tuple[str, str], backend: ServerlessBackend, tmp_path: Path
 ) -> None:

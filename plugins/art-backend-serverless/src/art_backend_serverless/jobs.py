@@ -71,6 +71,7 @@ class _Following:
 
     async def to_the_end(self) -> Outcome:
         patience = self._service.patience
+        self._progress.phase("submitted", line=False)
         looks = 0
         while not self._ended:
             began = time.monotonic()
