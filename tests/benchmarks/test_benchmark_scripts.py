@@ -84,3 +84,13 @@ def test_the_example_learns_in_a_pipeline_and_one_after_the_other(tiny_base_mode
         [(rollouts, seconds)] = result["reached"][way]
         assert rollouts == 64, "all eight complaints are attempted eight times"
         assert seconds > 0
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_serve_polls() -> None:
+    small = ("--polls", "40", "--models", "4", "--events", "200", "--clients", "8", "--jobs", "1")
+    result = run("serve_polls.py", *small)
+    assert result["empty"]["count"] == result["full"]["count"] == 40
+    assert result["busy"]["polls"]["count"] == result["busy"]["samples"]["count"] > 0
+    assert not result["busy"]["errors"], result["busy"]["first_errors"]

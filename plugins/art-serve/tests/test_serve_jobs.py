@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -172,3 +173,25 @@ def test_health_and_figures_are_there_for_who_watches(server: Any, client: Any) 
     figures = httpx.get(root + "/metrics", headers={"Authorization": f"Bearer {client.key}"}).text
     assert 'art_serve_jobs{state="queued"} 0.0' in figures
     assert 'address="/preview/models"' in figures
+
+
+def test_many_clients_poll_and_sample_while_a_job_trains_and_none_is_refused(
+    server: Any, client: Any, entity: str
+) -> None:
+    model = client.model()
+    server.order(hold_train=True)
+    job = client.submit(model)
+    asked = {"model": f"wandb-artifact:///{entity}/p/m", "messages": [{"role": "user", "content": "hi"}]}
+
+    def use(_: int) -> list[str]:
+        sampled = [client.json("POST", "/chat/completions", json=asked)["model"] for _ in range(3)]
+        return [*sampled, *(event["type"] for event in client.events(job))]
+
+    with ThreadPoolExecutor(40) as pool:
+        using = [pool.submit(use, number) for number in range(40)]
+        client.until(lambda: client.json("GET", f"/preview/training-jobs/{job}")["phase"] == "training")
+        server.order()
+        seen = [each.result() for each in using]
+    assert len({tuple(types[3:]) for types in seen}) == 1, "everybody is told the same"
+    assert all(types[-1] == "training_ended" for types in seen)
+    assert {name for types in seen for name in types[:3]} <= {f"{asked['model']}:step{step}" for step in (0, 1)}

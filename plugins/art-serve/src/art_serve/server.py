@@ -175,7 +175,9 @@ def _config(app: Any, settings: ServeSettings) -> uvicorn.Config:
 def _listen(settings: ServeSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=SERVER_OPTIONS["backlog"])
+        made = socket.create_server((settings.host, settings.port), family=family, backlog=SERVER_OPTIONS["backlog"])
+        # Made of the file, it knows that it speaks TCP; asyncio sends small answers at once only where it reads that.
+        return socket.socket(fileno=made.detach())
     except OSError as error:
         raise CannotServe(
             f"can't listen on {settings.host}, port {settings.port}: {error.strerror or error}"
