@@ -5,8 +5,9 @@ Knows rows and counts. How a gradient is taken, and what is loaded and saved, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from art_engine_kit.training_wire import JobStarted
 
@@ -76,3 +77,8 @@ def totals(*, tokens: int, trained: int, packed: int, gradient_steps: int) -> di
         "data/step_packed_tokens": float(packed),
         "data/step_num_gradient_steps": float(gradient_steps),
     }
+
+
+def mean_of(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the gradient steps that have it; the first has them all."""
+    return {key: fmean(sample[key] for sample in samples if key in sample) for key in samples[0]}

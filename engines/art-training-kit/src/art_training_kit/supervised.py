@@ -7,7 +7,7 @@ Which tokens are replies is `response_masks`'. Knows no reward, no policy and no
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,3 +106,13 @@ def _rows(
             TokenRow(row.token_ids, row.trained, np.zeros(len(row.trained), np.float32), index) for row in written.rows
         ]
     return made
+
+
+def rates_of(given: Sequence[float], batches: int) -> list[float]:
+    """A rate for each batch. Raises ValueError where there are several and not as many as batches."""
+    if len(given) not in (1, batches):
+        raise ValueError(
+            f"learning_rate has {len(given)} rates and the trajectories make {batches} batches; give one rate, or one"
+            " for each batch."
+        )
+    return list(given) * batches if len(given) == 1 else list(given)

@@ -6,22 +6,19 @@ no process; it runs in one thread and looks at `cancelled` between packed rows.
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from art_core.errors import TrainingFailed
 from art_engine_kit.canary import CANARY, Canary, read_canary
 from art_engine_kit.chat_rendering import ChatRenderer
 from art_engine_kit.checkpoint_folder import (
@@ -53,22 +50,22 @@ from .adapter_settings import check_peft_args
 from .advantages import balance_step
 from .canaries import CanaryMaker
 from .chat_template import ChatTemplate
+from .disk_errors import explained
+from .divergence import grown_from, largest_weight, refuse_diverged
 from .mismatch import Mismatch
 from .optimizer import OPTIMIZER_SETTINGS, REPLIES, REWARDS, AdapterOptimizer, OptimizerOptions
 from .out_of_memory import RowsTooLong, tried_in_less_memory
-from .packed_work import GradientStepRun, PackedWork, totals
+from .packed_work import GradientStepRun, PackedWork, mean_of, totals
 from .packing import PackedRow, pack_rows
 from .policy import Policy
 from .row_tensors import RowTensors
 from .rows import TokenizedStep, TokenRow
-from .supervised import tokenize_supervised
+from .supervised import rates_of, tokenize_supervised
 from .tokenize import tokenize_groups
 
 _log = logging.getLogger(__name__)
 
 _ROW_MULTIPLE = 2048
-# A LoRA's weights stay below 1, and an AdamW step moves them by about the learning rate.
-_GROWTH = 10.0
 
 
 class JobCancelled(Exception):
@@ -147,7 +144,7 @@ class Trainer:
         )
         if step.lengths:
             _warn_of_lengths(job, step.lengths, limit)
-        rates = _rates(job.supervised.learning_rates, len(step.batches))
+        rates = rates_of(job.supervised.learning_rates, len(step.batches))
         if not step.rows:
             yield from self._carry(job, step.metrics, started)
             return
@@ -167,7 +164,7 @@ class Trainer:
     ) -> Iterator[TrainEvent]:
         """Load the start, take every gradient step, refuse what diverged, and save."""
         self._load(job.start, work.optimizer_options, work.learns_from)
-        canary, largest = CanaryMaker(self._policy, work.rows), self._largest_weight()
+        canary, largest = CanaryMaker(self._policy, work.rows), largest_weight(self._policy)
         samples: list[dict[str, float]] = []
         done = 0
         for index, gradient_step in enumerate(work.gradient_steps()):
@@ -183,9 +180,9 @@ class Trainer:
                     "step %d, gradient step %d of %d: %s", job.step, index + 1, work.num_gradient_steps, samples[-1]
                 )
         mask = max(self._policy.attention_mask_bytes(len(row)) for row in work.packed)
-        metrics = work.metrics(time.monotonic() - started) | _mean(samples)
+        metrics = work.metrics(time.monotonic() - started) | mean_of(samples)
         metrics["data/step_attention_mask_bytes"] = float(mask)
-        self._refuse_diverged(job, self._grown_from(largest), samples[-1])
+        refuse_diverged(job, grown_from(largest, self._policy), samples[-1])
         yield from self._save(job, metrics, canary, samples[-1], cancelled)
         self._remember(job.destination, work.optimizer_options, work.learns_from)
         yield JobSaved(path=job.destination)
@@ -320,30 +317,6 @@ class Trainer:
             "loss/learning_rate": learning_rate,
         }
 
-    def _refuse_diverged(self, job: TrainJob, problem: str, last: dict[str, float]) -> None:
-        """Raise TrainingFailed, saving nothing, for a step after which nothing could be learnt or served any more."""
-        if problem:
-            raise TrainingFailed(
-                f"step {job.step} of {job.model} diverged: {problem}. Its learning rate was"
-                f" {last['loss/learning_rate']:g}, the gradient's norm {last['loss/grad_norm']:.4g} before clipping."
-                " Nothing of it was kept; the step before is unchanged and still served. Train it again with a smaller"
-                " learning_rate."
-            )
-
-    def _grown_from(self, largest: float) -> str:
-        """What is wrong with the adapter's weights, the largest of which was this large before the step; empty when
-        nothing is.
-        """
-        now = self._largest_weight()
-        if now <= _GROWTH * max(1.0, largest):
-            return ""
-        return f"the adapter's largest weight went from {largest:.2g} to {now:.2g}"
-
-    def _largest_weight(self) -> float:
-        """Of the adapter, in size; NaN when one of them is."""
-        weights = self._policy.adapter_parameters().values()
-        return float(torch.stack([weight.detach().abs().max().float() for weight in weights]).max())
-
     def _save(
         self,
         job: TrainJob,
@@ -364,7 +337,7 @@ class Trainer:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_STATE):
                 sealed[name] = seal(folder / name)
 
-        with _explained(job), self._saving(job, metrics, sealed) as folder:
+        with explained(job), self._saving(job, metrics, sealed) as folder:
             self._policy.save_adapter(folder)
             self._optimizer.save(folder)
             if job.tell_written:
@@ -373,7 +346,7 @@ class Trainer:
                 sealing = beside.submit(seal_files)
                 (folder / CANARY).write_text(canary.make().model_dump_json(), encoding="utf-8")
                 sealing.result()
-            self._refuse_diverged(job, canary.went_wrong(), last)
+            refuse_diverged(job, canary.went_wrong(), last)
             _stop_if(cancelled)
 
     def _carry(self, job: TrainJob, counts: dict[str, float], started: float) -> Iterator[TrainEvent]:
@@ -387,7 +360,7 @@ class Trainer:
             | {"time/step_trainer_s": time.monotonic() - started}
         )
         read_manifest(job.start, hashes=True)
-        with _explained(job), self._saving(job, metrics) as folder:
+        with explained(job), self._saving(job, metrics) as folder:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_STATE, OPTIMIZER_SETTINGS):
                 if (job.start / name).exists():
                     shutil.copyfile(job.start / name, folder / name)
@@ -415,24 +388,6 @@ class Trainer:
         )
 
 
-@contextmanager
-def _explained(job: TrainJob) -> Iterator[None]:
-    """Says of an error in writing what it means for the run."""
-    try:
-        yield
-    except FileExistsError:
-        raise
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        what = "the disk is full" if full else str(error)
-        todo = "Free some space there and train the step again" if full else "Mend that and train the step again"
-        raise OSError(
-            f"step {job.step} of {job.model} could not be saved to {job.destination}: {what}. Nothing of it was"
-            " kept, and the"
-            f" step before is unchanged. {todo}."
-        ) from error
-
-
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise JobCancelled("the client went away, so the job was stopped between two rows; nothing was saved")
@@ -442,17 +397,3 @@ def _warn_of_lengths(job: TrainJob, lengths: Sequence[int], limit: SequenceLimit
     left_out = check_lengths(lengths, limit)
     if left_out:
         _log.warning("step %d of %s: %s", job.step, job.model, left_out)
-
-
-def _rates(given: Sequence[float], batches: int) -> list[float]:
-    if len(given) not in (1, batches):
-        raise ValueError(
-            f"learning_rate has {len(given)} rates and the trajectories make {batches} batches; give one rate, or one"
-            " for each batch."
-        )
-    return list(given) * batches if len(given) == 1 else list(given)
-
-
-def _mean(samples: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of each metric over the samples that have it; the first has them all."""
-    return {key: fmean(sample[key] for sample in samples if key in sample) for key in samples[0]}
