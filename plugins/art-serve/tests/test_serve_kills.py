@@ -52,7 +52,7 @@ def test_a_job_cut_off_by_a_kill_is_made_once(
     assert [event["type"] for event in events].count("training_started") == 1
     assert events[-1]["type"] == "training_ended"
     assert events[-1]["data"]["step"] == 1
-    assert events[-2]["data"]["metrics"].get("loss/train", 0.5) == 0.5
+    assert events[-2]["data"].get("loss/train", 0.5) == 0.5
     assert client.ended(waiting)["type"] == "training_ended"
     assert server.trained(name) == [*begun, 2]
     assert client.steps(model) == [0, 1, 2]
