@@ -25,7 +25,7 @@ TESTED_ENGINES := vllm sglang torchtune unsloth
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines demo test test-all test-fast test-openai2 lint format names wheels conformance benchmarks gpu-check clean
+.PHONY: help setup engines demo test test-without-engines test-all test-fast test-openai2 lint format names wheels conformance benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,9 +52,20 @@ demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU
 engines: $(READY)  ## Make the environments of vLLM, SGLang, torchtune and Unsloth that the tests run in, where they aren't there yet
 	@for engine in $(TESTED_ENGINES); do $(BIN)/art engines install $$engine --flavour cpu; done
 
-test: $(READY) $(OPENAI2_READY) lint engines  ## The tests, on real weights and real servers, vLLM, SGLang, torchtune and Unsloth among them
-	@$(MAKE) --no-print-directory test-openai2
+# What needs no engine is tested while the engines' environments are made.
+test: $(READY) $(OPENAI2_READY)  ## The tests, on real weights and real servers, vLLM, SGLang, torchtune and Unsloth among them
+ifeq ($(ARGS),)
+	@$(MAKE) --no-print-directory --jobs=2 engines test-without-engines
+	@$(PYTEST) -m "slow and not exhaustive"
+else
+	@$(MAKE) --no-print-directory engines
 	@$(PYTEST) -m "not exhaustive" $(ARGS)
+endif
+
+test-without-engines: $(READY) $(OPENAI2_READY)
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test-openai2
+	@$(MAKE) --no-print-directory test-fast
 
 test-all: $(READY) $(OPENAI2_READY) lint engines  ## And every broken implementation against live checks: over an hour
 	@$(MAKE) --no-print-directory test-openai2
@@ -90,7 +101,8 @@ wheels: $(READY)  ## Build every distribution into dist/
 	@ls dist
 
 conformance: engines  ## Hold every engine, backend and plugin against its suites: docs/conformance/matrix.md
-	@$(BIN)/art-conformance matrix --folder docs/conformance $(ARGS)
+	@$(BIN)/art-conformance matrix --folder docs/conformance $(ARGS) \
+	    --tests serverless=plugins/art-backend-serverless/tests/test_serverless_conformance.py
 
 benchmarks: $(READY)  ## Run every benchmark; each prints the machine and the versions
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done

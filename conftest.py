@@ -10,6 +10,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says something of the machine and nothing of what is tested.
+settings.register_profile("art", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("art")
 
 
 def pytest_configure() -> None:

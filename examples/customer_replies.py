@@ -183,16 +183,20 @@ async def main(arguments: Namespace) -> None:
             read_history(folder / "history.jsonl"), "Customer replies, SmolLM2-135M", folder / "reward.png"
         )
         console.print(f"the curve:  {curve}\neverything: {folder}\n{time.monotonic() - start:.0f} s in all")
+        elsewhere = ["--backend", "serverless"] if arguments.backend == "serverless" else []
+        elsewhere += ["--base-url", arguments.base_url] if arguments.base_url else []
+        here = {
+            "a tool over several turns": [str(Path(__file__).with_name("shop_tool.py"))],
+            "when something is wrong": ["-m", "art_core", "doctor"],
+        }
         show_next(
             console,
             {
                 "go on with this model": [
                     __file__, "--name", model.name, "--path", arguments.path, "--steps", str(2 * arguments.steps),
-                    *(["--backend", arguments.backend] if arguments.backend != "local" else []),
-                    *(["--base-url", arguments.base_url] if arguments.base_url else []),
+                    *elsewhere,
                 ],
-                "a tool over several turns": [str(Path(__file__).with_name("shop_tool.py"))],
-                "when something is wrong": ["-m", "art_core", "doctor"],
+                **({} if elsewhere else here),
             },
             f"a task of your own: copy {shown_path(__file__)}, and change COMPLAINTS, rollout and reward_of",
         )  # fmt: skip

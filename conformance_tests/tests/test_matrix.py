@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from art_conformance.catalogue import REVISION
 from art_conformance.command_line import cli
 from art_conformance.matrix import CellReport, CellVerdict, run_cell, run_matrix
-from art_conformance.matrix_cells import Cell, Chosen, cells, chosen
+from art_conformance.matrix_cells import Cell, Chosen, cells, chosen, elsewhere
 from art_conformance.matrix_page import badge, page
 from art_core import installed_plugins
 from art_core.errors import PluginNotInstalled
@@ -41,6 +41,19 @@ def test_what_is_installed_is_chosen_where_nothing_is_asked_for_the_default_firs
     assert chosen(installed_plugins(), ["vllm"], [], []).inference_engines == ["vllm"]
     with pytest.raises(PluginNotInstalled, match="vlm"):
         chosen(installed_plugins(), ["vlm"], [], [])
+
+
+def test_a_backend_of_another_machine_is_untestable_until_it_is_given_what_it_needs(tmp_path: Path) -> None:
+    names = Chosen([], [], ["far"])
+    (_, alone) = cells(names, {}, remote={"far"})
+    assert "--backend-args far=" in alone.lacks
+    report = run_cell(alone, installed_plugins(), tmp_path)
+    assert (report.verdict, report.reason) == (CellVerdict.UNTESTABLE, alone.lacks)
+    (_, with_arguments) = cells(names, {"far": "{}"}, remote={"far"})
+    (_, with_tests) = cells(names, {}, {"far": "test_far.py"}, remote={"far"})
+    assert not with_arguments.lacks
+    assert (with_tests.lacks, with_tests.arguments) == ("", ["test_far.py"])
+    assert elsewhere(installed_plugins(), ["local", "serverless"]) == {"serverless"}
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     finally:
         process.terminate()
         process.wait(60)
+        assert process.stdout is not None
+        process.stdout.close()
         down = [*ART, "down", "--path", str(data / "backend")]
         subprocess.run(down, check=False, capture_output=True, timeout=120)
 

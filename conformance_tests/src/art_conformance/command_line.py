@@ -21,7 +21,7 @@ from art_core.registry import PluginRegistry, installed_plugins
 
 from .catalogue import as_json, as_text
 from .matrix import CELL_LIMIT_S, CellReport, CellVerdict, run_matrix
-from .matrix_cells import Cell, cells, chosen
+from .matrix_cells import Cell, cells, chosen, elsewhere
 from .matrix_page import badge, page
 
 cli = typer.Typer(
@@ -79,6 +79,10 @@ def matrix(
         list[str] | None,
         typer.Option(metavar="NAME=JSON", help="A backend's keyword arguments; {tmp} is an empty folder."),
     ] = None,
+    tests: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BACKEND=FILE", help="A test file of yours for a backend that needs more than arguments."),
+    ] = None,
     only: Annotated[str, typer.Option(help="Only cells whose name begins with this, such as 'training-'.")] = "",
     folder: Annotated[Path, typer.Option(help="Where reports are kept, and taken up again.")] = _FOLDER,
     again: Annotated[
@@ -97,14 +101,14 @@ def matrix(
     try:
         names = chosen(registry, inference_engine or (), training_engine or (), backend or ())
         given = dict(_backend_args(item) for item in backend_args or ())
+        files = dict(_test_file(item) for item in tests or ())
     except (ArtError, typer.BadParameter) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
-    wanted = [cell for cell in cells(names, given) if cell.name.startswith(only)]
+    all_cells = cells(names, given, files, elsewhere(registry, names.backends))
+    wanted = [cell for cell in all_cells if cell.name.startswith(only)]
     if not wanted:
-        typer.echo(
-            f"No cell begins with {only!r}. There are: {', '.join(c.name for c in cells(names, given))}.", err=True
-        )
+        typer.echo(f"No cell begins with {only!r}. There are: {', '.join(c.name for c in all_cells)}.", err=True)
         raise typer.Exit(2)
 
     def told(cell: Cell, report: CellReport | None) -> None:
@@ -137,6 +141,13 @@ def _backend_args(item: str) -> tuple[str, str]:
             f"--backend-args {item}: after the backend's name and = comes a JSON object ({error})"
         ) from error
     return name, value
+
+
+def _test_file(item: str) -> tuple[str, str]:
+    name, _, path = item.partition("=")
+    if not Path(path).is_file():
+        raise typer.BadParameter(f"--tests {item}: after the backend's name and = comes a test file, and this is none")
+    return name, str(Path(path).resolve())
 
 
 def _registry() -> PluginRegistry:

@@ -102,6 +102,8 @@ def run_cell(
     pytest_options: Sequence[str] = (),
 ) -> CellReport:
     """Run one cell in a process of its own, whose output is kept as `NAME.log`."""
+    if cell.lacks:
+        return CellReport(cell=cell.name, revision=REVISION, verdict=CellVerdict.UNTESTABLE, reason=cell.lacks)
     try:
         versions = versions_of(cell, registry)
     except ArtError as missing:

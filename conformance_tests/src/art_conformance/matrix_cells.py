@@ -6,13 +6,13 @@ Knows which plugins are installed and which of pytest's tests a cell runs; runs 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from platform import machine, python_version, system
 from typing import Any
 
-from art_core import PluginRegistry
+from art_core import BackendCapability, PluginRegistry
 from art_runtime.environments import EngineSpec, environment_for, python_for
 
 from .targets import DEFAULT_BACKEND, DEFAULT_ENGINE
@@ -24,17 +24,24 @@ _SHOWN = ("torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of pytest: which classes, with which options, and the engines whose environments it needs."""
+    """One run of pytest: which classes, with which options, and the engines whose environments it needs.
+
+    `tests` is a test file that stands in for the classes; `lacks` says why the cell can't be run.
+    """
 
     name: str
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     inference_engine: str | None = None
     training_engine: str | None = None
+    tests: str = ""
+    lacks: str = ""
 
     @property
     def arguments(self) -> list[str]:
         """What pytest is given."""
+        if self.tests:
+            return [self.tests]
         return [*self.options, "--pyargs", *(f"{_MODULE}::{name}" for name in self.classes)]
 
 
@@ -69,11 +76,24 @@ def chosen(
     return Chosen(*found)
 
 
-def cells(names: Chosen, backend_args: dict[str, str]) -> list[Cell]:
+def elsewhere(registry: PluginRegistry, backends: Iterable[str]) -> frozenset[str]:
+    """Those of the backends that train on another machine, as their cards say."""
+    artifacts = BackendCapability.CHECKPOINTS_AS_ARTIFACTS
+    return frozenset(name for name in backends if artifacts in registry.backend(name).capabilities)
+
+
+def cells(
+    names: Chosen,
+    backend_args: Mapping[str, str],
+    tests: Mapping[str, str] | None = None,
+    remote: Collection[str] = (),
+) -> list[Cell]:
     """The cells in the order in which they are run: what costs least and says most first.
 
-    Backend local is held against its suites with every pair of engines, any other once.
+    Backend local is held against its suites with every pair of engines, any other once. `tests` are test files of the
+    caller's, by backend. A backend among `remote` needs one, or arguments; without them its cell can't be run.
     """
+    tests = tests or {}
     made = [Cell("plugins", ("TestPlugin",))]
     made += [
         Cell(f"inference-{name}", ("TestInferenceEngine",), ("--inference-engine", name), inference_engine=name)
@@ -86,6 +106,16 @@ def cells(names: Chosen, backend_args: dict[str, str]) -> list[Cell]:
     suites = ("TestPublication", "TestBackend")
     for backend in names.backends:
         given = ("--backend-args", backend_args[backend]) if backend in backend_args else ()
+        if backend in tests:
+            made.append(Cell(f"backend-{backend}", tests=tests[backend]))
+            continue
+        if backend in remote and not given:
+            why = (
+                f"it trains on another machine. Say which, --backend-args {backend}=JSON, or give a test file that"
+                f" starts one, --tests {backend}=FILE"
+            )
+            made.append(Cell(f"backend-{backend}", suites, lacks=why))
+            continue
         if backend != DEFAULT_BACKEND:
             made.append(Cell(f"backend-{backend}", suites, ("--backend", backend, *given)))
             continue

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from art_core.trajectories import History, Trajectory, TrajectoryGroup
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saving
+from art_engine_kit.groups_file import write_groups
+from art_engine_kit.train_options import TrainOptions
+from art_engine_kit.training_wire import AdapterOptions, KlReference, TrainJob
 from art_training_kit.packing import PackedRow
 from art_training_kit.tree_attention import plan_attention, tree_attention
 
@@ -179,3 +182,22 @@ def checkpoints(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     first_checkpoint(folder)
     return folder
+
+
+@pytest.fixture
+def job(checkpoints: Path, make_groups: Callable[..., Any]) -> Callable[..., TrainJob]:
+    """Make the job of a step; keyword arguments are train options."""
+
+    def make(
+        step: int = 1, groups: Any = None, adapter: Any = None, reference: KlReference | None = None, **options: Any
+    ) -> TrainJob:
+        file = checkpoints.parent / f"groups-{step}.json"
+        write_groups(file, make_groups(step) if groups is None else groups)
+        return TrainJob(
+            model="project/agent", step=step,
+            start=checkpoints / f"{step - 1:04d}", destination=checkpoints / f"{step:04d}",
+            groups_file=file, reference=reference, adapter=AdapterOptions(**(adapter or {})),
+            options=TrainOptions(**({"learning_rate": 1e-2} | options)),
+        )  # fmt: skip
+
+    return make

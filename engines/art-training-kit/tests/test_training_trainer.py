@@ -16,10 +16,8 @@ from art_core.errors import AdapterMismatch, CorruptCheckpoint, InvalidTrajector
 from art_engine_kit.canary import read_canary
 from art_engine_kit.checkpoint_folder import read_manifest
 from art_engine_kit.group_records import record_of
-from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import (
-    AdapterOptions,
     AdapterWritten,
     JobEnded,
     JobSaved,
@@ -36,25 +34,6 @@ from art_training_kit.tokenize import tokenize_groups
 from art_training_kit.trainer import JobCancelled, Trainer
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture
-def job(checkpoints: Path, make_groups: Make) -> Make:
-    """Make the job of a step; keyword arguments are train options."""
-
-    def make(
-        step: int = 1, groups: Any = None, adapter: Any = None, reference: KlReference | None = None, **options: Any
-    ) -> TrainJob:
-        file = checkpoints.parent / f"groups-{step}.json"
-        write_groups(file, make_groups(step) if groups is None else groups)
-        return TrainJob(
-            model="project/agent", step=step,
-            start=checkpoints / f"{step - 1:04d}", destination=checkpoints / f"{step:04d}",
-            groups_file=file, reference=reference, adapter=AdapterOptions(**(adapter or {})),
-            options=TrainOptions(**({"learning_rate": 1e-2} | options)),
-        )  # fmt: skip
-
-    return make
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -464,3 +443,44 @@ def test_a_disk_that_is_full_is_found_before_anybody_is_told_of_the_adapter(
 
 def _full_disk(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_the_engine_said_is_held_against_the_policy_before_the_step_changes_it(
+    small_policy: Make, job: Make, make_groups: Make
+) -> None:
+    policy = small_policy()
+    run(Trainer(policy), job(1))
+
+    def moved(by: float) -> Any:
+        """Groups whose logprobs are the policy's own, a few nats off."""
+        groups = make_groups(2)
+        for group in groups:
+            for trajectory in group:
+                for choice in trajectory.choices():
+                    ids = [*choice.prompt_token_ids, *choice.token_ids]
+                    row = pack_rows([_probe(ids[:-1])], 500)[0]
+                    with torch.no_grad():
+                        table = torch.log_softmax(policy.hidden_states(row) @ policy.output_weight.T, -1)
+                    first = len(choice.prompt_token_ids)
+                    for at, entry in enumerate(choice.logprobs.content):
+                        entry.logprob = float(table[first + at - 1, ids[first + at]]) - by
+        return groups
+
+    for by in (0.0, 0.5):
+        options = {"learning_rate": 0.0, "packed_sequence_length": 60}
+        metrics = run(Trainer(small_policy()), job(2 if by == 0.0 else 3, groups=moved(by), **options))
+        assert metrics["data/step_num_gradient_steps"] > 1
+        assert metrics["loss/mismatch_mean"] == pytest.approx(by, abs=1e-4)
+        assert metrics["loss/mismatch_outside"] == (1.0 if by else 0.0)
+        assert metrics["loss/mismatch_kl"] == pytest.approx(np.expm1(by) - by, abs=1e-3)
+
+
+def test_where_no_logprob_is_known_there_is_no_mismatch(small_policy: Make, job: Make, make_groups: Make) -> None:
+    groups = make_groups(2)
+    for group in groups:
+        for trajectory in group:
+            for choice in trajectory.choices():
+                choice.logprobs = None
+    metrics = run(Trainer(small_policy()), job(1, groups=groups, allow_training_without_logprobs=True))
+    assert "loss/mismatch_mean" not in metrics
+    assert "loss/train" in metrics

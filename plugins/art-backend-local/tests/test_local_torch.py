@@ -439,3 +439,20 @@ async def test_of_a_step_with_ten_spoilt_in_ten_ways_the_246_others_are_trained_
     assert len(named) == len(SPOILS)
     for words, error in zip(SPOILS, named, strict=True):
         assert words in error
+
+
+async def test_rollouts_of_another_policy_are_told_of_and_trained(torch_backend, make_policy, client):
+    policy = make_policy(fp32=True)
+    asked = client(await torch_backend.register(policy))
+    groups = await gather(asked)
+    result = await torch_backend.train(policy, groups, learning_rate=0.0)
+    assert result.metrics["loss/mismatch_mean"] < 1e-3
+    assert result.metrics["loss/mismatch_outside"] == 0.0
+    for group in groups:
+        for trajectory in group:
+            for choice in trajectory.choices():
+                for entry in choice.logprobs.content:
+                    entry.logprob -= 1.0
+    with pytest.warns(RuntimeWarning, match=r"step 2 of 'm': .* off by 1\.00 nats .* 100% of the tokens"):
+        result = await torch_backend.train(policy, groups, learning_rate=0.0)
+    assert result.step == 2

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ import art
 from art_backend_serverless import Patience, ServerlessBackend
 
 KEY = "wandb-key-0123456789"
-QUICK = Patience(request_s=5.0, first_s=1.0, pause_s=0.01, longest_pause_s=0.05, job_silence_s=30.0)
+QUICK = Patience(request_s=5.0, first_s=1.0, pause_s=0.01, longest_pause_s=0.05, poll_s=0.05, job_silence_s=30.0)
 JSON = dict[str, Any]
 ART = [sys.executable, "-m", "art_core"]
 
@@ -272,9 +272,8 @@ class FakeCloud:
         await writer.drain()
 
 
-@pytest.fixture
-async def cloud() -> AsyncIterator[FakeCloud]:
-    """A cloud of this test's own."""
+@asynccontextmanager
+async def _cloud() -> AsyncIterator[FakeCloud]:
     made = FakeCloud()
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
     made.port, made.server = server.sockets[0].getsockname()[1], server
@@ -284,12 +283,25 @@ async def cloud() -> AsyncIterator[FakeCloud]:
 
 
 @pytest.fixture
+async def cloud() -> AsyncIterator[FakeCloud]:
+    """A cloud of this test's own."""
+    async with _cloud() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def new_cloud() -> Callable[[], AbstractAsyncContextManager[FakeCloud]]:
+    """Makes a cloud, for a test that needs many: `async with new_cloud() as cloud`."""
+    return _cloud
+
+
+@pytest.fixture
 def serverless(cloud: FakeCloud) -> ServerlessBackend:
     """A backend at the cloud of this test, which shows nothing."""
     return ServerlessBackend(KEY, cloud.base_url, patience=QUICK, show_progress=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def patience() -> Patience:
     """That of a client in a hurry."""
     return QUICK
@@ -345,13 +357,13 @@ def choice(text: str) -> Any:
 
 
 @contextmanager
-def _art_serve(data: Path, base_model: str) -> Iterator[tuple[str, str]]:
-    """A server as a process of its own, with one base model, NAME=FOLDER, on engine torch; its address and a key."""
-    command = [*ART, "serve", "--data", str(data), "--port", "0", "--base-model", base_model]
+def _art_serve(data: Path, *base_models: str) -> Iterator[tuple[str, str]]:
+    """A server as a process of its own, with base models NAME=FOLDER, on engine torch; its address and a key."""
+    command = [*ART, "serve", "--data", str(data), "--port", "0"]
+    command += [word for base_model in base_models for word in ("--base-model", base_model)]
     command += ["--inference-engine", "torch", "--training-engine", "torch", "--backend-option", "max_adapters=20"]
-    made = subprocess.run(
-        [*ART, "serve", "keys", "create", "acme", "--data", str(data)], capture_output=True, text=True, check=True
-    )
+    create = [*ART, "serve", "keys", "create", "acme", "--data", str(data)]
+    key = subprocess.run(create, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     log = data / "server.log"
     with log.open("a", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, text=True)
@@ -359,7 +371,7 @@ def _art_serve(data: Path, base_model: str) -> Iterator[tuple[str, str]]:
         assert process.stdout is not None
         said = process.stdout.readline()
         assert said, log.read_text(encoding="utf-8")[-3000:]
-        yield said.split()[-1], made.stdout.strip()
+        yield said.split()[-1], key
     finally:
         process.terminate()
         process.wait(60)
@@ -370,6 +382,12 @@ def _art_serve(data: Path, base_model: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def art_serve() -> Callable[..., AbstractContextManager[tuple[str, str]]]:
-    """Starts a server of one's own: `with art_serve(data, "tiny=FOLDER") as (url, key)`."""
-    return _art_serve
+def own_server(
+    tmp_path_factory: pytest.TempPathFactory, own_tiny_model: Path, conformance_model: Path
+) -> Iterator[tuple[str, str]]:
+    """The address and a key of one `art serve` for all tests that need one; each has models of its own. Base models are
+    `tiny`, and the conformance suite's by its folder.
+    """
+    names = (f"tiny={own_tiny_model}", f"{conformance_model}={conformance_model}")
+    with _art_serve(tmp_path_factory.mktemp("serve"), *names) as address_and_key:
+        yield address_and_key

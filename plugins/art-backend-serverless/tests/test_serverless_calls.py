@@ -154,6 +154,11 @@ async def test_what_a_model_logs_reaches_the_service(
     assert (model._folder() / "history.jsonl").exists()
 
 
+async def test_what_a_pipeline_threw_away_is_not_sent(cloud: Any, model: Any, groups: Any) -> None:
+    await model.log(groups, split="discarded", step=1)
+    assert cloud.logged == []
+
+
 async def test_another_backend_s_models_are_not_sent(cloud: Any, model: Any, groups: Any, tmp_path: Any) -> None:
     other = art.Model(name="other", project="my-project", base_path=str(tmp_path))
     await other.log(groups, step=1)

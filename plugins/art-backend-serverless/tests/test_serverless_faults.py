@@ -5,7 +5,12 @@ nothing is trained twice.
 from __future__ import annotations
 
 import asyncio
+import resource
+import shutil
+import ssl
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -332,3 +337,39 @@ async def test_a_large_step_is_sent_in_little_memory(cloud: Any, serverless: Any
     assert cloud.received > 48_000_000
     # Six copies of a trajectory at most, where the whole is twenty-four.
     assert peak < 16_000_000
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl, which makes a certificate, isn't installed")
+async def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(
+    cloud: Any, patience: Any, groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    await asyncio.to_thread(subprocess.run, make, check=True, capture_output=True, timeout=60)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    server = await asyncio.start_server(cloud.serve, "127.0.0.1", 0, ssl=tls)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    async with server:
+        model = art.TrainableModel(name="a", project="p", base_model="b", base_path=str(tmp_path))
+        stranger = ServerlessBackend(cloud.key, url, patience=patience, show_progress=False)
+        with pytest.raises(ServiceUnreachable, match="SSL_CERT_FILE"):
+            await model.register(stranger)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        trusting = ServerlessBackend(cloud.key, url, patience=patience, show_progress=False)
+        await model.register(trusting)
+        assert (await trusting.train(model, groups)).step == 1
+        cloud.drop()
+
+
+async def test_a_full_disk_is_said_and_nothing_is_sent(cloud: Any, serverless: Any, model: Any, groups: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # no file may be larger, as on a disk that is full
+    try:
+        with pytest.raises(OSError, match=r"could not be written to .* TMPDIR"):
+            await serverless.train(model, groups)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not cloud.calls("POST", JOBS)
+    assert (await serverless.train(model, groups)).step == 1

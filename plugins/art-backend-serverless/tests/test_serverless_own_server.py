@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,13 +25,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
-@pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, own_tiny_model: Path, art_serve: Callable[..., Any]
-) -> Iterator[tuple[str, str]]:
-    """One server for the tests of this module; each has models of its own."""
-    with art_serve(tmp_path_factory.mktemp("serve"), f"tiny={own_tiny_model}") as address_and_key:
-        yield address_and_key
+@pytest.fixture
+def server(own_server: tuple[str, str]) -> tuple[str, str]:
+    """Its address and a key."""
+    return own_server
 
 
 @pytest.fixture
@@ -207,6 +204,16 @@ async def test_what_the_server_refuses_is_said_in_its_words(
             await a_model("x", tmp_path).register(stranger)
 
 
+def test_one_backend_serves_several_event_loops(server: tuple[str, str], tmp_path: Path) -> None:
+    backend, model = ServerlessBackend(server[1], server[0], show_progress=False), a_model("loops", tmp_path)
+    asyncio.run(model.register(backend))
+
+    async def step() -> int:
+        return (await backend.train(model, await some_groups(model))).step
+
+    assert [asyncio.run(step()) for _ in range(2)] == [1, 2]
+
+
 async def test_two_clients_of_one_model_get_a_step_each(
     server: tuple[str, str], backend: ServerlessBackend, tmp_path: Path
 ) -> None:
@@ -247,6 +254,7 @@ class Proxy:
         self.cut_answer = False
         self.pause_s = 0.0
         self.url = ""
+        self.gzipped = False
 
     async def __aenter__(self) -> Proxy:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -284,6 +292,7 @@ class Proxy:
             asked += data
             await asyncio.sleep(self.pause_s)
             of_a_job = b"POST /v1/preview/training-jobs" in asked
+            self.gzipped |= of_a_job and b"content-encoding: gzip" in asked.lower()
             if of_a_job and self.cut_after is not None and len(asked) >= self.cut_after:
                 self.cut_after = None
                 raise ConnectionAbortedError
@@ -327,6 +336,7 @@ async def test_a_network_that_fails_loses_no_step_and_trains_none_twice(
                 proxy.up = True
             assert (await training).step == step
         assert await backend.list_steps(model) == [0, 1, 2, 3, 4, 5]
+        assert proxy.gzipped
         assert proxy.cut_after is None
         assert not proxy.cut_answer
         assert proxy.cuts >= (5 if how != "slow by far" else 0)

@@ -70,7 +70,7 @@ class RowTensors:
         chosen, entropy = next_token_logprobs(hidden, policy.output_weight, self.target_parent, self.targets)
         return chosen[self.entry_target], entropy[self.target_parent[self.entry_target]]
 
-    def loss(self, policy: Policy, options: TrainOptions) -> tuple[LossSums, Tensor]:
-        """The loss sums, carrying gradients, and Σ entropy·w."""
+    def loss(self, policy: Policy, options: TrainOptions) -> tuple[LossSums, Tensor, Tensor]:
+        """The loss sums, carrying gradients, Σ entropy·w, and the logprobs [E] without gradients."""
         new, entropy = self.logprobs(policy)
-        return policy_loss(new, self.entries, options), (entropy * self.entries.weights).sum()
+        return policy_loss(new, self.entries, options), (entropy * self.entries.weights).sum(), new.detach()

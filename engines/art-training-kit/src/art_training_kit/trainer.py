@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,9 @@ from .adapter_settings import check_peft_args
 from .advantages import balance_step
 from .canaries import CanaryMaker
 from .chat_template import ChatTemplate
+from .mismatch import Mismatch
 from .optimizer import OPTIMIZER_SETTINGS, REPLIES, REWARDS, AdapterOptimizer, OptimizerOptions
+from .out_of_memory import RowsTooLong, tried_in_less_memory
 from .packed_work import GradientStepRun, PackedWork, totals
 from .packing import PackedRow, pack_rows
 from .policy import Policy
@@ -82,15 +85,22 @@ class Trainer:
 
     def run(self, job: TrainJob, cancelled: Callable[[], bool] = lambda: False) -> Iterator[TrainEvent]:
         """Train one step and save it. Ends with `JobEnded` or raises; after a raise the next job loads its start
-        afresh.
+        afresh. What runs out of memory is tried once more in shorter rows, which starts anew.
         """
+        run = self._run if job.supervised is None else self._run_supervised
+        weight = self._policy.output_weight
+        where = f"{weight.device} (base in {str(weight.dtype).removeprefix('torch.')})"
+        what = f"step {job.step} of {job.model}"
         try:
-            yield from self._run(job, cancelled) if job.supervised is None else self._run_supervised(job, cancelled)
+            yield from tried_in_less_memory(lambda parts: run(job, cancelled, parts), what, where, self._forget)
         except BaseException:
-            self._holds = None
+            self._forget()
             raise
 
-    def _run(self, job: TrainJob, cancelled: Callable[[], bool]) -> Iterator[TrainEvent]:
+    def _forget(self) -> None:
+        self._holds = None
+
+    def _run(self, job: TrainJob, cancelled: Callable[[], bool], parts: int) -> Iterator[TrainEvent]:
         started = time.monotonic()
         options = job.options
         optimizer_options = OptimizerOptions.of(job.adapter.trainer_args)
@@ -100,13 +110,13 @@ class Trainer:
         if not advantages.any():
             yield from self._carry(job, step.metrics, started)
             return
-        packed = pack_rows(step.rows, self._row_length(job, step.rows))
-        window = options.grad_accumulation_sequences or 1
+        packed = pack_rows(step.rows, self._row_length(job, step.rows, parts))
+        window = (options.grad_accumulation_sequences or 1) * parts
 
         def gradient_steps() -> Iterator[GradientStepRun]:
             tensors = self._prepare(packed, advantages, weights, options, job.reference, cancelled)
             for begin in range(0, len(tensors), window):
-                yield self._gradient_step(tensors[begin : begin + window], options, cancelled)
+                yield self._gradient_step(tensors[begin : begin + window], options, cancelled, first=begin == 0)
 
         work = PackedWork(
             step.metrics, step.rows, packed, -(-len(packed) // window), gradient_steps, optimizer_options, REWARDS
@@ -118,7 +128,7 @@ class Trainer:
             plot_rows(packed, advantages, weights, job.destination.parent.parent / "plots" / f"step-{job.step:04d}.png")
         yield from self._train(job, work, started, cancelled)
 
-    def _run_supervised(self, job: TrainJob, cancelled: Callable[[], bool]) -> Iterator[TrainEvent]:
+    def _run_supervised(self, job: TrainJob, cancelled: Callable[[], bool], parts: int) -> Iterator[TrainEvent]:
         """A batch is one optimizer step: Σ −log π of its reply tokens ÷ their number. Weight decay is 0 and the norm's
         limit 1, unless `trainer_args` says otherwise.
         """
@@ -141,7 +151,7 @@ class Trainer:
         if not step.rows:
             yield from self._carry(job, step.metrics, started)
             return
-        length = self._row_length(job, step.rows)
+        length = self._row_length(job, step.rows, parts)
         batches = [(rate, pack_rows(batch, length)) for rate, batch in zip(rates, step.batches, strict=True) if batch]
         packed = [row for _, batch in batches for row in batch]
         work = PackedWork(
@@ -217,13 +227,18 @@ class Trainer:
     def _limit(self, job: TrainJob) -> SequenceLimit:
         return SequenceLimit.of(job.options.packed_sequence_length, job.adapter.max_seq_length, self._policy.max_length)
 
-    def _row_length(self, job: TrainJob, rows: Sequence[TokenRow]) -> int:
-        """As asked for; else the longest row, rounded up so that several fit beside each other."""
-        if job.options.packed_sequence_length is not None:
-            return job.options.packed_sequence_length
+    def _row_length(self, job: TrainJob, rows: Sequence[TokenRow], parts: int) -> int:
+        """As asked for; else the longest row, rounded up so that several fit beside each other. Of that one of `parts`,
+        and never less than the longest row; raises RowsTooLong where that changes nothing.
+        """
         longest = max(map(len, rows))
         rounded = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        return max(longest, min(rounded, job.adapter.max_seq_length))
+        asked = job.options.packed_sequence_length
+        whole = asked if asked is not None else max(longest, min(rounded, job.adapter.max_seq_length))
+        length = max(longest, whole // parts)
+        if parts > 1 and min(whole, sum(map(len, rows))) <= length:
+            raise RowsTooLong(f"Its rows can't be shorter: the longest sequence has {longest} tokens.")
+        return length if parts > 1 else whole
 
     def _load(self, start: Path, options: OptimizerOptions, learns_from: str) -> None:
         """Weights and optimizer state of the start checkpoint, unless they are what is held already."""
@@ -271,18 +286,21 @@ class Trainer:
         return result
 
     def _gradient_step(
-        self, part: Sequence[RowTensors], options: TrainOptions, cancelled: Callable[[], bool]
+        self, part: Sequence[RowTensors], options: TrainOptions, cancelled: Callable[[], bool], *, first: bool
     ) -> GradientStepRun:
         """Yields a row's number when it is done, then the step's metrics. The loss is a mean over the trained tokens of
-        all `part`.
+        all `part`. Of the first, whose policy nothing has changed yet, the mismatch with the engine is measured.
         """
         assert self._optimizer is not None
         count = sum(len(row.entry_target) for row in part)
         sums = {"loss/train": 0.0, "loss/entropy": 0.0, "loss/kl_div": 0.0, "loss/kl_policy_ref": 0.0}
+        mismatch = Mismatch()
         self._optimizer.clear_gradients()
         for done, row in enumerate(part, start=1):
             _stop_if(cancelled)
-            loss, entropy = row.loss(self._policy, options)
+            loss, entropy, logprobs = row.loss(self._policy, options)
+            if first:
+                mismatch += Mismatch.of(logprobs, row.entries)
             (loss.loss / count).backward()  # type: ignore[no-untyped-call]
             sums["loss/train"] += float(loss.loss.detach())
             sums["loss/entropy"] += float(entropy)
@@ -295,7 +313,9 @@ class Trainer:
         trajectories = len(np.unique(np.concatenate([row.row.entry_trajectory for row in part])))
         learning_rate = options.learning_rate * trajectories**options.num_trajectories_learning_rate_multiplier_power
         norm = self._optimizer.step(learning_rate)
-        yield {key: value / count for key, value in sums.items()} | {
+        yield {
+            **{key: value / count for key, value in sums.items()},
+            **mismatch.metrics(),
             "loss/grad_norm": norm,
             "loss/learning_rate": learning_rate,
         }
@@ -434,4 +454,5 @@ def _rates(given: Sequence[float], batches: int) -> list[float]:
 
 
 def _mean(samples: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(sample[key] for sample in samples) / len(samples) for key in samples[0]}
+    """Of each metric over the samples that have it; the first has them all."""
+    return {key: fmean(sample[key] for sample in samples if key in sample) for key in samples[0]}

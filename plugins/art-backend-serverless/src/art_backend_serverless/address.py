@@ -28,7 +28,7 @@ def check_base_url(base_url: str) -> str:
     if not valid or re.search(r"\s", base_url):
         raise ValueError(
             f"base_url={base_url!r} is no address of a training service; it looks like {CLOUD!r} or"
-            " 'http://127.0.0.1:8080/v1'."
+            " 'http://127.0.0.1:8484/v1'."
         )
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError("base_url must hold neither a user, nor a password, nor a query; the key is api_key.")

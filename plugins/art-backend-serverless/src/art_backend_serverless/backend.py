@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -38,18 +39,18 @@ from art_core.errors import (
 
 from . import checkpoints, downloads, logs, wire
 from .address import CLOUD, ApiKey, check_base_url
-from .bodies import message_with_groups, spooled
 from .errors import ServiceRefused
-from .options import RemoteSftOptions, RemoteTrainOptions
+from .options import RemoteSftOptions, RemoteTrainOptions, check_conversations
 from .progress import JobProgress
 from .service import Connection, Patience, Service
-from .step import RemoteModel, RemoteStep, sft_job, training_job
+from .step import RemoteModel, RemoteStep, send_log, sft_job, training_job
 
 Cap = BackendCapability
 _EVERY_SERVICE: Final = frozenset(
     {Cap.CONCURRENT_INFERENCE, Cap.LEASES, Cap.DELETE_CHECKPOINTS, Cap.CHECKPOINTS_AS_ARTIFACTS}
 )
 _OWN_SERVERS: Final = frozenset({Cap.SFT, Cap.FORK, Cap.PULL})
+LOGS_LIMIT_S: Final = 30.0
 _OWN_SERVER = "A server of your own does: `art serve`, and ServerlessBackend(base_url=...)."
 
 
@@ -79,7 +80,11 @@ class ServerlessBackend:
     ) -> None:
         self._registry = installed_plugins()
         address = check_base_url(CLOUD if base_url is None else base_url)
-        self._service = Service(address, ApiKey(api_key), patience or Patience())
+        patience = patience or Patience()
+        self._service = Service(address, ApiKey(api_key), patience)
+        # What is only logged may not hold up who trains.
+        brief = replace(patience, request_s=min(patience.request_s, LOGS_LIMIT_S))
+        self._logs_service = Service(address, ApiKey(api_key), brief)
         self._capabilities = _EVERY_SERVICE if address == CLOUD else _EVERY_SERVICE | _OWN_SERVERS
         self._show = show_progress
         self._models: dict[ModelKey, RemoteModel] = {}
@@ -241,7 +246,7 @@ class ServerlessBackend:
         groups = [TrajectoryGroup(trajectories)]
         check_groups(groups)
         url = options.training_data_url
-        self._check_conversations(groups[0], url, where)
+        check_conversations(groups[0], url, where=where)
         config = options.config(None if url else len(groups[0]), where=where)
         remote = self._registered(model)
         if url is None:
@@ -257,15 +262,7 @@ class ServerlessBackend:
         self, model: PolicyModel, trajectory_groups: Sequence[TrajectoryGroup], split: str
     ) -> None:
         """Send trajectories to the service, as `model.log` does; nothing of them is dropped."""
-        remote = self._registered(model)
-        path = wire.MODEL_LOG.format(model_id=remote.id)
-        message = wire.LogTrajectories(model_id=remote.id, trajectory_groups=[], split=split)
-        async with self._service.connected() as connection:
-            can = await self._service.capabilities(connection)
-            compress = can is not None and "gzip" in can.content_encodings
-            pieces = message_with_groups(message, list(trajectory_groups))
-            async with spooled(pieces, content_type="application/json", compress=compress) as body:
-                await connection.post(path, None, doing=f"sending the trajectories of {split!r}", body=body)
+        await send_log(self._logs_service, self._registered(model), trajectory_groups, split)
 
     async def get_step(self, model: PolicyModel) -> int:
         """The latest step that the service has a checkpoint of, 0 when it has none."""
@@ -436,7 +433,8 @@ class ServerlessBackend:
             raise ModelBusy(f"{key} is being trained by this client; wait for that step.")
         self._training.add(key)
         try:
-            before = await self.get_step(model)
+            async with self._waiting(f"train {key.name}", "asking for the latest step") as connection:
+                before = await checkpoints.latest_step(connection, remote.id) or 0
 
             def published(step: int) -> None:
                 self._latest[key] = step
@@ -478,20 +476,6 @@ class ServerlessBackend:
             async with self._service.connected(progress.note) as connection:
                 progress.phase(phase)
                 yield connection
-
-    def _check_conversations(self, group: TrajectoryGroup, url: str | None, where: str) -> None:
-        if bool(group.trajectories) == (url is not None):
-            raise ValueError(
-                f"{where}: give trajectories, or training_data_url and an empty list."
-                if url is not None
-                else f"{where}: there are no trajectories to train on."
-            )
-        for number, trajectory in enumerate(group):
-            if trajectory.additional_histories:
-                raise ValueError(
-                    f"{where}: trajectories[{number}] has additional_histories, and a line of training data is one"
-                    " conversation. Give each as a trajectory of its own."
-                )
 
     def _registered(self, model: PolicyModel) -> RemoteModel:
         key = ModelKey(model.project, model.name)

@@ -13,7 +13,7 @@ import json
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -68,6 +68,8 @@ async def spooled(pieces: Iterator[bytes], *, content_type: str, compress: bool)
             try:
                 body = await asyncio.shield(writing)
             except OSError as error:
+                with suppress(OSError):
+                    plain.close()  # it tries once more to write what it still holds
                 raise OSError(
                     f"what is to be uploaded could not be written to {tempfile.gettempdir()}: {error}. Nothing was"
                     " sent. Free some space there, or name another folder in TMPDIR."

@@ -71,8 +71,10 @@ class _Following:
 
     async def to_the_end(self) -> Outcome:
         patience = self._service.patience
+        self._progress.phase("submitted", line=False)
         looks = 0
         while not self._ended:
+            began = time.monotonic()
             if await self._look():
                 looks = 0
                 continue
@@ -82,7 +84,9 @@ class _Following:
             if silent_s >= patience.job_silence_s:
                 raise await self._stalled(silent_s)
             looks += 1
-            await asyncio.sleep(min(patience.pause(looks), max(0.0, patience.job_silence_s - silent_s) + 0.001))
+            # A service that holds a question until there is something to tell needs no pause.
+            pause_s = patience.poll_pause(looks) - (time.monotonic() - began)
+            await asyncio.sleep(max(0.001, min(pause_s, patience.job_silence_s - silent_s)))
         if not self._outcome.metrics:
             self._outcome.metrics = _means(self._gradient_steps)
         self._outcome.metrics.setdefault(NUM_GRADIENT_STEPS, float(len(self._gradient_steps)))

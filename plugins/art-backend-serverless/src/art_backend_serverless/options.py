@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from art_core import TrajectoryGroup
 from art_core.errors import UnknownArgument
 
 from . import wire
@@ -110,6 +111,22 @@ class RemoteSftOptions(_Arguments):
                     f" make {batches} batches of {size or AUTO_BATCH_SIZE}; give one rate, or one for each batch."
                 )
         return wire.SftConfig(batch_size=size, learning_rate=self.learning_rate)
+
+
+def check_conversations(group: TrajectoryGroup, url: str | None, *, where: str) -> None:
+    """Raise ValueError unless there are trajectories or an address of data, and each is one conversation."""
+    if bool(group.trajectories) == (url is not None):
+        raise ValueError(
+            f"{where}: give trajectories, or training_data_url and an empty list."
+            if url is not None
+            else f"{where}: there are no trajectories to train on."
+        )
+    for number, trajectory in enumerate(group):
+        if trajectory.additional_histories:
+            raise ValueError(
+                f"{where}: trajectories[{number}] has additional_histories, and a line of training data is one"
+                " conversation. Give each as a trajectory of its own."
+            )
 
 
 def _same(one: str, first: bool | None, other: str, second: bool | None) -> bool | None:

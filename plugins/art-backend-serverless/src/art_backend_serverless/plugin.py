@@ -28,7 +28,11 @@ def art_register_backends() -> Iterable[BackendSpec]:
 
 @hookimpl
 async def art_log_trajectories(model: Any, trajectory_groups: Sequence[TrajectoryGroup], split: str) -> None:
-    """Send the trajectories of a model that is registered with a ServerlessBackend to its service."""
+    """Send the trajectories of a model that is registered with a ServerlessBackend to its service, but those that a
+    pipeline threw away.
+    """
+    if split == "discarded":
+        return
     from .logs import sender_of
 
     send = sender_of(model)

@@ -69,13 +69,15 @@ class JobProgress:
         if self._live is not None:
             self._live[0].stop()
 
-    def phase(self, phase: str, note: str = "") -> None:
-        """The job is in this phase now, such as "queued, place 2". The same one again changes only the note."""
+    def phase(self, phase: str, note: str = "", *, line: bool = True) -> None:
+        """The job is in this phase now, such as "queued, place 2". The same one again changes only the note. Without
+        `line` it gets none of its own off a terminal.
+        """
         new = phase != self._phase
         self._phase, self._note = phase, _in_short(note)
         if new:
             self._done = self._total = 0.0
-            if not self._brief:
+            if line and not self._brief:
                 self._print()
         self._redraw()
 

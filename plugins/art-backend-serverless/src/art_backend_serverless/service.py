@@ -41,19 +41,27 @@ class Patience:
 
     `request_s`: a request is repeated for so long while the service can't be reached or is too busy, `first_s` while it
     has never been reached. `pause_s` is the first pause between two attempts, and between two looks at a job; pauses
-    double up to `longest_pause_s`. `job_silence_s`: a job of which nothing is heard for so long is given up.
+    double up to `longest_pause_s` and, of looks, up to `poll_s`. `job_silence_s`: a job of which nothing is heard for
+    so long is given up.
     """
 
     request_s: float = 180.0
     first_s: float = 20.0
     pause_s: float = 0.25
     longest_pause_s: float = 5.0
+    poll_s: float = 2.0
     job_silence_s: float = 3600.0
 
     def pause(self, attempt: int) -> float:
         """The pause after an attempt, counted from 1, never the same for all clients."""
-        whole = min(self.longest_pause_s, self.pause_s * 2.0 ** min(attempt - 1, 30))
-        return whole * random.uniform(0.5, 1.0)
+        return self._jittered(attempt, self.longest_pause_s)
+
+    def poll_pause(self, look: int) -> float:
+        """The pause after a look at a job, counted from 1."""
+        return self._jittered(look, self.poll_s)
+
+    def _jittered(self, number: int, longest_s: float) -> float:
+        return min(longest_s, self.pause_s * 2.0 ** min(number - 1, 30)) * random.uniform(0.5, 1.0)
 
 
 class _Failed(Exception):
@@ -275,12 +283,13 @@ class Connection:
             response = await self._http.send(request)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
             # It never left.
-            unreachable = ServiceUnreachable(
-                f"{doing}: {self._service.base_url} can't be reached: {self._said(error)}."
-            )
-            if "CERTIFICATE" in str(error):
-                raise unreachable from error
-            raise _Failed(unreachable) from error
+            words = f"{doing}: {self._service.base_url} can't be reached: {self._said(error)}."
+            if "CERTIFICATE_VERIFY_FAILED" in words:
+                raise ServiceUnreachable(
+                    f"{words} Its certificate isn't trusted here. When it is your own server's, name the file of its"
+                    " certificate in SSL_CERT_FILE."
+                ) from error
+            raise _Failed(ServiceUnreachable(words)) from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise self._unanswered(doing, f"the connection broke: {self._said(error)}", repeat) from error
         self._service.answered()

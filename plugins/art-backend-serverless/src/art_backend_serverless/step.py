@@ -1,5 +1,5 @@
 """The verbs of a training step on a service, for `art_core.run_step`: the client uploads and follows, the service
-trains, saves and deploys.
+trains, saves and deploys. Also what else is uploaded.
 
 Knows the order in which a job is made and followed; knows no hooks.
 """
@@ -150,6 +150,16 @@ async def sft_job(
     return await _submitted(connection, wire.SFT_TRAINING_JOBS, message, lambda _: None)
 
 
+async def send_log(service: Service, model: RemoteModel, groups: Sequence[TrajectoryGroup], split: str) -> None:
+    """Send trajectories that a model logs."""
+    message = wire.LogTrajectories(model_id=model.id, trajectory_groups=[], split=split)
+    async with service.connected() as connection:
+        pieces = message_with_groups(message, list(groups))
+        async with _spooled(service, connection, pieces, "application/json") as body:
+            path = wire.MODEL_LOG.format(model_id=model.id)
+            await connection.post(path, None, doing=f"sending the trajectories of {split!r}", body=body)
+
+
 async def _submitted(
     connection: Connection, path: str, body: BaseModel | Spooled, on_sent: Callable[[int], None]
 ) -> str:
@@ -168,10 +178,18 @@ async def _upload(
     service: Service, connection: Connection, progress: JobProgress, pieces: Iterator[bytes], content_type: str
 ) -> AsyncIterator[Spooled]:
     progress.phase("preparing the upload")
+    async with _spooled(service, connection, pieces, content_type) as body:
+        progress.phase("uploading", _in_words(body.size))
+        yield body
+
+
+@asynccontextmanager
+async def _spooled(
+    service: Service, connection: Connection, pieces: Iterator[bytes], content_type: str
+) -> AsyncIterator[Spooled]:
     capabilities = await service.capabilities(connection)
     compress = capabilities is not None and "gzip" in capabilities.content_encodings
     async with spooled(pieces, content_type=content_type, compress=compress) as body:
-        progress.phase("uploading", _in_words(body.size))
         yield body
 
 

@@ -51,18 +51,30 @@ def install_engine(
     name: NameArgument,
     flavour: FlavourOption = None,
     again: Annotated[bool, typer.Option("--again", help="Make it anew, even if it is there.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Ask the index what would be installed, and install nothing. Needs no GPU."),
+    ] = False,
 ) -> None:
     """Make the environment that an engine runs in."""
     from .environments.install import install
+    from .environments.resolution import resolve
 
     spec = _engine(name)
     try:
         environment = environment_spec(spec)
         here = first_met(environment.provided_by) if environment is not None else "everything it needs"
-        if here is not None and flavour is None and not again:
+        if here is not None and flavour is None and not again and not dry_run:
             typer.echo(f"Nothing to do: this environment holds {here}, so engine {name} runs in it.")
             return
         wanted = environment_for(spec, _flavour(flavour))
+        if dry_run:
+            packages = resolve(wanted)
+            typer.echo("\n".join(packages))
+            typer.echo(
+                f"{name} ({wanted.flavour}): {len(packages)} packages, none installed; into {wanted.folder}", err=True
+            )
+            return
         there = wanted.python() is not None
         python = install(wanted, again=again)
         typer.echo(f"{'It is installed already' if there and not again else 'Ready'}: {python}")

@@ -33,6 +33,7 @@ from art_core import (
 )
 from art_core.cancellation import to_the_end
 from art_core.errors import BackendUnreachable, CheckpointNotFound, NotRegistered, PluginError
+from art_engine_kit.mismatch import far_off
 from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.sequence_limit import SequenceLimit, check_lengths, known_lengths
 from art_engine_kit.sft_options import SftOptions
@@ -251,7 +252,10 @@ class LocalBackend:
         limit = SequenceLimit.of(options.packed_sequence_length, longest)
         if left_out := check_lengths(known_lengths(groups) or [], limit):
             warnings.warn(left_out, RuntimeWarning, stacklevel=2)
-        return await self._run(model, groups, options=options, keep=options.save_checkpoint)
+        result = await self._run(model, groups, options=options, keep=options.save_checkpoint)
+        if said := far_off(result.metrics):
+            warnings.warn(f"step {result.step} of {model.name!r}: {said}", RuntimeWarning, stacklevel=2)
+        return result
 
     async def train_sft(
         self,
