@@ -38,6 +38,7 @@ from .dev import InternalModelConfig, read_internal_config
 from .leave_out import without_unsound
 from .metrics import trajectory_metrics, warn_of_left_out, warn_of_non_finite, with_sections, without_unsound_metrics
 from .pinned_step import pinned_name
+from .policy_age import age_metrics
 from .step_clock import StepClock
 from .trackers import trackers
 from .train_config import TrainConfig, TrainSFTConfig
@@ -245,10 +246,11 @@ class Model(BaseModel):
 
         `trajectories` are groups, or trajectories and exceptions of one group. Rewards, their spread and the other
         metrics of the trajectories are computed, and for gathered groups how long that took and how many tokens a
-        second it gave (`art.step_clock`). `metrics` are added and win over a computed one of the same name. A name
-        without a section is put under `split`. `step` None means the current step. Metrics that are not finite are
-        kept, with a warning. A value that can't be kept is named in a warning and left out; it costs nothing else. A
-        tracker that fails is warned of and does not keep the others from being told.
+        second it gave (`art.step_clock`), of a trained step also how old its tokens were. `metrics` are added and win
+        over a computed one of the same name. A name without a section is put under `split`. `step` None means the
+        current step. Metrics that are not finite are kept, with a warning. A value that can't be kept is named in a
+        warning and left out; it costs nothing else. A tracker that fails is warned of and does not keep the others from
+        being told.
         """
         check_name(split, what="split")
         step = await self.get_step() if step is None else _whole(step)
@@ -258,7 +260,8 @@ class Model(BaseModel):
         groups = [group for group, _ in kept]
         given, problems = without_unsound_metrics(metrics or {})
         given = with_sections(given, split)
-        logged = trajectory_metrics(groups, split) | self._clock.metrics(groups, split, given) | given
+        aged = age_metrics(groups, step, given) if split == "train" else {}
+        logged = trajectory_metrics(groups, split) | self._clock.metrics(groups, split, given) | aged | given
         if groups:
             await announce(
                 registry,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from art_core import TrajectoryGroup
 
-from .off_policy import mean_age
+from ..policy_age import mean_age
 from .settings import PipelineSettings
 
 

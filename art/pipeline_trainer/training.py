@@ -17,10 +17,10 @@ from art_core import BackendCapability, ModelKey, TrainResult
 from art_core.errors import CheckpointInUse
 from art_core.history import HISTORY
 
+from ..policy_age import AGE, mean_age
 from ..step_clock import moment
 from .evals import Evals
 from .flow import ReadyGroup
-from .off_policy import mean_age
 from .retention import (
     CHECKPOINT_CREATED_AT_METRIC,
     CHECKPOINT_SAVED_METRIC,
@@ -135,7 +135,7 @@ class Training:
             "discarded/cum/stale_groups": float(counts.stale),
             "discarded/cum/zero_variance_groups": float(counts.zero_variance),
             "discarded/cum/errored_scenarios": float(counts.errored),
-            "offpolicy/token_weighted_policy_age_steps": fmean(mean_age(each.group, before) for each in batch),
+            AGE: fmean(mean_age(each.group, before) for each in batch),
             "queue/ready_groups": float(len(flow.ready)),
             "queue/running_rollouts": float(len(flow.running)),
             "time/step_wall_s": waited_s + trainer_s,

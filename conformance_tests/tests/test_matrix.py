@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -54,6 +58,23 @@ def test_a_backend_of_another_machine_is_untestable_until_it_is_given_what_it_ne
     assert not with_arguments.lacks
     assert (with_tests.lacks, with_tests.arguments) == ("", ["test_far.py"])
     assert elsewhere(installed_plugins(), ["local", "serverless"]) == {"serverless"}
+
+
+@pytest.mark.slow
+def test_a_matrix_that_is_killed_leaves_no_cell_running(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("art-conformance")
+    command = [program, "matrix", "--only", "inference-torch", "--inference-engine", "torch", "--folder", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as matrix:
+        started = psutil.Process(matrix.pid)
+        deadline = time.monotonic() + 60
+        while not (below := started.children(recursive=True)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert below, "no cell was started"
+        time.sleep(2)  # so that the cell has processes of its own
+        below = started.children(recursive=True)
+        matrix.kill()
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert not alive
 
 
 @pytest.mark.slow

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from art_core import BackendCapability, LocalTrainResult, Registration, check_groups, inference_name
+from art_core import (
+    BackendCapability,
+    LocalTrainResult,
+    PluginRegistry,
+    Registration,
+    check_groups,
+    hookimpl,
+    inference_name,
+)
 from art_core.errors import CheckpointInUse
 
 
@@ -158,6 +166,24 @@ async def model(backend):
     model = art.TrainableModel(name="agent-001", project="task", base_model="some-base")
     await model.register(backend)
     return model
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """The metrics that were logged, one dictionary for each call."""
+    told = []
+
+    class Tracker:
+        art_api = 1
+
+        @hookimpl
+        def art_log_metrics(self, model, metrics, step, split):
+            told.append(metrics)
+
+    registry = PluginRegistry()
+    registry.register(Tracker(), "tracker")
+    monkeypatch.setattr("art.model.installed_plugins", lambda: registry)
+    return told
 
 
 async def stream(request, chunks):

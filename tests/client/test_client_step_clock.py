@@ -7,7 +7,6 @@ import pytest
 from openai.types.chat.chat_completion import Choice
 
 import art
-from art_core import PluginRegistry, hookimpl
 
 
 @pytest.fixture
@@ -16,24 +15,6 @@ def clock(monkeypatch):
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("art.step_clock.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
-
-
-@pytest.fixture
-def logged(monkeypatch):
-    """The metrics that were logged, one dictionary for each call."""
-    told = []
-
-    class Tracker:
-        art_api = 1
-
-        @hookimpl
-        def art_log_metrics(self, model, metrics, step, split):
-            told.append(metrics)
-
-    registry = PluginRegistry()
-    registry.register(Tracker(), "tracker")
-    monkeypatch.setattr("art.model.installed_plugins", lambda: registry)
-    return told
 
 
 @pytest.fixture

@@ -7,9 +7,7 @@ never a plugin's failure, and what could not be run is never a pass.
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from art_core import PluginRegistry
 from art_core.errors import ArtError
+from art_runtime.spawning import spawn_tethered
 
 from .catalogue import REVISION
 from .matrix_cells import Cell, versions_of
@@ -128,8 +127,8 @@ def run_cell(
     command += ["-c", str(ini.resolve()), "--rootdir", str(folder.resolve()), *pytest_options, *cell.arguments]
     began = time.monotonic()
     try:
-        with log.open("w", encoding="utf-8") as output:
-            ended = _ended(command, folder, output, limit_s)
+        log.unlink(missing_ok=True)
+        ended = _ended(command, folder, log, limit_s)
         seconds = time.monotonic() - began
         suites = json.loads(outcomes.read_text(encoding="utf-8")) if outcomes.exists() else []
     finally:
@@ -146,21 +145,15 @@ def run_cell(
     )
 
 
-def _ended(command: Sequence[str], folder: Path, output: Any, limit_s: float) -> int | None:
-    """Its exit status, None when it ran out of time. It has a process group of its own, all of which ends with it."""
-    process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+def _ended(command: Sequence[str], folder: Path, log: Path, limit_s: float) -> int | None:
+    """Its exit status, None when it ran out of time. It ends with this process, and all that it started with it."""
+    child = spawn_tethered(command, log_file=log, cwd=folder, stop_timeout_s=20.0)
     try:
-        return process.wait(limit_s)
-    except subprocess.TimeoutExpired:
+        return child.wait(limit_s)
+    except TimeoutError:
         return None
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(20.0)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        child.stop()
 
 
 def _judged(ended: int | None, suites: Sequence[dict[str, Any]], limit_s: float, log: Path) -> tuple[CellVerdict, str]:
