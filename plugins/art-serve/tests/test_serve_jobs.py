@@ -29,7 +29,7 @@ def test_a_job_tells_all_that_happens_to_it_and_makes_one_step(client: Any) -> N
     assert events[0]["data"] == {"place": 1}
     assert events[1]["data"] == {"num_sequences": 2}
     assert [event["data"]["phase"] for event in events[2:5]] == ["training", "saving", "publishing"]
-    assert events[5]["data"]["metrics"]["loss/train"] == 0.5
+    assert events[5]["data"]["loss/train"] == 0.5
     numbers = [int(event["id"]) for event in events]
     assert numbers == sorted(set(numbers))
     status = client.json("GET", f"/preview/training-jobs/{job}")

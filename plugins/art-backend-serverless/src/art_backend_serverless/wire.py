@@ -177,7 +177,7 @@ class Job(Answered):
 
 
 class Event(Answered):
-    """Published types: training_started {num_sequences}, gradient_step {metrics}, training_ended, training_failed
+    """Published types: training_started {num_sequences}, gradient_step (its metrics), training_ended, training_failed
     {error_message}. A server of one's own adds queued {place} and phase {phase}; an unknown type is passed over.
     """
 

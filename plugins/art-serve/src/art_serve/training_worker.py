@@ -155,7 +155,9 @@ class TrainingWorker:
             return
         await self._persist(keep_checkpoint, record.id, step, result)
         self._catalogue.published(record, step)
-        events: list[NewEvent] = [("gradient_step", {"metrics": result}), ("training_ended", {"step": step})]
+        # The published client makes a number of everything that the event holds.
+        told = {name: value for name, value in result.items() if value is not None}
+        events: list[NewEvent] = [("gradient_step", told), ("training_ended", {"step": step})]
         await self._end(job, error=None, events=events)
 
     async def _train(self, job: Job, record: ModelRecord) -> tuple[dict[str, float | None], int]:
