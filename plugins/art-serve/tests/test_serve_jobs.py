@@ -172,12 +172,16 @@ def test_every_answer_has_the_id_under_which_the_log_knows_it(server: Any, clien
 
 
 def test_health_and_figures_are_there_for_who_watches(server: Any, client: Any) -> None:
+    client.model()
     root = server.url.removesuffix("/v1")
     assert [httpx.get(root + path).status_code for path in ("/health", "/ready", "/openapi.json", "/docs")] == [200] * 4
     assert httpx.get(root + "/metrics").status_code == 401
-    figures = httpx.get(root + "/metrics", headers={"Authorization": f"Bearer {client.key}"}).text
-    assert 'art_serve_jobs{state="queued"} 0.0' in figures
-    assert 'address="/preview/models"' in figures
+
+    def figures() -> str:
+        return httpx.get(root + "/metrics", headers={"Authorization": f"Bearer {client.key}"}).text
+
+    assert 'art_serve_jobs{state="queued"} 0.0' in figures()
+    client.until(lambda: 'address="/preview/models"' in figures())
 
 
 def test_many_clients_poll_and_sample_while_a_job_trains_and_none_is_refused(
