@@ -159,20 +159,29 @@ def test_every_answer_has_the_id_under_which_the_log_knows_it(server: Any, clien
     made = client.ask("GET", "/nowhere", headers={"X-Request-Id": "not allowed"})
     assert given.headers["X-Request-Id"] == "mine-1"
     assert len(made.headers["X-Request-Id"]) == 32
-    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-    noted = {line.get("request_id"): line for line in lines if line["logger"] == "art_serve.requests"}
-    assert noted["mine-1"]["status"] == 200
-    assert noted[made.headers["X-Request-Id"]]["status"] == 404
+
+    def noted(request_id: str) -> Any:
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+        own = (line["status"] for line in lines if line.get("request_id") == request_id and "status" in line)
+        return next(own, None)
+
+    # An answer is noted once it has gone out.
+    assert client.until(lambda: noted("mine-1")) == 200
+    assert client.until(lambda: noted(made.headers["X-Request-Id"])) == 404
     assert client.key not in server.log.read_text()
 
 
 def test_health_and_figures_are_there_for_who_watches(server: Any, client: Any) -> None:
+    client.model()
     root = server.url.removesuffix("/v1")
     assert [httpx.get(root + path).status_code for path in ("/health", "/ready", "/openapi.json", "/docs")] == [200] * 4
     assert httpx.get(root + "/metrics").status_code == 401
-    figures = httpx.get(root + "/metrics", headers={"Authorization": f"Bearer {client.key}"}).text
-    assert 'art_serve_jobs{state="queued"} 0.0' in figures
-    assert 'address="/preview/models"' in figures
+
+    def figures() -> str:
+        return httpx.get(root + "/metrics", headers={"Authorization": f"Bearer {client.key}"}).text
+
+    assert 'art_serve_jobs{state="queued"} 0.0' in figures()
+    client.until(lambda: 'address="/preview/models"' in figures())
 
 
 def test_many_clients_poll_and_sample_while_a_job_trains_and_none_is_refused(
