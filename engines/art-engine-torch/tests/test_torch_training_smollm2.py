@@ -107,7 +107,7 @@ def test_packed_loss_and_gradients_on_real_trajectories(
     (packed,) = pack_rows(step.rows, 4096)
     tensors, options = RowTensors.of(packed, advantages, weights, policy.device), TrainOptions()
     parameters = list(policy.adapter_parameters().values())
-    ours, _ = tensors.loss(policy, options)
+    ours, *_ = tensors.loss(policy, options)
     mine = torch.autograd.grad(ours.loss, parameters)
     drift = (tensors.logprobs(policy)[0].detach() - tensors.entries.old_logprobs).abs()
 
