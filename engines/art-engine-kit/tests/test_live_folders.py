@@ -74,6 +74,20 @@ def test_a_folder_that_is_written_to_is_removed(churning: Path) -> None:
         remove_folder(inner)
 
 
+def test_a_folder_that_is_replaced_as_it_is_opened_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, same, looks = tmp_path / "folder", os.path.samestat, list[int]()
+    (folder / "inner").mkdir(parents=True)
+
+    def samestat(one: os.stat_result, other: os.stat_result) -> bool:
+        looks.append(1)
+        return len(looks) > 1 and same(one, other)
+
+    monkeypatch.setattr(os.path, "samestat", samestat)
+    remove_folder(folder)
+    assert not folder.exists()
+    assert len(looks) > 1
+
+
 def test_nothing_there_is_nothing(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     assert list(files_below(missing)) == entries_in(missing) == []

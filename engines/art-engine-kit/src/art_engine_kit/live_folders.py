@@ -64,8 +64,9 @@ def remove_folder(folder: Path) -> None:
         try:
             shutil.rmtree(folder, onerror=_unless_gone)
         except OSError as error:
-            # Somebody wrote into it after it was listed.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not tries_left:
+            # Somebody wrote into it after it was listed, or put another in its place as it was opened, which rmtree
+            # takes for a link and says without a number.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, None) or not tries_left:
                 raise
         if not os.path.lexists(folder):
             return
