@@ -58,7 +58,7 @@ ifeq ($(ARGS),)
 	@$(MAKE) --no-print-directory --jobs=2 engines test-without-engines
 	@$(PYTEST) -m "slow and not exhaustive"
 else
-	@$(MAKE) --no-print-directory engines
+	@$(MAKE) --no-print-directory lint engines test-openai2
 	@$(PYTEST) -m "not exhaustive" $(ARGS)
 endif
 

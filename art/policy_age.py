@@ -14,11 +14,13 @@ _TRAINED = "data/step_num_gradient_steps"
 
 
 def age_metrics(groups: Sequence[TrajectoryGroup], step: int, given: Mapping[str, float]) -> dict[str, float]:
-    """The age of what made `step`, in steps and by tokens; nothing for groups whose choices don't say their policy."""
-    told = [group for group in groups if any(True for _ in _versions(group))]
-    if not told or _TRAINED not in given:
+    """The age of what made `step`, in steps and by tokens; nothing for groups whose choices don't say their policy, and
+    nothing where the caller knows it already.
+    """
+    if _TRAINED not in given or AGE in given:
         return {}
-    return {AGE: fmean(mean_age(group, step - 1) for group in told)}
+    ages = [mean_age(group, step - 1) for group in groups if any(True for _ in _versions(group))]
+    return {AGE: fmean(ages)} if ages else {}
 
 
 def mean_age(group: TrajectoryGroup, step: int) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from art_core import Backend, BackendCapability
@@ -19,7 +19,7 @@ from ..model import TrainableModel
 class _Held:
     holders: int = 0
     name: str | None = None
-    lease: AbstractAsyncContextManager[str] | None = None
+    lease: AsyncExitStack = field(default_factory=AsyncExitStack)
     begins: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -46,19 +46,15 @@ class StepLeases:
         try:
             async with held.begins:
                 if held.name is None:
-                    held.name = await self._begin(held, step)
+                    held.name = await self._begin(held.lease, step)
             yield held.name
         finally:
             held.holders -= 1
             if not held.holders:
                 del self._held[step]
-                if held.lease is not None:
-                    await held.lease.__aexit__(None, None, None)
+                await held.lease.aclose()
 
-    async def _begin(self, held: _Held, step: int) -> str:
+    async def _begin(self, lease: AsyncExitStack, step: int) -> str:
         if BackendCapability.LEASES not in self._backend.capabilities_for(self._model):
             return self._backend.inference_name(self._model, step)
-        lease = self._backend.lease(self._model, step)
-        name = await lease.__aenter__()
-        held.lease = lease
-        return name
+        return await lease.enter_async_context(self._backend.lease(self._model, step))

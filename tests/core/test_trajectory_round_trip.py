@@ -101,7 +101,7 @@ def plain(value: Any) -> Any:
     return (type(value).__name__, value.isoformat() if isinstance(value, datetime) else repr(value))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(groups=st.lists(GROUPS, max_size=2))
 def test_a_job_file_gives_back_every_group(groups: list[TrajectoryGroup], tmp_path_factory: Any) -> None:
     file: Path = tmp_path_factory.getbasetemp() / "groups.json"
@@ -109,7 +109,7 @@ def test_a_job_file_gives_back_every_group(groups: list[TrajectoryGroup], tmp_pa
     assert plain(read_groups(file)) == plain(groups)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(group=GROUPS)
 def test_for_logging_can_be_read_back(group: TrajectoryGroup) -> None:
     assert plain(TrajectoryGroup.model_validate(group.for_logging())) == plain(group)
@@ -118,7 +118,7 @@ def test_for_logging_can_be_read_back(group: TrajectoryGroup) -> None:
         assert plain(Trajectory.model_validate_json(trajectory.model_dump_json())) == plain(trajectory)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(group=GROUPS)
 def test_copies_hold_the_same_and_share_nothing_when_deep(group: TrajectoryGroup) -> None:
     for other in (copy.copy(group), copy.deepcopy(group), pickle.loads(pickle.dumps(group)), group.model_copy()):

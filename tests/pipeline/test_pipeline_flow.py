@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -162,9 +162,7 @@ class Pipeline(RuleBasedStateMachine):
 
 
 TestPipeline = Pipeline.TestCase
-TestPipeline.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestPipeline.settings = settings(max_examples=40, stateful_step_count=40)
 
 
 def test_a_group_of_weights_that_are_gone_is_stale():

@@ -53,7 +53,7 @@ class LeaseChecks(BackendSuite):
         await agent.train(learning_rate=SMALL_RATE)
         async with AsyncExitStack() as first, AsyncExitStack() as second:
             names = [await stack.enter_async_context(backend.lease(model, 0)) for stack in (first, second)]
-            assert names[0] == names[1] == backend.inference_name(model, 0)
+            assert names[0] == names[1] == agent.named(0)
             await first.aclose()
             await agent.train(learning_rate=SMALL_RATE)
             assert {version_of(sample) for sample in await agent.ask(names[1], max_tokens=4)} == {0}

@@ -17,6 +17,8 @@ TRAINING = (
     *("art_before_train", "art_checkpoint_saved", "art_before_publish_checkpoint", "art_checkpoint_published"),
     *("art_checkpoint_publish_failed", "art_after_train", "art_train_failed"),
 )
+# Of a step that goes well, in the order in which they are called.
+STEP = tuple(hook for hook in TRAINING if hook not in ("art_checkpoint_publish_failed", "art_train_failed"))
 
 
 @dataclass

@@ -180,7 +180,7 @@ def test_what_is_no_file_of_plain_weights_is_refused_with_what_to_do(tmp_path: P
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_file_is_refused_in_words_or_read_whole(data: st.DataObject, tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.bin"
     torch.save({"x": torch.arange(6.0).view(2, 3)}, file)

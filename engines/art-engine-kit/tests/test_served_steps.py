@@ -113,7 +113,7 @@ class ServedStepsAgainstOracle(RuleBasedStateMachine):
 
 
 TestServedSteps = ServedStepsAgainstOracle.TestCase
-TestServedSteps.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestServedSteps.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_an_engine_that_dies_while_it_is_brought_back_still_gets_every_needed_step() -> None:

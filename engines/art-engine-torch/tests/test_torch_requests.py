@@ -301,7 +301,7 @@ def test_every_field_of_a_request_is_read_or_refused(data: st.DataObject) -> Non
 
 @pytest.mark.slow
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_request_ends_the_server(server: Any, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([ChatRequest, CompletionRequest]))
     names = sorted(set(kind.model_fields) - {"model", "stream"})

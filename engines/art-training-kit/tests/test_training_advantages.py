@@ -4,7 +4,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from art_training_kit.advantages import balance_step, differ, group_advantages
@@ -12,7 +12,6 @@ from art_training_kit.advantages import balance_step, differ, group_advantages
 rewards = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=1, max_size=9)
 
 
-@settings(deadline=None)
 @given(rewards, st.booleans())
 def test_group_advantages_against_the_formula(values: list[float], scale: bool) -> None:
     mean = sum(values) / len(values)
@@ -71,7 +70,6 @@ def test_a_spread_above_it_is_learnt_from_at_any_size(kind: str, scale: bool) ->
     np.testing.assert_allclose(np.abs(balanced).mean(), 1.0)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=20), st.randoms(), st.integers(1, 6))
 def test_one_sum_in_any_order_is_one_reward(parts: list[float], random: Random, size: int) -> None:
     sums = []
@@ -81,7 +79,6 @@ def test_one_sum_in_any_order_is_one_reward(parts: list[float], random: Random, 
     assert not group_advantages(np.array(sums), scale=True).any()
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-3, 3).filter(lambda a: abs(a) > 1e-3), st.integers(1, 30)), min_size=1, max_size=12),
     st.floats(-0.9, 0.9),

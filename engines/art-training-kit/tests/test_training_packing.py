@@ -44,7 +44,7 @@ def visible(row: PackedRow) -> Any:
     return seen
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(steps(), st.integers(0, 60))
 def test_every_sequence_can_be_read_back_exactly_once(rows: list[TokenRow], spare: int) -> None:
     capacity = max(int(row.trained[-1]) for row in rows) + spare
@@ -73,7 +73,7 @@ def test_every_sequence_can_be_read_back_exactly_once(rows: list[TokenRow], spar
                 np.testing.assert_array_equal(row.position_ids[path], np.arange(depth))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps())
 def test_one_wide_row_holds_each_shared_prefix_once(rows: list[TokenRow]) -> None:
     prefixes = {tuple(row.token_ids[:n].tolist()) for row in rows for n in range(1, int(row.trained[-1]) + 1)}
@@ -115,7 +115,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_rows([row_of([1, 2], [0], 0)], 8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(steps(), st.sampled_from([(4, 4), (6, 2), (3, 1)]), st.integers(0, 2**31))
 def test_block_attention_equals_masked_attention(rows: list[TokenRow], heads: tuple[int, int], seed: int) -> None:
     (row,) = pack_rows(rows, 10_000)
@@ -138,7 +138,7 @@ def test_block_attention_equals_masked_attention(rows: list[TokenRow], heads: tu
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(0, 10_000), st.integers(1, 7))
 def test_the_mask_for_flex_attention_is_the_same_tree(seed: int, count: int) -> None:
     """On the CPU flex_attention runs uncompiled, with the very mask function that its CUDA kernels take."""

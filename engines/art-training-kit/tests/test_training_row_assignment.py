@@ -43,7 +43,7 @@ def packed(rows: Rows, order: Order, assigned: list[Any]) -> list[Rows]:
     return [[rows[order.permutation[position]] for position in members] for members in assigned]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(token_rows(), st.integers(0, 60))
 def test_every_row_is_in_one_packed_row_and_none_is_too_long(rows: Rows, spare: int) -> None:
     order, capacity = order_of(rows), max(map(len, rows)) + spare
@@ -58,14 +58,14 @@ def test_every_row_is_in_one_packed_row_and_none_is_too_long(rows: Rows, spare: 
         assert [members.tolist() for members in again] == [members.tolist() for members in assigned]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(token_rows(), st.integers(0, 60))
 def test_never_more_than_twice_the_rows_that_counting_allows(rows: Rows, spare: int) -> None:
     order, capacity = order_of(rows), max(map(len, rows)) + spare
     assert len(assign_rows(order, capacity)) <= 2 * -(-order.least_tokens(capacity) // capacity)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(token_rows(most=6, longest=16), st.integers(0, 12))
 def test_of_few_rows_at_most_one_packed_row_more_than_the_best_of_all_ways(rows: Rows, spare: int) -> None:
     order, capacity = order_of(rows), max(map(len, rows)) + spare
@@ -84,7 +84,7 @@ def partitions(rows: Rows) -> Iterator[list[Rows]]:
             yield [*way[:index], [rows[0], *row], *way[index + 1 :]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 40),
@@ -158,7 +158,7 @@ def test_few_packed_rows_are_of_much_the_same_length(count: int) -> None:
 
 @example(rows=[[0], [0, 1], [0, 1, 2]])
 @example(rows=[[5, 5], [5, 5], [5, 5]])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(token_rows())
 def test_what_a_selection_shares_is_what_its_rows_share(rows: Rows) -> None:
     order = order_of(rows)

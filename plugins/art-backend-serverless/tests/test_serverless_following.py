@@ -41,7 +41,7 @@ def instead(cloud: Any, happening: str) -> Callable[[Any], Any]:
     return answer
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(losses=LOSSES, happenings=HAPPENINGS, ends_well=st.booleans())
 def test_whatever_happens_on_the_way(
     new_cloud: Callable[[], Any], patience: Patience, losses: list[float], happenings: list[str | None], ends_well: bool

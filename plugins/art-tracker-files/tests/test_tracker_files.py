@@ -319,7 +319,7 @@ TRAJECTORIES = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.lists(TRAJECTORIES, max_size=3), st.lists(TEXT, max_size=2)), max_size=3))
 def test_any_groups_come_back(tmp_path_factory, drawn):
     from art_tracker_files.trajectory_files import add_trajectories

@@ -158,7 +158,7 @@ async def test_hooks_of_a_tracker_that_hangs_return_and_the_other_tracker_hears_
     reporter.close()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["works", "raises"])), max_size=20))
 def test_each_report_that_works_is_told_once(reports):
     opened = Opened()

@@ -30,7 +30,7 @@ def test_a_row_says_what_happened():
     assert (called["group"], called["final_policy_version"]) == (1, 3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 40), max_size=30), st.integers(0, 6000), st.sampled_from("a\u00e9\ud800"))
 def test_a_table_is_bounded_and_sees_every_part_of_the_step(sizes, length, letter):
     groups = [TrajectoryGroup([trajectory(letter * length)] * size) for size in sizes]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from art_core.errors import TrainingFailed
 from art_engine_kit.training_wire import AdapterWritten, TrainEvent
+
+from .rows import TokenRow
 
 _log = logging.getLogger(__name__)
 # PyTorch's allocator for the CPU raises a plain RuntimeError.
@@ -23,6 +25,20 @@ Attempt = Callable[[int], Iterator[TrainEvent]]
 
 class RowsTooLong(TrainingFailed):
     """The rows can't be made any shorter: the longest sequence is as long as they are."""
+
+
+def in_parts(length: int, parts: int, rows: Sequence[TokenRow]) -> int:
+    """One of `parts` of a packed row's length, and never less than the longest of `rows`.
+
+    Raises RowsTooLong where that changes nothing.
+    """
+    if parts == 1:
+        return length
+    longest = max(map(len, rows))
+    shorter = max(longest, length // parts)
+    if min(length, sum(map(len, rows))) <= shorter:
+        raise RowsTooLong(f"Its rows can't be shorter: the longest sequence has {longest} tokens.")
+    return shorter
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -48,9 +64,9 @@ def tried_in_less_memory(attempt: Attempt, what: str, where: str, on_retry: Call
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        if told:
-            raise TrainingFailed(_words(what, where, error)) from error
         said = _first_line(error)
+        if told:
+            raise TrainingFailed(_words(what, where, said)) from error
     # Only here is the error gone, and what its frames held with it.
     on_retry()
     gc.collect()
@@ -64,14 +80,14 @@ def tried_in_less_memory(attempt: Attempt, what: str, where: str, on_retry: Call
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingFailed(_words(what, where, error, tried="rows half as long as well")) from error
+        raise TrainingFailed(
+            _words(what, f"{where}, and with rows half as long as well", _first_line(error))
+        ) from error
 
 
-def _words(what: str, where: str, error: BaseException | str, tried: str = "") -> str:
-    said = error if isinstance(error, str) else _first_line(error)
-    also = f", and with {tried}" if tried else ""
+def _words(what: str, where: str, said: str) -> str:
     return (
-        f"{what} ran out of memory on {where}{also}: {said}. Nothing of it was kept; the step before is unchanged and"
+        f"{what} ran out of memory on {where}: {said}. Nothing of it was kept; the step before is unchanged and"
         " still served. Lower packed_sequence_length (train), leave out the longest trajectories, or lower r or"
         " target_modules in peft_args; on a GPU, a base in 4 bits (engine unsloth, load_in_4bit) needs least."
     )

@@ -54,7 +54,7 @@ from .disk_errors import explained
 from .divergence import grown_from, largest_weight, refuse_diverged
 from .mismatch import Mismatch
 from .optimizer import OPTIMIZER_SETTINGS, REPLIES, REWARDS, AdapterOptimizer, OptimizerOptions
-from .out_of_memory import RowsTooLong, tried_in_less_memory
+from .out_of_memory import in_parts, tried_in_less_memory
 from .packed_work import GradientStepRun, PackedWork, mean_of, totals
 from .packing import PackedRow, pack_rows
 from .policy import Policy
@@ -107,7 +107,7 @@ class Trainer:
         if not advantages.any():
             yield from self._carry(job, step.metrics, started)
             return
-        packed = pack_rows(step.rows, self._row_length(job, step.rows, parts))
+        packed = pack_rows(step.rows, in_parts(self._row_length(job, step.rows), parts, step.rows))
         window = (options.grad_accumulation_sequences or 1) * parts
 
         def gradient_steps() -> Iterator[GradientStepRun]:
@@ -148,7 +148,7 @@ class Trainer:
         if not step.rows:
             yield from self._carry(job, step.metrics, started)
             return
-        length = self._row_length(job, step.rows, parts)
+        length = in_parts(self._row_length(job, step.rows), parts, step.rows)
         batches = [(rate, pack_rows(batch, length)) for rate, batch in zip(rates, step.batches, strict=True) if batch]
         packed = [row for _, batch in batches for row in batch]
         work = PackedWork(
@@ -224,18 +224,13 @@ class Trainer:
     def _limit(self, job: TrainJob) -> SequenceLimit:
         return SequenceLimit.of(job.options.packed_sequence_length, job.adapter.max_seq_length, self._policy.max_length)
 
-    def _row_length(self, job: TrainJob, rows: Sequence[TokenRow], parts: int) -> int:
-        """As asked for; else the longest row, rounded up so that several fit beside each other. Of that one of `parts`,
-        and never less than the longest row; raises RowsTooLong where that changes nothing.
-        """
+    def _row_length(self, job: TrainJob, rows: Sequence[TokenRow]) -> int:
+        """As asked for; else the longest row, rounded up so that several fit beside each other."""
+        if job.options.packed_sequence_length is not None:
+            return job.options.packed_sequence_length
         longest = max(map(len, rows))
         rounded = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        asked = job.options.packed_sequence_length
-        whole = asked if asked is not None else max(longest, min(rounded, job.adapter.max_seq_length))
-        length = max(longest, whole // parts)
-        if parts > 1 and min(whole, sum(map(len, rows))) <= length:
-            raise RowsTooLong(f"Its rows can't be shorter: the longest sequence has {longest} tokens.")
-        return length if parts > 1 else whole
+        return max(longest, min(rounded, job.adapter.max_seq_length))
 
     def _load(self, start: Path, options: OptimizerOptions, learns_from: str) -> None:
         """Weights and optimizer state of the start checkpoint, unless they are what is held already."""

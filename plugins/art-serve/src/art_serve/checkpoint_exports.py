@@ -18,7 +18,6 @@ from .hosted_backend import HostedBackend
 from .model_records import ModelRecord
 
 _MOST = 16
-_PIECE = 2**20
 
 
 class CheckpointExports:
@@ -86,8 +85,5 @@ class CheckpointExports:
 
 
 def _hash_of(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as content:
-        while piece := content.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()

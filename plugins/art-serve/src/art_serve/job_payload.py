@@ -8,7 +8,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,7 +27,6 @@ class JobPayload(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["rl", "sft"]
     num_sequences: int
     file: str | None = None
     url: str | None = None

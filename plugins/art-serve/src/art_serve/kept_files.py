@@ -44,7 +44,7 @@ class KeptFiles:
     async def arriving(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[Arrived]:
         """Take a body in, piece by piece, to disk. On leaving nothing is left of one that wasn't kept."""
         file = self._jobs / f"{_TEMPORARY}{uuid4().hex}"
-        digest, size = hashlib.sha256(), 0
+        digest, size, written = hashlib.sha256(), 0, 0
         waiting: list[bytes] = []
         try:
             with await asyncio.to_thread(file.open, "wb") as opened:
@@ -57,9 +57,9 @@ class KeptFiles:
                 async for piece in pieces:
                     size += len(piece)
                     waiting.append(piece)
-                    if sum(map(len, waiting)) >= _WRITTEN_AT_ONCE:
+                    if size - written >= _WRITTEN_AT_ONCE:
                         await asyncio.to_thread(write, waiting)
-                        waiting = []
+                        waiting, written = [], size
                 await asyncio.to_thread(write, waiting)
                 opened.flush()
                 await asyncio.to_thread(os.fsync, opened.fileno())

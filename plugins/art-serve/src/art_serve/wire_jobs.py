@@ -68,7 +68,7 @@ def jobs_router(service: Service) -> APIRouter:
             own = partial(catalogue.by_id, entity=request.state.entity)
             record, count = await service.bodies.read(_read_job, arrived.file, own)
             file = await asyncio.to_thread(service.files.keep_job, arrived, record.id, key)
-        return await enqueue(record, key, JobPayload(kind="rl", file=file, num_sequences=count))
+        return await enqueue(record, key, JobPayload(file=file, num_sequences=count))
 
     @router.post(wire.SFT_TRAINING_JOBS, **body_of(wire.CreateSftTrainingJob))
     async def create_sft_training_job(request: Request) -> wire.Job:
@@ -83,7 +83,7 @@ def jobs_router(service: Service) -> APIRouter:
             raise ApiError(422, message, code="upload_not_found", param="training_data_url")
         count = len(await service.bodies.read(read_conversations, file))
         options = sft_options(asked.config)
-        payload = JobPayload(kind="sft", url=asked.training_data_url, num_sequences=count, options=options)
+        payload = JobPayload(url=asked.training_data_url, num_sequences=count, options=options)
         return await enqueue(record, key, payload)
 
     upload_body = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}

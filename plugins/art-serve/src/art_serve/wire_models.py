@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import ValidationError
 
 from art_backend_serverless import wire
 from art_core import ArtError, BackendCapability, announce, check_name
@@ -15,16 +15,14 @@ from art_core.errors import (
     CheckpointError,
     CheckpointInUse,
     CheckpointNotFound,
-    InvalidTrajectory,
     ModelBusy,
     ProcessFailed,
 )
-from art_core.trajectories import TrajectoryGroup, check_groups
 from art_gateway.errors import ApiError
 
 from .answers import ERRORS, body_of, leading_to, once, step_id, step_of
 from .artifact_names import NAME_PATTERN
-from .job_payload import invalid
+from .job_payload import read_groups
 from .job_queue import abandon
 from .model_records import ModelRecord, checkpoints_page, forget_checkpoints
 from .request_bodies import as_message, message_of, read_body, read_message
@@ -104,8 +102,7 @@ def models_router(service: Service) -> APIRouter:
         """Give trajectories to the trackers that are installed beside the server."""
         record = own(request, model_id)
         async with service.bodies.arriving(request, limit=limits.bodies.job) as arrived:
-            body = await asyncio.to_thread(arrived.file.read_bytes)
-            asked = await service.bodies.read(message_of, body, wire.LogTrajectories)
+            asked = await service.bodies.read(_read_log, arrived.file)
         if asked.model_id != record.id:
             message = f"The body names another model, {asked.model_id!r}, than the address."
             raise ApiError(422, message, code="invalid_request", param="model_id")
@@ -113,7 +110,7 @@ def models_router(service: Service) -> APIRouter:
             check_name(asked.split, what="split")
         except ValueError as error:
             raise ApiError(422, str(error), code="invalid_name", param="split") from error
-        groups = await service.bodies.read(_loggable, asked.trajectory_groups)
+        groups = await service.bodies.read(read_groups, asked.trajectory_groups)
 
         async def log() -> wire.Job:
             told: dict[str, Any] = {"model": hosted.policy(record), "step": catalogue.latest(record)}
@@ -122,7 +119,7 @@ def models_router(service: Service) -> APIRouter:
             )
             return wire.Job(id=record.id)
 
-        await once(service, request, body, wire.Job, log)
+        await once(service, request, arrived.sha256.encode(), wire.Job, log)
         return Response(status_code=204)
 
     @router.get(wire.CHECKPOINTS)
@@ -226,15 +223,5 @@ def raise_as_answer(error: BaseException, *records: ModelRecord) -> NoReturn:
     raise error
 
 
-def _loggable(groups: wire.Groups) -> list[TrajectoryGroup]:
-    read: list[TrajectoryGroup] = []
-    for number, group in enumerate(groups):
-        try:
-            read += wire.groups_from_json([group])
-        except ValidationError as error:
-            raise invalid(error, f"trajectory_groups.{number}") from error
-    try:
-        check_groups(read)
-    except InvalidTrajectory as error:
-        raise ApiError(422, str(error), code="invalid_trajectories", param="trajectory_groups") from error
-    return read
+def _read_log(file: Path) -> wire.LogTrajectories:
+    return message_of(file.read_bytes(), wire.LogTrajectories)

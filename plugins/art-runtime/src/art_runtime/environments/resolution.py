@@ -29,13 +29,13 @@ def resolve(environment: EngineEnvironment) -> list[str]:
     if uv is None:
         raise ProcessFailed("A dry run asks uv, and there is none: pip install uv, then run it again.")
     spec = environment.spec
-    alone = resolved(uv, spec.without_dependencies, "--no-deps") if spec.without_dependencies else []
+    alone = _resolved(uv, spec.without_dependencies, "--no-deps") if spec.without_dependencies else []
     without = {name.lower().replace("_", "-") for name in spec.uninstall}
-    found = [line for line in resolved(uv, spec.requirements) if line.partition("==")[0] not in without]
+    found = [line for line in _resolved(uv, spec.requirements) if line.partition("==")[0] not in without]
     return sorted({*found, *alone})
 
 
-def resolved(uv: str, requirements: tuple[str, ...], *options: str) -> list[str]:
+def _resolved(uv: str, requirements: tuple[str, ...], *options: str) -> list[str]:
     """What uv chooses for requirements, for this interpreter's version and system. Raises ProcessFailed."""
     indexes, variables = uv_settings()
     command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", sys.executable]
