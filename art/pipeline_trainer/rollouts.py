@@ -114,6 +114,7 @@ class Rollouts:
     async def _failed(self, number: int, scenario: Any, error: Exception) -> None:
         run, limits = self._run, self._run.settings
         self._failures_in_a_row += 1
+        in_a_row = self._failures_in_a_row
         attempts = run.source.attempts[number] = run.source.attempts.get(number, 0) + 1
         said = str(RolloutError.of(error))
         run.status.last_error = said
@@ -126,9 +127,10 @@ class Rollouts:
             run.status.counts.errored += 1
             await run.kept.finished(number)
             run.status.say(f"scenario {number} failed {attempts} times and is left out: {said}")
-        if self._failures_in_a_row >= limits.max_failures_in_a_row:
+        # Those that fail while the run ends have nothing to add.
+        if in_a_row == limits.max_failures_in_a_row:
             raise RolloutsKeepFailing(
-                f"{self._failures_in_a_row} rollouts in a row failed, so the run ends; the last one: {said}. What was"
+                f"{in_a_row} rollouts in a row failed, so the run ends; the last one: {said}. What was"
                 " finished before is kept: mend the rollout function or the endpoint, and run again."
             ) from error
 

@@ -152,13 +152,20 @@ async def test_a_failing_rollout_is_tried_again_then_left_out(model, simulated, 
     assert "errored=1 retried=3" in said
 
 
-async def test_rollouts_that_only_fail_end_the_run_in_words(model, simulated):
+@pytest.mark.parametrize("together", [False, True])
+async def test_rollouts_that_only_fail_end_the_run_in_words(model, simulated, together):
+    everybody = asyncio.Barrier(16)
+
     async def rollout(model, scenario, config):
+        if together:
+            await everybody.wait()
         raise OSError("no network")
 
     endless = ({"metadata": {"scenario_id": number}} for number in itertools.count())
     with pytest.raises(ExceptionGroup) as raised:
-        await PipelineTrainer(model, simulated, rollout, endless, max_failures_in_a_row=8).train()
+        await PipelineTrainer(
+            model, simulated, rollout, endless, max_failures_in_a_row=8, num_rollout_workers=16, max_batch_size=16
+        ).train()
     assert isinstance(error_of(raised), RolloutsKeepFailing)
     assert "no network" in str(error_of(raised))
 

@@ -134,8 +134,15 @@ class Client:
     def __init__(self, server: ArtServe, key: str) -> None:
         self._server = server
         self.key = key
+        # With fewer idle connections than threads, httpcore's pool may close one that a thread has just taken, and that
+        # thread's answer never comes.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"}, timeout=120, verify=server.verify, follow_redirects=False
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=120,
+            limits=limits,
+            verify=server.verify,
+            follow_redirects=False,
         )
 
     @property
