@@ -96,6 +96,18 @@ def art_model_registered(backend: Backend, model: PolicyModel) -> Announced:
 
 
 @hookspec
+def art_gradient_step(model: PolicyModel, step: int, done: int, total: int, metrics: dict[str, float]) -> Announced:
+    """The optimizer took one of its steps. Told as it happens, by backends that hear of it, before the checkpoint is
+    saved.
+
+    :param step: the step that would come out.
+    :param done: how many there were, from 1. It begins anew where a backend tries the step again.
+    :param total: how many there will be.
+    :param metrics: of this one, such as `loss/train`.
+    """
+
+
+@hookspec
 def art_after_train(backend: Backend, model: PolicyModel, result: TrainResult) -> Announced:
     """A training step worked, publication included. Exactly one of this and `art_train_failed` is called for a step."""
 

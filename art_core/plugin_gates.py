@@ -97,9 +97,7 @@ def registered_cards(hooks: pluggy.PluginManager, plugin: object) -> list[tuple[
                 if not isinstance(card, expected):
                     raise PluginError(f"its {hook} must give {expected.__name__} objects, not {type(card).__name__}")
                 if not all(card.factory.partition(":")):
-                    raise PluginError(
-                        f"the factory of {card.name!r} is {card.factory!r}; it must be 'module:attribute'"
-                    )
+                    raise PluginError(f"the factory of {card.name!r} is {card.factory!r}, not 'module:attribute'")
                 if (kind, card.name) in ((k, c.name) for k, c in cards):
                     raise PluginError(f"it provides the {kind} {card.name!r} twice")
                 cards.append((kind, card))

@@ -65,7 +65,7 @@ class StatusReporter:
         self._parts[part] = (what, time.monotonic())
 
     def progress(self) -> None:
-        """A rollout finished, or a step."""
+        """A rollout finished, or a step, or a part of one."""
         self._progress_at = time.monotonic()
         self._named_at = 0.0
 
@@ -104,8 +104,8 @@ class StatusReporter:
         ages = sorted((version, scenario) for scenario, version in self.flow.running.items())[:3]
         running = ", ".join(f"scenario {scenario} since step {version}" for version, scenario in ages)
         return (
-            f"[stall] for {now - self._progress_at:.0f} s no rollout has finished and no step was trained. The last"
-            f" thing each part did: {parts or 'nothing yet'}. {len(self.flow.running)} rollouts run"
+            f"[stall] for {now - self._progress_at:.0f} s no rollout has finished and the optimizer took no step."
+            f" The last thing each part did: {parts or 'nothing yet'}. {len(self.flow.running)} rollouts run"
             f"{f', the oldest: {running}' if running else ''}.{error} If an engine hangs, its log says so"
             " (`art ps` lists them); a rollout that may hang takes rollout_timeout_seconds."
         )

@@ -27,6 +27,7 @@ from .settings import Late, PipelineSettings, Update
 from .signals import on_signals
 from .status import Counts, StatusReporter
 from .step_leases import StepLeases
+from .step_progress import step_progress
 from .training import Training
 
 HOW_TO_GO_DEDICATED = (
@@ -186,7 +187,11 @@ class PipelineTrainer(Generic[ScenarioT]):
                 current.cancel()
 
         try:
-            with on_signals(finish_step, stop_now, enabled=handle_signals), fewer_collections():
+            with (
+                on_signals(finish_step, stop_now, enabled=handle_signals),
+                fewer_collections(),
+                step_progress(run.model, run.status),
+            ):
                 await self._all_parts(run)
         except asyncio.CancelledError:
             if forced:

@@ -158,7 +158,7 @@ BROKEN = [
         """,
         "its art_register_backends must give BackendSpec objects, not str",
     ),
-    (engine("acme", "acme.engine"), "the factory of 'acme' is 'acme.engine'; it must be 'module:attribute'"),
+    (engine("acme", "acme.engine"), "the factory of 'acme' is 'acme.engine', not 'module:attribute'"),
     (
         """
         from art_core import TrainingEngineSpec, hookimpl

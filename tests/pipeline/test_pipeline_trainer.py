@@ -18,7 +18,7 @@ from art.pipeline_trainer import (
 )
 from art.pipeline_trainer.kept_state import PipelineRunning
 from art.pipeline_trainer.rollouts import RolloutsKeepFailing
-from art_core import BackendCapability
+from art_core import BackendCapability, announce, installed_plugins
 from art_core.history import read_history
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.log")
@@ -346,10 +346,31 @@ async def test_a_stall_is_named_with_what_each_part_did(model, simulated, make_s
     trainer.request_stop()
     await running
     said = capsys.readouterr().err
-    assert "no rollout has finished and no step was trained" in said
+    assert "no rollout has finished and the optimizer took no step" in said
     assert "trainer: waiting for a batch" in said
     assert "scenario 0 since step 0" in said
     assert "[status] scenarios[trained=0" in said
+
+
+async def test_a_long_step_says_how_far_it_is(model, simulated, make_scenarios, capsys):
+    other = art.TrainableModel(name="another", project="task", base_model="some-base")
+    train = simulated.train
+
+    async def told(model, groups, **options):
+        for of, done in ((model, 3), (other, 4)):
+            how_far = {"step": 1, "done": done, "total": 5, "metrics": {"loss/train": 0.5}}
+            await announce(installed_plugins(), "art_gradient_step", model=of, **how_far)
+        async with asyncio.timeout(30):
+            while "[status]" not in (said := capsys.readouterr().err):
+                await asyncio.sleep(0.01)
+        assert "trainer: gradient step 3 of 5 of step 1" in said
+        return await train(model, groups, **options)
+
+    simulated.train = told
+    await PipelineTrainer(
+        model, simulated, quick, make_scenarios(4), max_batch_size=4, log_interval_seconds=0.05
+    ).train()
+    assert len(simulated.batches) == 1
 
 
 async def test_make_group_rollout_fn_keeps_what_an_attempt_raised(model):

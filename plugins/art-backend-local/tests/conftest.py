@@ -197,7 +197,7 @@ class Recorder:
     art_api = 1
 
     def __init__(self):
-        self.calls, self.refuse = [], ""
+        self.calls, self.refuse, self.gradient_steps = [], "", []
 
     def note(self, hook, what=None):
         self.calls.append((hook, what))
@@ -216,6 +216,11 @@ class Recorder:
     def art_checkpoint_saved(self, checkpoint):
         assert read_manifest(checkpoint.path).step == checkpoint.step
         self.note("saved", checkpoint.step)
+
+    @hookimpl
+    async def art_gradient_step(self, step, done, total, metrics):
+        await asyncio.sleep(0)
+        self.gradient_steps.append((step, done, total, metrics, [hook for hook, _ in self.calls]))
 
     @hookimpl
     def art_checkpoint_published(self, checkpoint, receipt):

@@ -47,6 +47,7 @@ async def test_a_step_is_trained_saved_verified_and_served(backend, policy, grou
     assert await backend.list_steps(policy) == [0, 1]
     hooks = ["before_train", "saved", "before_publish", "published", "after_train"]
     assert recorder.calls == [(hook, 1) for hook in hooks]
+    assert recorder.gradient_steps == [(1, 1, 1, {"loss/train": 0.5}, ["before_train"])]
     assert not list((checkpoints(backend).parent / "jobs").iterdir())
     assert json.loads((checkpoints(backend).parent / "model.json").read_text())["base_model"] == policy.base_model
 

@@ -13,7 +13,7 @@ import pytest
 import art
 from art.pipeline_trainer import PipelineTrainer, make_group_rollout_fn
 from art_backend_serverless import KeyMissing, ServerlessBackend, wire
-from art_core import BackendCapability, installed_plugins
+from art_core import BackendCapability, hookimpl, installed_plugins
 from art_core.errors import CheckpointInUse, CheckpointNotFound, ModelBusy, NotRegistered, UnsupportedCapability
 
 ARTIFACT = "wandb-artifact:///key-owner/my-project/agent-001"
@@ -70,6 +70,42 @@ async def test_a_step_is_a_job_followed_by_its_events(
     assert result.metrics["data/step_num_gradient_steps"] == 2
     assert await model.get_step() == 1
     assert model.get_inference_name() == f"{ARTIFACT}:step1"
+
+
+async def test_each_gradient_step_is_announced_as_the_service_tells_of_it(
+    cloud: Any, serverless: ServerlessBackend, model: Any, groups: Any
+) -> None:
+    heard: list[Any] = []
+
+    class Listener:
+        art_api = 1
+
+        @hookimpl
+        def art_gradient_step(self, model: Any, step: int, done: int, total: int, metrics: dict[str, float]) -> None:
+            heard.append((model.name, step, done, total, metrics))
+
+        @hookimpl
+        def art_checkpoint_saved(self) -> None:
+            heard.append("saved")
+
+    # A server of one's own counts, and may have tried the step before.
+    counted = {"gradient_step": 1, "num_gradient_steps": 2, "loss/train": 0.5}
+    again = {"gradient_step": 2, "num_gradient_steps": 2, "loss/train": 0.25}
+    cloud.scripts.append(
+        [
+            *(("gradient_step", data) for data in (counted, counted, again)),
+            ("training_ended", {"step": 1, "metrics": {"loss/train": 0.375}}),
+        ]
+    )
+    installed_plugins().register(Listener(), "listener")
+    try:
+        result = await serverless.train(model, groups)
+    finally:
+        installed_plugins().unregister("listener")
+    assert [each[:4] for each in heard[:-1]] == [(model.name, 1, done, 2) for done in (1, 1, 2)]
+    assert heard[-1] == "saved"
+    assert [each[4]["loss/train"] for each in heard[:-1]] == [0.5, 0.5, 0.25]
+    assert result.metrics["loss/train"] == 0.375
 
 
 async def test_events_are_read_page_by_page_until_the_last(

@@ -79,6 +79,15 @@ async def test_a_500_for_ever_ends_with_its_reason(cloud: Any, serverless: Any, 
     assert len(cloud.calls("GET", CHECKPOINTS)) == 5  # one when it was registered
 
 
+async def test_a_service_that_was_away_may_break_an_answer_when_it_is_back(
+    cloud: Any, serverless: Any, model: Any, groups: Any
+) -> None:
+    cloud.fails("GET", EVENTS, times=6, instead=status(cloud, 502))
+    cloud.fails("GET", EVENTS, after=lambda given: replace(given, body=given.body[:9]))
+    cloud.fails("GET", EVENTS, instead=status(cloud, 500))
+    assert (await serverless.train(model, groups)).step == 1
+
+
 @pytest.mark.parametrize(
     "fault",
     [

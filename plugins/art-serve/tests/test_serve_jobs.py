@@ -39,6 +39,16 @@ def test_a_job_tells_all_that_happens_to_it_and_makes_one_step(client: Any) -> N
     assert page["data"][0]["metrics"]["loss/train"] == 0.5
 
 
+def test_jobs_that_wait_are_told_each_place_that_they_come_to(server: Any, client: Any) -> None:
+    server.order(hold_train=True)
+    first = client.submit(client.model("first"))
+    client.until(lambda: client.json("GET", f"/preview/training-jobs/{first}")["phase"] == "training")
+    others = [client.submit(client.model(name)) for name in ("second", "third", "fourth")]
+    server.order()
+    for job, places in zip(others, ([1], [2, 1], [3, 2, 1]), strict=True):
+        assert [event["data"]["place"] for event in client.events(job) if event["type"] == "queued"] == places
+
+
 def test_the_same_request_under_the_same_key_makes_one_job(client: Any) -> None:
     model = client.model()
     first = client.submit(model, key="k", learning_rate=0.5)

@@ -94,16 +94,22 @@ def test_rewards_and_replies_each_make_a_step_that_is_asked_next(torch_client: A
         "id"
     ]
     events = list(torch_client.events(job))
-    assert events[-1] == {"id": events[-1]["id"], "type": "training_ended", "data": {"step": 1}}
-    assert events[-2]["data"]["data/step_num_gradient_steps"] >= 1
+    assert (events[-1]["type"], events[-1]["data"]["step"]) == ("training_ended", 1)
+    assert events[-1]["data"]["metrics"]["data/step_num_gradient_steps"] >= 1
     line = {"messages": [*MESSAGES, {"role": "assistant", "content": "It is so!"}]}
     data = "".join(json.dumps(line) + "\n" for _ in range(4)).encode()
     url = torch_client.json("POST", "/preview/uploads", content=data)["url"]
     wanted = {"model_id": model, "training_data_url": url, "config": {"batch_size": 2, "learning_rate": 1e-3}}
     job = torch_client.json("POST", "/preview/sft-training-jobs", json=wanted)["id"]
     ended = list(torch_client.events(job))
-    assert ended[-1]["data"] == {"step": 2}, ended
+    assert ended[-1]["data"]["step"] == 2, ended
     assert ended[-2]["data"]["data/step_num_gradient_steps"] == 2
+    taken = [event for event in ended if event["type"] == "gradient_step"]
+    assert [(step["data"]["gradient_step"], step["data"]["num_gradient_steps"]) for step in taken] == [(1, 2), (2, 2)]
+    phases = [event["data"].get("phase") for event in ended]
+    assert ended.index(taken[0]) < phases.index("saving"), "the first is told while the second goes on"
+    mean = sum(step["data"]["loss/train"] for step in taken) / 2
+    assert ended[-1]["data"]["metrics"]["loss/train"] == pytest.approx(mean, rel=0.2)
     answers = [
         asked.chat.completions.create(model=name, messages=MESSAGES, max_tokens=1).model
         for name in (NAME, f"{NAME}:step1")

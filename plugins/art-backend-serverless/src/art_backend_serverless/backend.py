@@ -439,11 +439,16 @@ class ServerlessBackend:
             def published(step: int) -> None:
                 self._latest[key] = step
 
+            async def gradient_step(done: int, total: int, metrics: dict[str, float]) -> None:
+                told: dict[str, Any] = {"model": model, "step": before + 1, "done": done, "total": total}
+                await announce(self._registry, "art_gradient_step", **told, metrics=metrics)
+
             step = RemoteStep(
                 self._service,
                 remote,
                 before=before,
                 submit=submit,
+                on_gradient_step=gradient_step,
                 on_published=published,
                 let_go=lambda: self._training.discard(key),
                 show=self._show,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from art_core.errors import ArtError, TrainingFailed
 
@@ -19,6 +19,7 @@ from .errors import JobStalled, ServiceRefused, without_key
 from .progress import JobProgress
 from .service import Connection, Service
 
+OnGradientStep: TypeAlias = Callable[[int, int, dict[str, float]], Awaitable[None]]
 NUM_GRADIENT_STEPS = "data/step_num_gradient_steps"
 _PAGE = 1000
 
@@ -31,14 +32,17 @@ class Outcome:
     step: int | None = None
 
 
-async def follow(service: Service, connection: Connection, job_id: str, progress: JobProgress) -> Outcome:
-    """Wait for the end of a job. Pauses between looks grow while nothing happens.
+async def follow(
+    service: Service, connection: Connection, job_id: str, progress: JobProgress, on_gradient_step: OnGradientStep
+) -> Outcome:
+    """Wait for the end of a job. Pauses between looks grow while nothing happens. `on_gradient_step` is told how many
+    the optimizer took, of how many as far as that is known, and the metrics of each.
 
     Raises TrainingFailed with the service's reason, JobStalled with what was last heard, ServiceUnreachable. Whatever
     ends the waiting, also a cancellation, names the job, which may still finish.
     """
     try:
-        return await _Following(service, connection, job_id, progress).to_the_end()
+        return await _Following(service, connection, job_id, progress, on_gradient_step).to_the_end()
     except TrainingFailed:
         raise
     except ArtError as error:
@@ -58,7 +62,15 @@ def _may_finish(job_id: str) -> str:
 
 
 class _Following:
-    def __init__(self, service: Service, connection: Connection, job_id: str, progress: JobProgress) -> None:
+    def __init__(
+        self,
+        service: Service,
+        connection: Connection,
+        job_id: str,
+        progress: JobProgress,
+        on_gradient_step: OnGradientStep,
+    ) -> None:
+        self._on_gradient_step = on_gradient_step
         self._service, self._connection, self._job_id, self._progress = service, connection, job_id, progress
         self._outcome = Outcome()
         self._seen: set[str] = set()
@@ -106,12 +118,12 @@ class _Following:
             self._seen.add(event.id)
             self._last = event
             self._heard_at = time.monotonic()
-            self._take(event.type, event.data)
+            await self._take(event.type, event.data)
             if self._ended:
                 break
         return bool(new)
 
-    def _take(self, kind: str, data: Mapping[str, Any]) -> None:
+    async def _take(self, kind: str, data: Mapping[str, Any]) -> None:
         progress = self._progress
         if kind == "queued":
             place = data.get("place")
@@ -122,9 +134,7 @@ class _Following:
         elif kind == "phase":
             progress.phase(str(data.get("phase")))
         elif kind == "gradient_step":
-            metrics = data.get("metrics")
-            self._gradient_steps.append(numbers(metrics if isinstance(metrics, Mapping) else data))
-            self._show_gradient_step(data)
+            await self._take_gradient_step(data)
         elif kind == "training_ended":
             self._outcome.step = _whole(data.get("step"))
             metrics = data.get("metrics")
@@ -137,10 +147,16 @@ class _Following:
                 " before it is still served."
             )
 
-    def _show_gradient_step(self, data: Mapping[str, Any]) -> None:
-        done, total = len(self._gradient_steps), _whole(data.get("num_gradient_steps")) or self._sequences
-        loss = self._gradient_steps[-1].get("loss/train", self._gradient_steps[-1].get("loss"))
-        self._progress.advance(done, max(done, total), "" if loss is None else f"loss {loss:.4g}")
+    async def _take_gradient_step(self, data: Mapping[str, Any]) -> None:
+        told = data.get("metrics")
+        metrics = numbers(told if isinstance(told, Mapping) else data)
+        self._gradient_steps.append(metrics)
+        # Counted by a server of one's own, which may have tried the step before; elsewhere here.
+        done = _whole(data.get("gradient_step")) or len(self._gradient_steps)
+        total = max(done, _whole(data.get("num_gradient_steps")) or self._sequences)
+        loss = metrics.get("loss/train", metrics.get("loss"))
+        self._progress.advance(done, total, "" if loss is None else f"loss {loss:.4g}")
+        await self._on_gradient_step(done, total, metrics)
 
     async def _stalled(self, silent_s: float) -> JobStalled:
         heard = "nothing at all"

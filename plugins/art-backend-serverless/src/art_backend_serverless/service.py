@@ -251,11 +251,16 @@ class Connection:
             )
             return await self._once(request, answer, doing=doing, repeat=repeat)
 
+        limited = 0
+
         def over(state: RetryCallState) -> bool:
+            nonlocal limited
             failed = _failed(state)
+            # A service that was away before isn't broken for that.
+            limited += failed.most is not None
             limit_s = patience.request_s if service.reached else patience.first_s
             passed_s = state.seconds_since_start or 0.0
-            return passed_s >= limit_s or (failed.most is not None and state.attempt_number >= failed.most)
+            return passed_s >= limit_s or (failed.most is not None and limited >= failed.most)
 
         def wait(state: RetryCallState) -> float:
             asked_s = _failed(state).after_s

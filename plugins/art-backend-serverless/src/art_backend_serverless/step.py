@@ -28,7 +28,7 @@ from . import wire
 from .bodies import Spooled, conversations, message_with_groups, spooled
 from .checkpoints import step_after
 from .errors import OutcomeUnknown
-from .jobs import follow, step_of
+from .jobs import OnGradientStep, follow, step_of
 from .progress import JobProgress
 from .service import Connection, Service
 
@@ -52,7 +52,9 @@ class RemoteModel:
 
 
 class RemoteStep:
-    """One step of one model. `submit` sends it and gives the job's id, `before` is the step that is the latest now."""
+    """One step of one model. `submit` sends it and gives the job's id, `before` is the step that is the latest now;
+    `on_gradient_step` is told of each that the service tells of.
+    """
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class RemoteStep:
         *,
         before: int,
         submit: Callable[[Connection, JobProgress], Awaitable[str]],
+        on_gradient_step: OnGradientStep,
         on_published: Callable[[int], None],
         let_go: Callable[[], None],
         show: bool,
@@ -69,6 +72,7 @@ class RemoteStep:
         self._model = model
         self._before = before
         self._submit = submit
+        self._on_gradient_step = on_gradient_step
         self._on_published = on_published
         self._let_go = let_go
         self._show = show
@@ -78,7 +82,7 @@ class RemoteStep:
         with JobProgress(f"train {self._model.key.name}", enabled=self._show) as progress:
             async with self._service.connected(progress.note) as connection:
                 job_id = await self._submit(connection, progress)
-                outcome = await follow(self._service, connection, job_id, progress)
+                outcome = await follow(self._service, connection, job_id, progress, self._on_gradient_step)
                 step = outcome.step
                 if step is None:
                     progress.phase("waiting for the checkpoint")

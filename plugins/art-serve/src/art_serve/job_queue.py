@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -18,6 +19,9 @@ from sqlalchemy import Connection, Engine, Row, func, insert, select, update
 
 from .database import JOBS, reading
 from .job_events import NewEvent, add_events
+
+# So many are told each place that they come to.
+_NEAR = 16
 
 
 class JobState(StrEnum):
@@ -104,6 +108,23 @@ def claim(engine: Engine, worker: str, *, lease_s: float, now: float | None = No
             .values(state=JobState.RUNNING, worker=worker, lease_until=now + lease_s, started_at=now)
         )
         return _job(_row(connection, chosen.id))
+
+
+def tell_places(engine: Engine) -> Sequence[str]:
+    """Tell jobs that wait where they are now, each of the first and now and then one further behind. Gives their
+    ids.
+    """
+    waiting = select(JOBS.c.id, JOBS.c.entity).where(JOBS.c.state == JobState.QUEUED).order_by(JOBS.c.number)
+    with engine.begin() as connection:
+        rows = connection.execute(waiting).all()
+        counts, own, told = Counter(row.entity for row in rows), Counter[str](), []
+        for row in rows:
+            own[row.entity] += 1
+            place = own[row.entity] + _before(own[row.entity], (n for who, n in counts.items() if who != row.entity))
+            if place <= _NEAR or not place % _NEAR:
+                add_events(connection, row.id, [("queued", {"place": place})])
+                told.append(row.id)
+        return told
 
 
 def heartbeat(engine: Engine, job_id: str, worker: str, *, lease_s: float, now: float | None = None) -> None:
@@ -209,7 +230,12 @@ def _place(connection: Connection, row: Row[Any]) -> int:
     others = (
         select(func.count()).where(JOBS.c.state == JobState.QUEUED, JOBS.c.entity != row.entity).group_by(JOBS.c.entity)
     )
-    return own + sum(min(own, int(n)) for n in connection.execute(others).scalars())
+    return own + _before(own, connection.execute(others).scalars())
+
+
+def _before(own: int, others: Iterable[int]) -> int:
+    """How many jobs of other entities, of which each has so many, come before the own one of this number."""
+    return sum(min(own, number) for number in others)
 
 
 def _next_in_turn(connection: Connection) -> Row[Any] | None:

@@ -24,11 +24,11 @@ from .job_queue import release_leases, unfinished_payloads
 from .kept_files import KeptFiles
 from .large_bodies import LargeBodies
 from .news import News
-from .phases import PhaseHooks
 from .request_bodies import BodyLimits
+from .step_hooks import StepHooks
 from .training_worker import TrainingWorker
 
-_PHASES = "art-serve-phases"
+_STEP_HOOKS = "art-serve-step-hooks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ async def open_service(
             files=files,
             news=news,
         )
-        registry.register(PhaseHooks(worker), _PHASES)
+        registry.register(StepHooks(worker), _STEP_HOOKS)
         try:
             yield Service(
                 transactions=transactions,
@@ -112,7 +112,7 @@ async def open_service(
                 limits=limits,
             )
         finally:
-            registry.unregister(_PHASES)
+            registry.unregister(_STEP_HOOKS)
             await hosted.close()
 
 

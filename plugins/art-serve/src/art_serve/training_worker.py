@@ -28,7 +28,7 @@ from .hosted_backend import HostedBackend, ServedPolicy
 from .in_threads import Transactions
 from .job_events import NewEvent, tell
 from .job_payload import JobPayload, read_conversations, read_groups, train_options
-from .job_queue import Job, LeaseLost, claim, finish, fix_step, heartbeat
+from .job_queue import Job, LeaseLost, claim, finish, fix_step, heartbeat, tell_places
 from .kept_files import KeptFiles
 from .model_records import ModelRecord, checkpoint_metrics, keep_checkpoint
 from .news import News
@@ -67,6 +67,7 @@ class TrainingWorker:
         self.phase: str | None = None
         self.at_work = False
         self._untold: list[NewEvent] = []
+        self._last_gradient_step: dict[str, float | None] = {}
         self._telling: asyncio.Task[None] | None = None
 
     def wake(self) -> None:
@@ -91,18 +92,36 @@ class TrainingWorker:
                 except TimeoutError:
                     continue
             else:
+                for waiting in await self._persist(tell_places):
+                    self._news.told(waiting)
                 await self._take(job)
 
     async def enter(self, phase: str, model: Any) -> None:
         """The step of a model is in this phase now; of another than the running job's nothing is told. The step doesn't
         wait for the database.
         """
+        if (job := self._job_of(model)) is not None:
+            self.phase = phase
+            self._soon_tell(job, ("phase", {"phase": phase}))
+
+    async def advance(self, model: Any, done: int, total: int, metrics: dict[str, float]) -> None:
+        """The optimizer has taken so many of its steps. The last of them is told when the job has ended, with what is
+        known of the step only then: the published client knows no other place for it.
+        """
+        if (job := self._job_of(model)) is None:
+            return
+        counted = {"gradient_step": done, "num_gradient_steps": total}
+        self._last_gradient_step = {**_numbers(finite(metrics)), **counted}
+        if done < total:
+            self._soon_tell(job, ("gradient_step", self._last_gradient_step))
+
+    def _job_of(self, model: Any) -> Job | None:
         job = self.running
         record = None if job is None else self._catalogue.known(job.model_id)
-        if job is None or record is None or model is not self._backend.policy(record):
-            return
-        self.phase = phase
-        self._untold.append(("phase", {"phase": phase}))
+        return None if record is None or model is not self._backend.policy(record) else job
+
+    def _soon_tell(self, job: Job, event: NewEvent) -> None:
+        self._untold.append(event)
         if self._telling is None or self._telling.done():
             self._telling = asyncio.create_task(self._tell(job), name=f"tell of {job.id}")
 
@@ -114,7 +133,7 @@ class TrainingWorker:
             self._news.told(job.id)
 
     async def _take(self, job: Job) -> None:
-        self.running, self.phase = job, None
+        self.running, self.phase, self._last_gradient_step = job, None, {}
         _log.info("job begins", extra={"job": job.id, "model": job.model_id})
         work = asyncio.create_task(self._work(job), name=f"train {job.id}")
         beat = asyncio.create_task(self._keep_lease(job), name=f"hold {job.id}")
@@ -155,9 +174,8 @@ class TrainingWorker:
             return
         await self._persist(keep_checkpoint, record.id, step, result)
         self._catalogue.published(record, step)
-        # The published client makes a number of everything that the event holds.
-        told = {name: value for name, value in result.items() if value is not None}
-        events: list[NewEvent] = [("gradient_step", told), ("training_ended", {"step": step})]
+        told = {**_numbers(result), **self._last_gradient_step}
+        events: list[NewEvent] = [("gradient_step", told), ("training_ended", {"step": step, "metrics": result})]
         await self._end(job, error=None, events=events)
 
     async def _train(self, job: Job, record: ModelRecord) -> tuple[dict[str, float | None], int]:
@@ -234,6 +252,11 @@ class TrainingWorker:
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Metrics as JSON has them: what is not finite becomes null."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Those that are some: the published client makes a number of everything that an event of it holds."""
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def _own_metrics(folder: Path) -> dict[str, float | None]:

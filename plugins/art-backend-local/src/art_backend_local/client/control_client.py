@@ -27,7 +27,7 @@ from art_runtime import Child
 from ..wire.errors import error_from_json, unreachable
 from ..wire.host_files import HostRecord
 from ..wire.messages import PREFIX
-from ..wire.told_work import followed
+from ..wire.told_work import OnEvent, followed
 from .backend_path import check_tellable
 from .host_start import find_host, start_host
 
@@ -86,7 +86,7 @@ class ControlClient:
             raise error_from_json(answer["error"])
         return answer
 
-    async def follow(self, name: str, request: BaseModel, on_event: Callable[[JSON], None]) -> JSON:
+    async def follow(self, name: str, request: BaseModel, on_event: OnEvent) -> JSON:
         """Start work in the host and follow it to its end; cancelling this cancels the work. Gives its result.
 
         Raises the host's error as the type that it was, BackendUnreachable when the host is gone or silent.

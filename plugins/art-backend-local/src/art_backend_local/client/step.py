@@ -5,6 +5,7 @@ The client names the step's hold, so that it lets go also of one of which it nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class HostStep:
         self._own_steps: list[int] = []
         self._removed: list[int] = []
         self._keep = keep
+        self._step = -1
         self._discard = self._over = False
 
     async def begin(self) -> int:
@@ -85,7 +87,8 @@ class HostStep:
             await publish_saved(self._registry, self._model, self._folder.checkpoint(pending), _Pending(self))
             answer = await self._client.call("begin", BeginRequest(**self._held))
         self._own_steps = list(answer["steps"])
-        return int(answer["step"])
+        self._step = int(answer["step"])
+        return self._step
 
     async def train_and_save(self) -> SavedStep[LocalTrainResult]:
         """The host trains, and tells how far it is."""
@@ -97,12 +100,24 @@ class HostStep:
                 **self._held, groups_file=file, options=options, reference=reference, supervised=self._supervised
             )
             with TrainingBar(f"train {self._model.name}", enabled=self._show) as bar:
-                saved = await self._client.follow("train", request, bar.show)
+
+                async def heard(event: JSON) -> None:
+                    bar.show(event)
+                    if event["event"] == "gradient_step":
+                        await self._tell_gradient_step(event)
+
+                saved = await self._client.follow("train", request, heard)
         self._discard = False
         checkpoint = CheckpointRef(self._folder.key, int(saved["step"]), Path(saved["path"]))
         kept_as = str(checkpoint.path) if self._keep else None
         result = LocalTrainResult(step=checkpoint.step, metrics=saved["metrics"], checkpoint_path=kept_as)
         return SavedStep(checkpoint, result)
+
+    async def _tell_gradient_step(self, event: JSON) -> None:
+        # What isn't finite comes as null.
+        metrics = {name: math.nan if value is None else value for name, value in event["metrics"].items()}
+        told = {"model": self._model, "step": self._step, "done": event["index"] + 1, "total": event["total"]}
+        await announce(self._registry, "art_gradient_step", **told, metrics=metrics)
 
     async def publish(self, checkpoint: CheckpointRef) -> PublicationReceipt:
         """The host checks, loads, verifies and routes."""

@@ -18,6 +18,7 @@ from .errors import error_from_json, error_to_json
 
 JSON = dict[str, Any]
 Emit = Callable[[JSON], None]
+OnEvent = Callable[[JSON], Awaitable[None] | None]
 _log = logging.getLogger(__name__)
 
 
@@ -35,8 +36,9 @@ def told(work: Callable[[Emit], Awaitable[Any]]) -> EventStream:
     return EventStream(tell)
 
 
-async def followed(pieces: AsyncIterator[bytes], on_event: Callable[[JSON], None]) -> JSON | None:
-    """The result of work that is told in these pieces, None when they end before it does.
+async def followed(pieces: AsyncIterator[bytes], on_event: OnEvent) -> JSON | None:
+    """The result of work that is told in these pieces, None when they end before it does. What `on_event` gives is
+    awaited before the next event is read.
 
     Raises its error as the type that it was.
     """
@@ -46,5 +48,6 @@ async def followed(pieces: AsyncIterator[bytes], on_event: Callable[[JSON], None
             raise error_from_json(event["error"])
         if event["event"] == "done":
             return event["result"] or {}
-        on_event(event)
+        if (outcome := on_event(event)) is not None:
+            await outcome
     return None
