@@ -22,10 +22,11 @@ IN_TWO := -n 2 --dist loadgroup
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 # Engines in environments of their own; their tests fail without.
 TESTED_ENGINES := vllm sglang torchtune unsloth
+APT_GET := DEBIAN_FRONTEND=noninteractive apt-get --yes --quiet --no-install-recommends
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines demo test test-without-engines test-all test-fast test-openai2 lint format names wheels conformance benchmarks gpu-check clean
+.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 lint format names wheels conformance benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,13 +53,22 @@ demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU
 engines: $(READY)  ## Make the environments of vLLM, SGLang, torchtune and Unsloth that the tests run in, where they aren't there yet
 	@for engine in $(TESTED_ENGINES); do $(BIN)/art engines install $$engine --flavour cpu; done
 
+# PostgreSQL for the tests of `art serve`, where it may be installed; elsewhere they are skipped and say so.
+postgresql:
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	    || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	         && echo "Installing PostgreSQL, which the tests of art serve start for themselves ..." \
+	         && { $(APT_GET) install postgresql >/dev/null 2>&1 \
+	              || { $(APT_GET) update >/dev/null 2>&1 && $(APT_GET) install postgresql >/dev/null 2>&1; }; }; } \
+	    || echo "There is no PostgreSQL here; the tests that need one are skipped. On Debian: apt-get install postgresql"
+
 # What needs no engine is tested while the engines' environments are made.
 test: $(READY) $(OPENAI2_READY)  ## The tests, on real weights and real servers, vLLM, SGLang, torchtune and Unsloth among them
 ifeq ($(ARGS),)
-	@$(MAKE) --no-print-directory --jobs=2 engines test-without-engines
+	@$(MAKE) --no-print-directory --jobs=2 engines postgresql test-without-engines
 	@$(PYTEST) -m "slow and not exhaustive"
 else
-	@$(MAKE) --no-print-directory lint engines test-openai2
+	@$(MAKE) --no-print-directory lint engines postgresql test-openai2
 	@$(PYTEST) -m "not exhaustive" $(ARGS)
 endif
 
@@ -67,7 +77,7 @@ test-without-engines: $(READY) $(OPENAI2_READY)
 	@$(MAKE) --no-print-directory test-openai2
 	@$(MAKE) --no-print-directory test-fast
 
-test-all: $(READY) $(OPENAI2_READY) lint engines  ## And every broken implementation against live checks: over an hour
+test-all: $(READY) $(OPENAI2_READY) lint engines postgresql  ## And every broken implementation against live checks: over an hour
 	@$(MAKE) --no-print-directory test-openai2
 	@$(PYTEST) $(ARGS)
 

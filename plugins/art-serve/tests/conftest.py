@@ -260,12 +260,21 @@ def own_server(tmp_path: Path, own_tiny_model: Path) -> Iterator[Callable[..., A
 
 
 @pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """The address of a PostgreSQL that the tests start; they are skipped where none is installed."""
+def postgresql() -> Iterator[Any]:
+    """A PostgreSQL that the tests start; they are skipped where none is installed."""
     if why := real_postgresql.missing():
         pytest.skip(why)
-    with real_postgresql.postgresql() as address:
-        yield address
+    with real_postgresql.postgresql() as running:
+        yield running
+
+
+@pytest.fixture
+def own_postgresql() -> Iterator[Any]:
+    """A PostgreSQL of the test's own, which it may stop and start."""
+    if why := real_postgresql.missing():
+        pytest.skip(why)
+    with real_postgresql.postgresql() as running:
+        yield running
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
@@ -273,10 +282,10 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where an empty database is: a file, and a real PostgreSQL."""
     if request.param == "sqlite":
         return str(tmp_path / "state.sqlite")
-    return real_postgresql.new_database(request.getfixturevalue("postgresql"))
+    return str(request.getfixturevalue("postgresql").new_database())
 
 
 @pytest.fixture
-def postgresql_url(postgresql: str) -> str:
+def postgresql_url(postgresql: Any) -> str:
     """The URL of an empty database."""
-    return str(real_postgresql.new_database(postgresql))
+    return str(postgresql.new_database())

@@ -6,6 +6,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -39,58 +41,82 @@ def _user() -> str | None:
     return next((name for name in ("postgres", "nobody") if name in there), None)
 
 
-@contextmanager
-def postgresql() -> Iterator[str]:
-    """Gives the address of the server, with a password in it, up to the name of a database."""
-    folder = Path(tempfile.mkdtemp(prefix="art-postgresql-"))
-    who = {"user": _user(), "group": pwd.getpwnam(_user() or "nobody").pw_gid} if os.geteuid() == 0 else {}
-    if who:
-        shutil.chown(folder, _user())
-    password = secrets.token_hex(16)
-    (folder / "password").write_text(password)
-    (folder / "password").chmod(0o644)
-    programs = binaries()
-    assert programs is not None
-    made = subprocess.run(
-        [
-            *(programs / "initdb", "--pgdata", folder / "data", "--username", "art", "--auth", "scram-sha-256"),
-            *("--pwfile", folder / "password", "--no-sync"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **who,
-    )
-    assert made.returncode == 0, made.stderr
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "fsync": "off"}
-    settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            [programs / "postgres", "-D", folder / "data", *settings], stdout=log, stderr=log, **who
+class PostgreSQL:
+    """A server in a folder of its own; `address` has a password in it and goes up to the name of a database."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._who: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            user = _user()
+            assert user is not None
+            self._who = {"user": user, "group": pwd.getpwnam(user).pw_gid}
+            shutil.chown(folder, user)
+        programs = binaries()
+        assert programs is not None
+        self._programs = programs
+        password = secrets.token_hex(16)
+        (folder / "password").write_text(password)
+        (folder / "password").chmod(0o644)
+        made = subprocess.run(
+            [
+                *(programs / "initdb", "--pgdata", folder / "data", "--username", "art", "--auth", "scram-sha-256"),
+                *("--pwfile", folder / "password", "--no-sync"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            **self._who,
         )
-    try:
-        address = f"postgresql://art:{password}@127.0.0.1:{port}"
+        assert made.returncode == 0, made.stderr
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.address = f"postgresql://art:{password}@127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = {"listen_addresses": "127.0.0.1", "port": self._port, "unix_socket_directories": "", "fsync": "off"}
+        settings = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
+        with (self._folder / "log").open("w") as log:
+            command = [self._programs / "postgres", "-D", self._folder / "data", *settings]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, **self._who)
         deadline = time.monotonic() + 60
         while True:
             try:
-                psycopg.connect(f"{address}/postgres", connect_timeout=2).close()
-                break
+                psycopg.connect(f"{self.address}/postgres", connect_timeout=2).close()
+                return
             except psycopg.OperationalError:
-                assert server.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
+                said = (self._folder / "log").read_text()
+                assert self._process.poll() is None, said
+                assert time.monotonic() < deadline, said
                 time.sleep(0.05)
-        yield address
+
+    def new_database(self) -> str:
+        """A database that is empty; gives its URL."""
+        name = f"art_{uuid4().hex}"
+        with psycopg.connect(f"{self.address}/postgres", autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')
+        return f"{self.address}/{name}"
+
+    def stop(self) -> None:
+        """End it, and every connection to it."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+@contextmanager
+def postgresql() -> Iterator[PostgreSQL]:
+    """A server that runs."""
+    folder = Path(tempfile.mkdtemp(prefix="art-postgresql-"))
+    try:
+        server = PostgreSQL(folder)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
     finally:
-        server.terminate()
-        server.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def new_database(address: str) -> str:
-    """A database that is empty; gives its URL."""
-    name = f"art_{uuid4().hex}"
-    with psycopg.connect(f"{address}/postgres", autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')
-    return f"{address}/{name}"

@@ -1,12 +1,14 @@
-"""A disk that is full and a database that is locked, under a running server: said in words, and nothing is lost."""
+"""A disk that is full, a database that is locked or gone, under a running server: said in words, nothing is lost."""
 
 from __future__ import annotations
 
 import resource
 import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +81,36 @@ def test_a_database_that_is_locked_for_a_while_loses_nothing(server: Any, client
         jobs = [running, waiting.result()]
     assert [client.ended(job)["data"]["step"] for job in jobs] == [1, 2]
     assert server.trained(name) == [1, 2]
+
+
+@pytest.mark.parametrize("away_s", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_a_database_that_is_gone_for_a_while_loses_nothing(
+    serving: Any, own_postgresql: Any, own_tiny_model: Any, tmp_path: Path, away_s: float
+) -> None:
+    with serving(tmp_path / "own", own_tiny_model, database=own_postgresql.new_database()) as server:
+        client = server.client(server.key("acme"))
+        model = client.model()
+        server.order(hold_train=True)
+        running = client.submit(model)
+        client.until(lambda: server.trained("m"))
+        own_postgresql.stop()
+        server.order()
+        client.until(lambda: _served(server, "m") == 1)
+        refused = client.ask("POST", "/preview/models", json={"project": "p", "name": "n", "base_model": "tiny"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "database_unavailable")
+        assert int(refused.headers["Retry-After"]) > 0
+        time.sleep(away_s)
+        own_postgresql.start()
+        jobs = [running, client.until(lambda: _submitted(client, model))]
+        assert [client.ended(job)["data"]["step"] for job in jobs] == [1, 2]
+        assert server.trained("m") == [1, 2]
+        assert client.steps(model) == [0, 1, 2]
+
+
+def _submitted(client: Any, model: str) -> str | None:
+    answer = client.ask("POST", "/preview/training-jobs", json={"model_id": model, "trajectory_groups": []})
+    assert answer.status_code in (200, 503), answer.text
+    return answer.json()["id"] if answer.is_success else None
 
 
 def _served(server: Any, name: str) -> int:
