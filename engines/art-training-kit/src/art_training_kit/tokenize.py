@@ -30,6 +30,7 @@ from art_engine_kit.group_records import (
     logprobs_of,
     samples_of,
 )
+from art_engine_kit.split_histories import SEVERAL_TURNS, SPLIT
 
 from .advantages import differ, group_advantages
 from .chat_template import ChatTemplate
@@ -58,7 +59,7 @@ def tokenize_groups(
     trained_tokens: list[int] = []
     lengths: list[int] = []
     problems: list[str] = []
-    submitted = unequal = zero = no_choice = too_long = exceptions = total = 0
+    submitted = unequal = zero = no_choice = too_long = exceptions = total = several_turns = split = 0
     for g, group in enumerate(groups):
         submitted += 1
         exceptions += group.exceptions
@@ -91,6 +92,9 @@ def tokenize_groups(
                 problems.append(str(error))
                 continue
             rows.extend(made)
+            turns = _turns_of_each_row(sampled)
+            several_turns += sum(sum(of_rows) > 1 for of_rows in turns)
+            split += sum(len(of_rows) > 1 for of_rows in turns)
             advantages.append(advantage)
             trained_tokens.append(sum(len(row.trained) for row in made))
     refuse(problems)
@@ -103,6 +107,8 @@ def tokenize_groups(
         "data/step_num_trajectories_zero_advantage": float(zero),
         "data/step_num_trajectories_without_choice": float(no_choice),
         "data/step_num_trajectories_too_long": float(too_long),
+        SEVERAL_TURNS: float(several_turns),
+        SPLIT: float(split),
     }
     return TokenizedStep(rows, np.array(advantages), np.array(trained_tokens, dtype=np.int64), metrics, lengths)
 
@@ -125,6 +131,14 @@ def _sampled_rows(
             _refuse_unread(choice, name, template)
         for row in history.rows if template is None else _rows_by_template(history, name, template):
             yield name, row
+
+
+def _turns_of_each_row(sampled: Iterable[tuple[str, SampledRow]]) -> list[list[int]]:
+    """For each history, by its name, how many sampled turns each of its rows has."""
+    turns: dict[str, list[int]] = {}
+    for name, row in sampled:
+        turns.setdefault(name, []).append(len(row.spans))
+    return list(turns.values())
 
 
 def _refuse_unread(choice: UnreadChoice, name: str, template: ChatTemplate | None) -> None:

@@ -33,7 +33,6 @@ from art_core import (
 )
 from art_core.cancellation import to_the_end
 from art_core.errors import BackendUnreachable, CheckpointNotFound, NotRegistered, PluginError
-from art_engine_kit.mismatch import far_off
 from art_engine_kit.model_folder import ModelFolder
 from art_engine_kit.sequence_limit import SequenceLimit, check_lengths, known_lengths
 from art_engine_kit.sft_options import SftOptions
@@ -51,6 +50,7 @@ from .engine_choice import EngineChoice, choose_engines
 from .registration import EnginePythons, registration_request
 from .server_choice import choose_servers
 from .step import HostStep, tell_deleted
+from .step_warnings import StepWarnings
 from .waiting import Waiting
 
 DEFAULT_IDLE_TIMEOUT_S = 1800.0
@@ -135,6 +135,7 @@ class LocalBackend:
         )
         self._registered: dict[ModelKey, int] = {}
         self._choice: EngineChoice | None = None
+        self._warnings = StepWarnings()
         self._has_gpu = bool(accelerators())
         self._capabilities = self._declare(ModelSettings())
 
@@ -247,14 +248,13 @@ class LocalBackend:
         options = TrainOptions.of({**given, **unknown}, where="LocalBackend.train")
         groups = list(trajectory_groups)
         check_groups(groups)
-        self._require_registered(model)
+        key = self._require_registered(model)
         longest = read_settings(model.internal_config).adapter.max_seq_length
         limit = SequenceLimit.of(options.packed_sequence_length, longest)
         if left_out := check_lengths(known_lengths(groups) or [], limit):
             warnings.warn(left_out, RuntimeWarning, stacklevel=2)
         result = await self._run(model, groups, options=options, keep=options.save_checkpoint)
-        if said := far_off(result.metrics):
-            warnings.warn(f"step {result.step} of {model.name!r}: {said}", RuntimeWarning, stacklevel=2)
+        self._warnings.tell(key, result)
         return result
 
     async def train_sft(
