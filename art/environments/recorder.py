@@ -22,6 +22,7 @@ from .conversations import Exchange
 SESSION_HEADER = "X-Session-ID"
 KEY_HEADER = "X-ART-Recorder-Key"
 _LARGEST_BODY = 256 * 2**20
+_WAITING = 4096
 _OF_TRAINING = ("token_ids", "prompt_token_ids", "policy_version")
 
 
@@ -41,10 +42,9 @@ class CompletionRecorder:
         app.router.add_get("/{client}/v1/models", self._models)
         app.router.add_route("*", "/{path:.*}", _not_spoken)
         # Who goes away while a model answers leaves no request behind.
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0, shutdown_timeout=5.0)
-        await site.start()
+        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=_WAITING).start()
         host, port = self._runner.addresses[0][:2]
         self._address = f"http://{host}:{port}"
         return self

@@ -15,7 +15,7 @@ import pytest
 
 import art
 from art_backend_local.wire.host_files import read_host
-from art_core import Trajectory, TrajectoryGroup
+from art_core import History, Trajectory, TrajectoryGroup
 from art_core.errors import CheckpointNotFound, TrainingFailed
 from art_tracker_files import read_trajectories
 
@@ -456,3 +456,65 @@ async def test_rollouts_of_another_policy_are_told_of_and_trained(torch_backend,
     with pytest.warns(RuntimeWarning, match=r"step 2 of 'm': .* off by 1\.00 nats .* 100% of the tokens"):
         result = await torch_backend.train(policy, groups, learning_rate=0.0)
     assert result.step == 2
+
+
+SHORTENS_THE_PAST = (
+    "{% for m in messages %}{{ m['role'][0] }}:"
+    "{{ m['content'][:3] if m['role'] == 'assistant' else m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+# Ids that are no character would be lost on the way into the next prompt.
+ONLY_CHARACTERS = {str(token): -100 for token in (0, 1, 2, *range(98, 128))}
+
+
+async def agent_of_two(client, seed):
+    """Three turns, each cut after six tokens, and a sub-agent beside them."""
+    conversations = [Trajectory(messages_and_choices=list(MESSAGES)), History(messages_and_choices=list(MESSAGES))]
+    for conversation in conversations:
+        for turn in range(3):
+            answer = await client.chat.completions.create(
+                model="m",
+                messages=conversation.messages(),
+                max_tokens=6,
+                seed=10 * seed + turn,
+                logit_bias=ONLY_CHARACTERS,
+            )
+            conversation.messages_and_choices += [answer.choices[0], {"role": "user", "content": "go on"}]
+    trajectory, beside = conversations
+    trajectory.additional_histories.append(beside)
+    trajectory.reward = float(seed)
+    return trajectory
+
+
+def in_one_row(history):
+    asked = [choice.prompt_token_ids for choice in history.choices()]
+    whole = [choice.prompt_token_ids + choice.token_ids for choice in history.choices()]
+    return all(after[: len(before)] == before for before, after in zip(whole, asked[1:], strict=False))
+
+
+@pytest.mark.parametrize("template", [None, SHORTENS_THE_PAST], ids=["keeps the past", "shortens it"])
+async def test_agents_whose_turns_are_cut_are_trained_on_as_they_were_sampled(
+    torch_backend, make_policy, client, template
+):
+    policy = make_policy(fp32=True)
+    if template is not None:
+        policy.internal_config["chat_template"] = template
+    asked = client(await torch_backend.register(policy))
+    groups = [TrajectoryGroup(await asyncio.gather(*(agent_of_two(asked, seed) for seed in range(4))))]
+    histories = [history for trajectory in groups[0] for history in trajectory.histories()]
+    split = sum(not in_one_row(history) for history in histories)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        results = [await torch_backend.train(policy, groups, learning_rate=0.0) for _ in range(2)]
+    for result in results:
+        assert result.metrics["data/step_num_histories_several_turns"] == 8
+        assert result.metrics["data/step_num_histories_split"] == split
+        sampled = [choice.token_ids for history in histories for choice in history.choices()]
+        assert result.metrics["data/step_trained_tokens"] == sum(map(len, sampled))
+        # The trainer finds for every token, in whatever row, the logprob that it was sampled with.
+        assert result.metrics["loss/mismatch_mean"] < 1e-3
+        assert result.metrics["loss/mismatch_outside"] == 0.0
+    told = [str(warning.message) for warning in heard if "conversations of several turns" in str(warning.message)]
+    assert (split, len(told)) == ((0, 0) if template is None else (8, 1)), "told once for a model"
