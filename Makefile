@@ -14,6 +14,12 @@ EDITABLE := $(addprefix -e ,$(addprefix ./,$(DISTRIBUTIONS)))
 READY := $(VENV)/.ready
 OPENAI2_VENV := .venv-openai2
 OPENAI2_READY := $(OPENAI2_VENV)/.ready
+VERIFIERS_VENV := .venv-verifiers
+VERIFIERS_READY := $(VERIFIERS_VENV)/.ready
+# The rest of constraints.txt holds there too; verifiers has an openai of its own.
+VERIFIERS_CONSTRAINTS := $(VERIFIERS_VENV)/constraints.txt
+VERIFIERS_NEEDS := '.[verifiers]' engines/art-engine-kit engines/art-training-kit engines/art-engine-torch plugins/art-runtime \
+    plugins/art-gateway plugins/art-tracker-files plugins/art-backend-local conformance_tests
 # uv, looking where pip looks; needs nothing of ours installed.
 INSTALL := plugins/art-runtime/src/art_runtime/environments/indexes.py
 PYTEST := $(BIN)/python -m pytest
@@ -26,7 +32,7 @@ APT_GET := DEBIAN_FRONTEND=noninteractive apt-get --yes --quiet --no-install-rec
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 lint format names wheels conformance benchmarks gpu-check clean
+.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 test-verifiers lint format names wheels conformance benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,9 +72,11 @@ postgresql:
 test: $(READY) $(OPENAI2_READY)  ## The tests, on real weights and real servers, vLLM, SGLang, torchtune and Unsloth among them
 ifeq ($(ARGS),)
 	@$(MAKE) --no-print-directory --jobs=2 engines postgresql test-without-engines
+	@$(MAKE) --no-print-directory test-verifiers
 	@$(PYTEST) -m "slow and not exhaustive"
 else
 	@$(MAKE) --no-print-directory lint engines postgresql test-openai2
+	@$(MAKE) --no-print-directory test-verifiers ARGS=
 	@$(PYTEST) -m "not exhaustive" $(ARGS)
 endif
 
@@ -79,6 +87,7 @@ test-without-engines: $(READY) $(OPENAI2_READY)
 
 test-all: $(READY) $(OPENAI2_READY) lint engines postgresql  ## And every broken implementation against live checks: over an hour
 	@$(MAKE) --no-print-directory test-openai2
+	@$(MAKE) --no-print-directory test-verifiers ARGS=
 	@$(PYTEST) $(ARGS)
 
 test-fast: $(READY)  ## The tests that need no weights and no servers, in less than three minutes
@@ -93,6 +102,18 @@ $(OPENAI2_READY): pyproject.toml
 
 test-openai2: $(OPENAI2_READY)  ## The client's tests again, with openai 2.x
 	@$(OPENAI2_VENV)/bin/python -m pytest -q tests/client
+
+$(VERIFIERS_READY): $(READY) pyproject.toml constraints.txt
+	@test -x $(VERIFIERS_VENV)/bin/python || $(PYTHON) -P -m venv $(VERIFIERS_VENV)
+	@echo "Installing ART with verifiers into $(VERIFIERS_VENV) ..."
+	@grep -v '^openai==' constraints.txt > $(VERIFIERS_CONSTRAINTS)
+	@$(VERIFIERS_VENV)/bin/python -P -m pip install --quiet --constraint $(VERIFIERS_CONSTRAINTS) uv
+	@$(VERIFIERS_VENV)/bin/python -P $(INSTALL) --quiet --constraint $(VERIFIERS_CONSTRAINTS) $(addprefix -e ,$(VERIFIERS_NEEDS)) \
+	    matplotlib pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis
+	@touch $(VERIFIERS_READY)
+
+test-verifiers: $(VERIFIERS_READY)  ## Environments of verifiers, in an environment that has it
+	@$(VERIFIERS_VENV)/bin/python -m pytest -q tests/environments $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff format --check --quiet . || { echo "Some files are not formatted. Run: make format" >&2; exit 1; }
@@ -121,4 +142,4 @@ gpu-check: $(READY)  ## On a CUDA machine: everything that needs a GPU, with wha
 	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:  ## Remove environments and build products (not runs, not caches outside the checkout)
-	rm -rf $(VENV) $(OPENAI2_VENV) dist build
+	rm -rf $(VENV) $(OPENAI2_VENV) $(VERIFIERS_VENV) dist build

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from openai.types.chat.chat_completion import Choice
+from typing import TYPE_CHECKING, Any
 
 from art_core import History
 from art_core.trajectories import message_of
+
+if TYPE_CHECKING:
+    from openai.types.chat.chat_completion import Choice
 
 
 @dataclass(frozen=True)

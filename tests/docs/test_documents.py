@@ -2,7 +2,8 @@
 somewhere.
 
 A block ```` ```python ```` runs in the fast test; one marked `backend` needs real weights and runs in the slow one,
-together with its page's others; one marked `file=...` is a file of a project, which other tests install and check.
+together with its page's others; one marked `file=...` is a file of a project, which other tests install and check; one
+marked `verifiers` needs that package and runs in the environment that has it (`make test-verifiers`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 def runnable(page: Path, *, with_backend: bool) -> list[Block]:
     python = [block for block in blocks_of(page) if block.language == "python" and block.file is None]
-    return [block for block in python if with_backend or "backend" not in block.marks]
+    here = [block for block in python if "verifiers" not in block.marks]
+    return [block for block in here if with_backend or "backend" not in block.marks]
 
 
 def run_blocks(page: Path, blocks: list[Block]) -> dict[str, Any]:
@@ -131,7 +133,8 @@ def test_every_page_has_only_marks_that_mean_something() -> None:
     for page in PAGES:
         for block in blocks_of(page) if page.exists() else ():
             if block.language == "python":
-                assert all(mark == "backend" or mark.startswith("file=") for mark in block.marks), (page, block)
+                known = ("backend", "verifiers")
+                assert all(mark in known or mark.startswith("file=") for mark in block.marks), (page, block)
 
 
 def test_links_between_pages_lead_somewhere() -> None:
