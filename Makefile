@@ -107,6 +107,7 @@ $(VERIFIERS_READY): $(READY) pyproject.toml constraints.txt
 	@test -x $(VERIFIERS_VENV)/bin/python || $(PYTHON) -P -m venv $(VERIFIERS_VENV)
 	@echo "Installing ART with verifiers into $(VERIFIERS_VENV) ..."
 	@grep -v '^openai==' constraints.txt > $(VERIFIERS_CONSTRAINTS)
+	@# verifiers runs its programs with uv.
 	@$(VERIFIERS_VENV)/bin/python -P -m pip install --quiet --constraint $(VERIFIERS_CONSTRAINTS) uv
 	@$(VERIFIERS_VENV)/bin/python -P $(INSTALL) --quiet --constraint $(VERIFIERS_CONSTRAINTS) $(addprefix -e ,$(VERIFIERS_NEEDS)) \
 	    matplotlib pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis

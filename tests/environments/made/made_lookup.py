@@ -6,6 +6,8 @@ import verifiers.v1 as vf
 
 
 class LookUp(vf.Toolset[vf.ToolsetConfig, vf.State]):
+    TOOL_PREFIX = None
+
     @vf.tool
     async def look_up(self, city: str) -> str:
         """The weather in a city."""

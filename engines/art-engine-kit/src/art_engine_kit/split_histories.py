@@ -22,8 +22,8 @@ def often_split(metrics: Mapping[str, float]) -> str:
     return (
         f"{split:.0f} of {several:.0f} conversations of several turns were trained in pieces, because a later prompt"
         " doesn't begin with the tokens of an earlier one and its answer. Each token is trained on as it was sampled,"
-        " but what the pieces have in common only up to there is computed again for each. The chat template drops or"
-        " rewrites earlier turns (thinking that it strips, arguments of tool calls that it writes anew), or the rollout"
-        " sends them back changed. Where that isn't meant, send back each message as it came, or have the template keep"
-        " them: InternalModelConfig(chat_template=..., chat_template_kwargs=...)."
+        " but every piece computes anew what comes after the first difference. The chat template drops or rewrites"
+        " earlier turns (thinking that it strips, arguments of tool calls that it writes in its own way), or the"
+        " rollout sends them back changed. Where that isn't meant, send back each message as it came, or give the model"
+        " a template that keeps them: InternalModelConfig(chat_template=..., chat_template_kwargs=...)."
     )
