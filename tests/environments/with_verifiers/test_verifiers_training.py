@@ -174,4 +174,4 @@ def test_the_example_learns(way: list[str], tmp_path: Path) -> None:
     rows = read_history(tmp_path / "verifiers-replies/models/test/history.jsonl")
     rewards = [row["train/reward"] for row in rows if "train/reward" in row]
     assert len(rewards) == 4
-    assert rewards[-1] > rewards[0] + 0.1
+    assert rewards[-1] > rewards[0] + 0.05
