@@ -164,6 +164,7 @@ async def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.M
     assert callable(names.pipeline)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", [[], ["--pipeline"]], ids=["plain", "pipeline"])
 def test_the_example_learns(way: list[str], tmp_path: Path) -> None:
