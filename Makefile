@@ -112,7 +112,10 @@ wheels: $(READY)  ## Build every distribution into dist/
 
 conformance: engines  ## Hold every engine, backend and plugin against its suites: docs/conformance/matrix.md
 	@$(BIN)/art-conformance matrix --folder docs/conformance $(ARGS) \
-	    --tests serverless=plugins/art-backend-serverless/tests/test_serverless_conformance.py
+	    --tests serverless=plugins/art-backend-serverless/tests/test_serverless_conformance.py \
+	    --tests tracker-files=plugins/art-tracker-files/tests/test_tracker_files_conformance.py \
+	    --tests trackio=plugins/art-trackio/tests/test_trackio_conformance.py \
+	    --tests wandb=plugins/art-wandb/tests/test_wandb_conformance.py
 
 benchmarks: $(READY)  ## Run every benchmark; each prints the machine and the versions
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
