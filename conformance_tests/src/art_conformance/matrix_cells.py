@@ -80,7 +80,8 @@ def chosen(
         names or sorted(registry.provided(kind), key=lambda name: (name not in first, name))  # type: ignore[arg-type]
         for kind, names in asked.items()
     ]
-    return Chosen(*found, trackers=_trackers(registry, list(trackers)))
+    inference_engines, training_engines, all_backends = found
+    return Chosen(inference_engines, training_engines, all_backends, _trackers(registry, list(trackers)))
 
 
 def _trackers(registry: PluginRegistry, asked: Sequence[str]) -> Sequence[str]:
