@@ -26,7 +26,7 @@ APT_GET := DEBIAN_FRONTEND=noninteractive apt-get --yes --quiet --no-install-rec
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 lint format names wheels conformance benchmarks gpu-check clean
+.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 lint format reference names wheels conformance benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -102,6 +102,9 @@ lint: $(READY)  ## ruff and mypy
 format: $(READY)  ## Format and mend what ruff can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+reference: $(READY)  ## Make the reference of hooks and protocols in docs/ of their docstrings
+	@$(BIN)/python tests/docs/interface_reference.py
 
 names: $(READY)  ## Ask the package index whether the names of our distributions are free or ours
 	@$(BIN)/python tests/packaging/index_names.py
