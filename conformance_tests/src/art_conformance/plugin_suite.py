@@ -33,6 +33,7 @@ from art_core import (
 )
 from art_core.engines import PluginSpec
 from art_core.loading import ENTRY_POINT_GROUP, PluginInfo, PluginStatus
+from art_core.plugin_gates import refused_api
 from art_core.registry import instantiate
 
 from .requirements import MUST, SHOULD, check
@@ -141,7 +142,8 @@ class PluginConformance(Suite):
     def test_declares_api(self, module: Any) -> None:
         api = getattr(module, "art_api", None)
         assert type(api) is int, f"art_api is {api!r}; write `art_api = {API_VERSION}`"
-        assert 1 <= api <= API_VERSION, f"art_api is {api}, this art-core speaks up to {API_VERSION}"
+        refused = refused_api(api, "the plugin")
+        assert not refused, refused
 
     @check(
         "PLG-003", MUST, "Every function of the plugin called `art_…` is a hook and takes only that hook's arguments."
