@@ -161,7 +161,8 @@ class Training:
         ):
             return
         folder = ModelKey(run.model.project, run.model.name).folder(Path(run.model.base_path))
-        held = {step, *run.leases.steps, *self.evals.awaited}
+        # A rollout that has begun may hold its step only in a moment.
+        held = {step, *run.leases.steps, *run.flow.running.values(), *self.evals.awaited}
         offered = [each for each in await run.backend.list_steps(run.model) if each not in held]
         found = await asyncio.to_thread(checkpoints_of, folder / HISTORY, offered, folder / "checkpoints")
         keep = set(self.retention(CheckpointRetentionContext(current_step=step, checkpoints=found)))

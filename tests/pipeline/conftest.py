@@ -30,6 +30,7 @@ class SimulatedBackend:
         self.most_leases, self.served_steps = 0, served_steps
         self.batches: list[tuple[int, list[tuple[int, int]]]] = []
         self.options: list[dict] = []
+        self.asked_too_late: list[int] = []
         self.fail_with: Exception | None = None
         self.die_after_publishing = False
 
@@ -71,6 +72,7 @@ class SimulatedBackend:
     @asynccontextmanager
     async def lease(self, model, step=None):
         if step not in self.steps:
+            self.asked_too_late.append(step)
             raise CheckpointNotFound(f"{step}")
         self.leases[step] += 1
         self.most_leases = max(self.most_leases, self.leases[step])

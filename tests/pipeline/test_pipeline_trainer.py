@@ -352,6 +352,16 @@ async def test_a_stall_is_named_with_what_each_part_did(model, simulated, make_s
     assert "[status] scenarios[trained=0" in said
 
 
+async def test_no_step_is_deleted_that_a_rollout_is_about_to_hold(model, simulated, make_scenarios):
+    trainer = PipelineTrainer(
+        model, simulated, quick, make_scenarios(200), num_rollout_workers=8, min_batch_size=1, max_batch_size=1,
+        checkpoint_retention_strategy=keep_recent_and_top(recent=0, top=0),
+    )  # fmt: skip
+    await trainer.train()
+    assert simulated.asked_too_late == []
+    assert len(simulated.steps) < 200
+
+
 async def test_a_long_step_says_how_far_it_is(model, simulated, make_scenarios, capsys):
     other = art.TrainableModel(name="another", project="task", base_model="some-base")
     train = simulated.train

@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
+from art_engine_kit.event_stream import ALIVE, EventLines
 from art_engine_kit.groups_file import write_groups
 from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
@@ -48,6 +50,10 @@ async def ready(client: httpx.AsyncClient) -> None:
             await asyncio.sleep(0.01)
 
 
+def last_event(answer: httpx.Response) -> TrainEvent:
+    return read_event([line for line in answer.content.splitlines() if line != ALIVE][-1])
+
+
 @pytest.fixture
 def body(checkpoints: Path, make_groups: Make) -> Callable[..., str]:
     def make(step: int = 1, groups: Any = None) -> str:
@@ -78,8 +84,7 @@ async def test_health_jobs_and_events(small_policy: Make, body: Make, checkpoint
         assert (await client.post("/jobs", content="{}")).status_code == 422
         for step in (1, 2):
             answer = await client.post("/jobs", content=body(step))
-            events = [read_event(line) for line in answer.text.splitlines()]
-            assert isinstance(events[-1], JobEnded)
+            assert isinstance(last_event(answer), JobEnded)
             assert (checkpoints / f"{step:04d}").is_dir()
 
 
@@ -88,13 +93,34 @@ async def test_a_failed_job_says_why_and_the_worker_goes_on(small_policy: Make, 
     bad[0].trajectories[1].choices()[0].token_ids[0] = 9999
     async with serving(Worker(lambda: Trainer(small_policy()), "secret")) as client:
         await ready(client)
-        failed = read_event((await client.post("/jobs", content=body(groups=bad))).text.splitlines()[-1])
+        failed = last_event(await client.post("/jobs", content=body(groups=bad)))
         assert isinstance(failed, JobFailed)
         assert failed.error_type == "InvalidTrajectory"
         assert "trajectory_groups[0].trajectories[1]" in failed.message
         assert "tokenize" in failed.traceback
         answer = await client.post("/jobs", content=body())
-        assert isinstance(read_event(answer.text.splitlines()[-1]), JobEnded)
+        assert isinstance(last_event(answer), JobEnded)
+
+
+class Slow:
+    """Has something left to do after it has said that the job ended, or failed."""
+
+    def run(self, job: TrainJob, cancelled: Callable[[], bool]) -> Iterator[TrainEvent]:
+        try:
+            yield JobEnded(metrics={})
+            if job.step == 2:
+                raise OSError("no room")
+        finally:
+            time.sleep(0.2)
+
+
+async def test_whoever_hears_of_the_end_may_send_the_next_job(body: Make) -> None:
+    async with serving(Worker(Slow, "secret")) as client:
+        await ready(client)
+        for step, end in ((1, JobEnded), (2, JobFailed), (1, JobEnded)):
+            async with client.stream("POST", "/jobs", content=body(step)) as answer:
+                assert answer.status_code == 200
+                assert isinstance(read_event(await anext(EventLines(answer.aiter_raw()))), end)
 
 
 class Waiting(Trainer):
@@ -122,7 +148,7 @@ async def test_one_job_at_a_time_and_a_client_that_leaves_cancels_its_own(
     async with serving(Worker(lambda: waiting, "secret")) as client:
         await ready(client)
         async with client.stream("POST", "/jobs", content=body()) as answer:
-            assert read_event(await anext(answer.aiter_lines())).event == "started"
+            assert read_event(await anext(EventLines(answer.aiter_raw()))).event == "started"
             assert (await client.post("/jobs", content=body())).status_code == 409
             assert (await client.get("/health")).json() == {"status": "training"}
         async with asyncio.timeout(30):
@@ -135,7 +161,7 @@ async def test_one_job_at_a_time_and_a_client_that_leaves_cancels_its_own(
             while (await client.get("/health")).json() != {"status": "idle"}:
                 await asyncio.sleep(0.01)
         answer = await client.post("/jobs", content=body())
-        assert isinstance(read_event(answer.text.splitlines()[-1]), JobEnded)
+        assert isinstance(last_event(answer), JobEnded)
 
 
 async def test_a_base_that_does_not_load_is_told_by_health() -> None:

@@ -3,6 +3,7 @@
 On fake engines that are real processes.
 """
 
+import asyncio
 import warnings
 
 import pytest
@@ -58,6 +59,33 @@ async def test_a_leased_step_stays_and_cannot_be_deleted(backend, policy, groups
     with pytest.raises(CheckpointNotFound, match="2, 3, 5"):
         async with backend.lease(policy, 4):
             pass
+
+
+async def test_a_step_that_is_being_deleted_is_nobodys_any_more(
+    backend, policy, groups, client, fake_engines, said_by_engine
+):
+    asked = client(await backend.register(policy))
+    for _ in range(5):
+        await backend.train(policy, groups, learning_rate=0.5)
+    loaded = f"loading {policy.project}/m@1\n"
+    log = await said_by_engine(backend.path, "inference", f"un{loaded}")
+    fake_engines(hold_load=True)
+    # Whoever loads keeps others from changing what the engine holds, so the deletion below has to wait.
+    loading = asyncio.create_task(asked.served_by("m@1"))
+    await said_by_engine(backend.path, "inference", loaded, times=log.count(loaded) + 1)
+    deleting = asyncio.create_task(backend.delete_checkpoints(policy, [4, 0]))
+    async with asyncio.timeout(30):
+        while "m@4" in [card.id async for card in asked.models.list()]:
+            await asyncio.sleep(0.01)
+    with pytest.raises(CheckpointNotFound):
+        async with backend.lease(policy, 4):
+            pass
+    with pytest.raises(NotFoundError):
+        await asked.chat.completions.create(model="m@4", messages=MESSAGES)
+    fake_engines()
+    assert await deleting == [0, 4]
+    assert await loading == ("m@1", -1.5)
+    assert await backend.list_steps(policy) == [1, 2, 3, 5]
 
 
 async def test_the_engine_being_full_of_leased_steps_is_an_error_that_says_so(

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from art_engine_kit.event_stream import Emit, EventStream, has_key
-from art_engine_kit.training_wire import JobFailed, TrainEvent, TrainJob
+from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob
 
 from .trainer import JobCancelled
 
@@ -101,17 +101,24 @@ class Worker:
             loop.call_soon_threadsafe(emit, event.model_dump_json())
 
         def work() -> None:
+            last: TrainEvent | None = None
             try:
                 for event in runner.run(job, gone.is_set):
-                    tell(event)
+                    if isinstance(event, JobEnded):
+                        last = event
+                    else:
+                        tell(event)
             except JobCancelled as error:
                 _log.warning("step %d of %s: %s", job.step, job.model, error)
             except Exception as error:
                 _log.exception("step %d of %s failed", job.step, job.model)
                 trace = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
-                tell(JobFailed(error_type=type(error).__name__, message=str(error), traceback=trace))
+                last = JobFailed(error_type=type(error).__name__, message=str(error), traceback=trace)
             finally:
                 loop.call_soon_threadsafe(self._finished)
+            if last is not None:
+                # Whoever hears of the end may send the next job.
+                tell(last)
 
         try:
             await _in_daemon_thread(work)

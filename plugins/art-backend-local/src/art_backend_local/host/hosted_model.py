@@ -76,13 +76,14 @@ class HostedModel:
         self.turn = TrainingTurn(folder.key)
         self.report = report
         self._loading: dict[int, asyncio.Task[None]] = {}
+        self._going: set[int] = set()
         self._early: EarlyLoad | None = None
 
     @property
     def published(self) -> tuple[int, ...]:
         """The known steps that may be asked for. One that is saved and not yet published may still be refused."""
         routed = self.steps.routed
-        return tuple(step for step in self.known if routed is not None and step <= routed)
+        return tuple(step for step in self.known if routed is not None and step <= routed and step not in self._going)
 
     async def on_disk(self) -> dict[int, Path]:
         """Every whole step on disk, oldest first; corrupt ones are warned of and left alone."""
@@ -238,7 +239,9 @@ class HostedModel:
         """Unload idle steps but the newest few."""
         async with self.server.adapters_lock:
             for step in self.steps.idle(keep=KEEP_IDLE):
-                await self.give_up(step)
+                # Unloading the one before took a while.
+                if not self.steps.in_use(step):
+                    await self.give_up(step)
 
     async def give_up(self, step: int) -> None:
         """Unload one step that nobody uses. Call it with the server's `adapters_lock`, so that nobody loads it
@@ -274,21 +277,34 @@ class HostedModel:
         """Delete steps from disk, unloading idle ones. Raises CheckpointInUse before anything is deleted."""
         there = await self.on_disk()
         wanted = [step for step in sorted(set(steps)) if step in there]
-        in_use = [
-            step for step in wanted if self.steps.in_use(step) or step in self.training_from or step in self._loading
-        ]
+        in_use = [step for step in wanted if self._in_use(step)]
         if in_use:
             raise CheckpointInUse(
                 f"{self.key}: step {', '.join(map(str, in_use))} is served, leased or being trained from, so nothing"
                 " was deleted. End its leases, or leave it out."
             )
-        for step in wanted:
-            async with self.server.adapters_lock:
-                if step in self.steps.loaded:
-                    await self.give_up(step)
-            await asyncio.to_thread(self._remove, step)
-        self.known = tuple(step for step in self.known if step not in wanted)
-        return wanted
+        return await self._delete(wanted)
+
+    def _in_use(self, step: int) -> bool:
+        return self.steps.in_use(step) or step in self.training_from or step in self._loading
+
+    async def _delete(self, unused: list[int]) -> list[int]:
+        """Delete steps that nobody uses just now, which is so until the first await; from then on nobody can."""
+        going = [step for step in unused if step not in self._going]
+        loaded = self.steps.loaded.intersection(going)
+        self._going.update(going)
+        for step in loaded:
+            self.steps.remove(step)
+        try:
+            for step in going:
+                if step in loaded:
+                    async with self.server.adapters_lock:
+                        await self._unload(step)
+                await asyncio.to_thread(self._remove, step)
+                self.known = tuple(known for known in self.known if known != step)
+        finally:
+            self._going.difference_update(going)
+        return going
 
     async def put_aside(self, step: int) -> Path | None:
         """Move a checkpoint that may not be published out of the way, whole, and give where it is now; None when it is
@@ -409,10 +425,7 @@ class HostedModel:
         routed = self.steps.routed
         there = await self.on_disk()
         doomed = [s for s in there if routed is not None and s < routed and self.folder.not_kept(s).exists()]
-        free = [
-            s for s in doomed if not self.steps.in_use(s) and s not in self.training_from and s not in self._loading
-        ]
-        return await self.delete(free)
+        return await self._delete([step for step in doomed if not self._in_use(step)])
 
 
 def _engine_gone(error: PublicationFailed) -> bool:
