@@ -14,6 +14,7 @@ EDITABLE := $(addprefix -e ,$(addprefix ./,$(DISTRIBUTIONS)))
 READY := $(VENV)/.ready
 OPENAI2_VENV := .venv-openai2
 OPENAI2_READY := $(OPENAI2_VENV)/.ready
+MUTANTS_VENV := .venv-mutants
 # uv, looking where pip looks; needs nothing of ours installed.
 INSTALL := plugins/art-runtime/src/art_runtime/environments/indexes.py
 PYTEST := $(BIN)/python -m pytest
@@ -26,7 +27,7 @@ APT_GET := DEBIAN_FRONTEND=noninteractive apt-get --yes --quiet --no-install-rec
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 lint format reference names wheels conformance benchmarks gpu-check clean
+.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 lint format reference names mutants wheels conformance benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -109,6 +110,10 @@ reference: $(READY)  ## Make the reference of hooks and protocols in docs/ of th
 names: $(READY)  ## Ask the package index whether the names of our distributions are free or ours
 	@$(BIN)/python tests/packaging/index_names.py
 
+mutants: $(READY)  ## Change the code of publication and leases in each place, and count what its fast tests notice: about half an hour
+	@test -x $(MUTANTS_VENV)/bin/cosmic-ray || { $(PYTHON) -m venv $(MUTANTS_VENV); $(MUTANTS_VENV)/bin/python -m pip install --quiet "cosmic-ray>=8.7,<9"; }
+	@$(BIN)/python tests/mutants.py $(MUTANTS_VENV)/bin
+
 wheels: $(READY)  ## Build every distribution into dist/
 	@for distribution in $(DISTRIBUTIONS); do $(BIN)/python -m build --wheel --outdir dist $$distribution >/dev/null && echo "built $$distribution"; done
 	@ls dist
@@ -127,4 +132,4 @@ gpu-check: $(READY)  ## On a CUDA machine: everything that needs a GPU, with wha
 	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:  ## Remove environments and build products (not runs, not caches outside the checkout)
-	rm -rf $(VENV) $(OPENAI2_VENV) dist build
+	rm -rf $(VENV) $(OPENAI2_VENV) $(MUTANTS_VENV) dist build
