@@ -49,6 +49,14 @@ name = "local"
 [cosmic-ray.filters.operators-filter]
 exclude-operators = [{excluded}]
 """
+# That a test fails is all there is to know; hypothesis takes a minute to find the shortest way there.
+NO_SHRINKING: Final = """
+
+from hypothesis import Phase
+
+settings.register_profile("mutants", settings.default, phases=(Phase.generate,), derandomize=True, database=None)
+settings.load_profile("mutants")
+"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ def measured(module: str, tools: Path) -> Found:
         excluded=", ".join(f'"{operator}"' for operator in NO_FAULTS),
     )
     (tree / "mutants.toml").write_text(config, encoding="utf-8")
+    with (tree / "conftest.py").open("a", encoding="utf-8") as conftest:
+        conftest.write(NO_SHRINKING)
     # What pytest would load of itself takes five times as long as the tests.
     environment = {
         **os.environ,
