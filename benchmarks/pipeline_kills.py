@@ -209,7 +209,7 @@ class Killer:
             time.sleep(0.1)
         assert self._client is not None
         self._client.wait(60)
-        subprocess.run([sys.executable, "-m", "art_core", "down", "--path", str(self.folder / "runs")], check=True)
+        self._down()
 
     def left(self) -> list[str]:
         """The processes that still name the folder in their command line."""
@@ -229,7 +229,11 @@ class Killer:
         if self._client is not None:
             self._client.kill()
             self._client.wait()
-        subprocess.run([sys.executable, "-m", "art_core", "down", "--path", str(self.folder / "runs")], check=False)
+        self._down()
+
+    def _down(self) -> None:
+        command = [sys.executable, "-m", "art_core", "down", "--path", str(self.folder / "runs")]
+        subprocess.run(command, check=False, stdout=sys.stderr)
 
     def _pid(self, part: str) -> int | None:
         if part == "host":

@@ -24,59 +24,19 @@ import json
 import math
 import random
 import tempfile
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from measuring.machine import machine, versions
+from measuring.simulated_backend import SimulatedBackend
 from rich.console import Console
 from rich.table import Table
 
 import art
 from art.pipeline_trainer import PipelineTrainer
-from art_core import BackendCapability, LocalTrainResult, Registration, TrajectoryGroup, inference_name
+from art_core import TrajectoryGroup
 from art_core.history import HISTORY, read_history
-
-
-class SimulatedBackend:
-    """Trains by sleeping; keeps when each step began and ended, and the age of each group."""
-
-    name = "simulated"
-    capabilities = frozenset({BackendCapability.CONCURRENT_INFERENCE, BackendCapability.LEASES})
-
-    def __init__(self, path: Path, train_s: float) -> None:
-        self.path, self.train_s, self.step = path, train_s, 0
-        self.spans: list[tuple[float, float]] = []
-        self.sizes: list[int] = []
-
-    def capabilities_for(self, model: Any) -> frozenset[BackendCapability]:  # noqa: ARG002
-        return self.capabilities
-
-    async def register(self, model: Any) -> Registration:  # noqa: ARG002
-        return Registration(inference_base_url="http://127.0.0.1:9/v1", inference_api_key="none", base_path=self.path)
-
-    async def train(self, model: Any, groups: Sequence[TrajectoryGroup], **options: Any) -> LocalTrainResult:  # noqa: ARG002
-        began = time.monotonic()
-        await asyncio.sleep(self.train_s)
-        self.spans.append((began, time.monotonic()))
-        self.sizes.append(len(groups))
-        self.step += 1
-        return LocalTrainResult(step=self.step)
-
-    async def get_step(self, model: Any) -> int:  # noqa: ARG002
-        return self.step
-
-    async def list_steps(self, model: Any) -> list[int]:  # noqa: ARG002
-        return list(range(self.step + 1))
-
-    def inference_name(self, model: Any, step: int | None = None) -> str:
-        return inference_name(model.name, self.step if step is None else step)
-
-    @asynccontextmanager
-    async def lease(self, model: Any, step: int | None = None) -> AsyncIterator[str]:
-        yield self.inference_name(model, step)
 
 
 async def measure(arguments: argparse.Namespace, *, train_s: float, pipeline: bool) -> dict[str, Any]:

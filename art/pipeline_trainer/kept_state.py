@@ -11,8 +11,10 @@ import json
 import sqlite3
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
@@ -54,14 +56,23 @@ class Kept:
     counts: Mapping[str, int]
 
 
+@dataclass
+class _Change:
+    make: Callable[[sqlite3.Connection], None]
+    error: sqlite3.Error | None = None
+
+
 class KeptState:
-    """The file. A change is whole once its call has returned, and survives however this process ends."""
+    """The file. A change is whole once its call has returned, and survives however this process ends. Those that wait
+    for the disk at the same time are written together.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = FileLock(folder / f".{FILE}.lock")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="art-pipeline-state")
         self._db: sqlite3.Connection | None = None
+        self._waiting: SimpleQueue[_Change] = SimpleQueue()
 
     async def open(self, step: int, *, resume: bool) -> Kept:
         """What was kept. A batch that was being trained from a version below `step` was trained; else it waits again.
@@ -82,14 +93,13 @@ class KeptState:
     ) -> None:
         """A scenario is done with; its group waits to be trained when there is one."""
 
-        def write() -> None:
-            body = None if group is None else json.dumps(group.for_logging())
-            with self._open_db() as db:
-                db.execute("delete from unfinished where scenario = ?", (scenario,))
-                if body is not None:
-                    db.execute("insert into groups values (?, ?, ?, ?, null)", (scenario, version, actor_s, body))
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("delete from unfinished where scenario = ?", (scenario,))
+            if group is not None:
+                body = json.dumps(group.for_logging())
+                db.execute("insert into groups values (?, ?, ?, ?, null)", (scenario, version, actor_s, body))
 
-        await self._do(write)
+        await self._change(write)
 
     async def taken(self, scenarios: Collection[int], step: int) -> None:
         """These groups are about to be trained from a step."""
@@ -145,18 +155,40 @@ class KeptState:
             self._db = None
         self._lock.release()
 
-    def _open_db(self) -> sqlite3.Connection:
-        if self._db is None:
-            raise AssertionError("the pipeline's state is not open")
-        return self._db
-
     async def _run(self, *statements: tuple[str, tuple[object, ...]]) -> None:
-        def write() -> None:
-            with self._open_db() as db:
-                for statement, values in statements:
-                    db.execute(statement, values)
+        def write(db: sqlite3.Connection) -> None:
+            for statement, values in statements:
+                db.execute(statement, values)
 
-        await self._do(write)
+        await self._change(write)
+
+    async def _change(self, make: Callable[[sqlite3.Connection], None]) -> None:
+        change = _Change(make)
+        self._waiting.put(change)
+        # Written with what waited before it, or now with what came meanwhile.
+        await self._do(self._write_waiting)
+        if change.error is not None:
+            raise change.error
+
+    def _write_waiting(self) -> None:
+        changes = []
+        with suppress(Empty):
+            while True:
+                changes.append(self._waiting.get_nowait())
+        db = self._db
+        if db is None:
+            raise AssertionError("the pipeline's state is not open")
+        try:
+            with db:
+                for change in changes:
+                    change.make(db)
+        except sqlite3.Error:
+            for change in changes:
+                try:
+                    with db:
+                        change.make(db)
+                except sqlite3.Error as error:
+                    change.error = error
 
     async def _do(self, work: Callable[[], T]) -> T:
         # One thread, so that changes happen in the order in which they were asked for.

@@ -87,6 +87,29 @@ def test_the_example_learns_in_a_pipeline_and_one_after_the_other(tiny_base_mode
 
 
 @pytest.mark.slow
+def test_rollouts_that_outlast_steps_are_answered_by_the_weights_they_hold() -> None:
+    result = run("pipeline_leases.py", "--steps", "6", "--longest", "3", "--workers", "6")
+    assert result["steps"] == 6
+    assert result["steps_deleted"] > 0
+    assert result["steps_that_answered"] > 3
+    assert result["nats_from_oracle"]["told_apart"] > 0.5, "else other weights would pass for the right ones"
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_nothing_is_lost_when_a_pipelines_worker_and_client_are_killed() -> None:
+    result = run("pipeline_kills.py", "--kills", "1", "--parts", "worker", "client")
+    assert result["kills"] == {"worker": 1, "client": 1}
+    assert result["starts"] >= 2
+    assert result["steps"] > 1
+
+
+def test_thousands_in_flight() -> None:
+    result = run("pipeline_in_flight.py", "--in-flight", "40", "--steps", "3", "--batch", "20", "--step-s", "0.1")
+    assert (result["in_flight"], result["steps"]) == (40, 3)
+
+
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_serve_polls() -> None:
     small = ("--polls", "40", "--models", "4", "--events", "200", "--clients", "8", "--jobs", "1")
