@@ -152,3 +152,26 @@ def test_an_engine_that_dies_while_it_is_brought_back_still_gets_every_needed_st
     served.add(3)
     assert served.lose_all() == {1, 3}
     assert served.lose_all() == {1, 3}
+
+
+def test_a_step_that_rests_is_not_brought_back_until_it_was_asked_for() -> None:
+    served = ServedSteps(ModelKey("project", "agent"))
+    served.add(2)
+    served.route(2)
+    assert served.rest() == 2
+    for other in (1, 3):
+        served.add(other)
+        assert served.lose_all() == set()
+    served.add(2)
+    assert served.lose_all() == {2}
+
+
+def test_step_zero_rests_only_while_nobody_has_it() -> None:
+    served = ServedSteps(ModelKey("project", "agent"))
+    served.add(0)
+    served.route(0)
+    for begin, end in ((served.lease, served.end_lease), (served.acquire, served.release)):
+        begin(0)
+        assert not served.can_rest
+        end(0)
+        assert served.can_rest
