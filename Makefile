@@ -20,6 +20,7 @@ VERIFIERS_READY := $(VERIFIERS_VENV)/.ready
 VERIFIERS_CONSTRAINTS := $(VERIFIERS_VENV)/constraints.txt
 VERIFIERS_NEEDS := '.[verifiers]' engines/art-engine-kit engines/art-training-kit engines/art-engine-torch plugins/art-runtime \
     plugins/art-gateway plugins/art-tracker-files plugins/art-backend-local conformance_tests
+MUTANTS_VENV := .venv-mutants
 # uv, looking where pip looks; needs nothing of ours installed.
 INSTALL := plugins/art-runtime/src/art_runtime/environments/indexes.py
 PYTEST := $(BIN)/python -m pytest
@@ -32,7 +33,7 @@ APT_GET := DEBIAN_FRONTEND=noninteractive apt-get --yes --quiet --no-install-rec
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 test-verifiers lint format names wheels conformance benchmarks gpu-check clean
+.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 test-verifiers lint format reference names mutants wheels conformance benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -125,8 +126,15 @@ format: $(READY)  ## Format and mend what ruff can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+reference: $(READY)  ## Make the reference of hooks and protocols in docs/ of their docstrings
+	@$(BIN)/python tests/docs/interface_reference.py
+
 names: $(READY)  ## Ask the package index whether the names of our distributions are free or ours
 	@$(BIN)/python tests/packaging/index_names.py
+
+mutants: $(READY)  ## Change the code of publication and leases in each place, and count what its fast tests notice: about half an hour
+	@test -x $(MUTANTS_VENV)/bin/cosmic-ray || { $(PYTHON) -m venv $(MUTANTS_VENV); $(MUTANTS_VENV)/bin/python -m pip install --quiet "cosmic-ray>=8.7,<9"; }
+	@$(BIN)/python tests/mutants.py $(MUTANTS_VENV)/bin
 
 wheels: $(READY)  ## Build every distribution into dist/
 	@for distribution in $(DISTRIBUTIONS); do $(BIN)/python -m build --wheel --outdir dist $$distribution >/dev/null && echo "built $$distribution"; done
@@ -134,7 +142,10 @@ wheels: $(READY)  ## Build every distribution into dist/
 
 conformance: engines  ## Hold every engine, backend and plugin against its suites: docs/conformance/matrix.md
 	@$(BIN)/art-conformance matrix --folder docs/conformance $(ARGS) \
-	    --tests serverless=plugins/art-backend-serverless/tests/test_serverless_conformance.py
+	    --tests serverless=plugins/art-backend-serverless/tests/test_serverless_conformance.py \
+	    --tests tracker-files=plugins/art-tracker-files/tests/test_tracker_files_conformance.py \
+	    --tests trackio=plugins/art-trackio/tests/test_trackio_conformance.py \
+	    --tests wandb=plugins/art-wandb/tests/test_wandb_conformance.py
 
 benchmarks: $(READY)  ## Run every benchmark; each prints the machine and the versions
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
@@ -143,4 +154,4 @@ gpu-check: $(READY)  ## On a CUDA machine: everything that needs a GPU, with wha
 	@$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:  ## Remove environments and build products (not runs, not caches outside the checkout)
-	rm -rf $(VENV) $(OPENAI2_VENV) $(VERIFIERS_VENV) dist build
+	rm -rf $(VENV) $(OPENAI2_VENV) $(VERIFIERS_VENV) $(MUTANTS_VENV) dist build

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -18,6 +19,7 @@ from .errors import BaseModelNotFound, PluginError
 from .registry import PluginRegistry
 
 ANNOUNCEMENT_LIMIT_S = 300.0
+BLOCKED_LIMIT_S = 5.0
 
 
 async def ask_permission(registry: PluginRegistry, hook: str, **arguments: Any) -> None:
@@ -90,7 +92,14 @@ def _implementations(registry: PluginRegistry, hook: str, arguments: Any, only: 
 
 
 async def _call(implementation: Any, hook: str, arguments: dict[str, Any]) -> None:
+    start = time.monotonic()
     outcome = implementation.function(*(arguments[name] for name in implementation.argnames))
+    if (seconds := time.monotonic() - start) > BLOCKED_LIMIT_S:
+        told = (
+            f"plugin {implementation.plugin_name!r} blocked the event loop for {seconds:.1f} s in {hook}, and all else"
+        )
+        todo = f"Write `async def {hook}`, and in it `await asyncio.to_thread(...)` for what takes long"
+        warnings.warn(f"{told} stood still. {todo}.", RuntimeWarning, stacklevel=3)
     if not inspect.isawaitable(outcome):
         return
     try:

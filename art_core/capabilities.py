@@ -31,20 +31,11 @@ class InferenceCapability(Capability):
 
     STREAMING_TOKEN_IDS = "streaming_token_ids", "A streamed answer carries the token ids of each chunk."
     TOOL_CALLS = "tool_calls", "Tools reach the chat template, and tool calls are parsed back into the answer."
-    UNSCALED_LOGPROBS = (
-        "unscaled_logprobs",
-        "Logprobs of sampled tokens are those of the policy itself, before temperature, top_p and the like.",
-    )
-    BASE_BESIDE_ADAPTERS = (
-        "base_beside_adapters",
-        "Requests for the base model may share a batch with requests for adapters, and both are answered right.",
-    )
+    UNSCALED_LOGPROBS = "unscaled_logprobs", "Logprobs are the policy's own, before temperature, top_p and the like."
+    BASE_BESIDE_ADAPTERS = "base_beside_adapters", "Requests for the base model may share a batch with adapters'."
     PAUSE = "pause", "Generation can be paused and resumed; requests wait meanwhile and lose nothing."
     SLEEP = "sleep", "Device memory can be given back while asleep and taken again on waking, adapters included."
-    CONCURRENT_TRAINING = (
-        "concurrent_training",
-        "Goes on serving on a device where a training engine works at the same time.",
-    )
+    CONCURRENT_TRAINING = "concurrent_training", "Goes on serving on a device where a training engine works."
 
 
 class TrainingCapability(Capability):
@@ -52,10 +43,7 @@ class TrainingCapability(Capability):
 
     PREFIX_SHARING = "prefix_sharing", "A prefix that several trajectories of a step share is computed once."
     KL_REFERENCE = "kl_reference", "A KL penalty towards the base model or towards another adapter."
-    EXACT_RESUME = (
-        "exact_resume",
-        "The optimizer's state is saved and restored: the next loss is as if nothing had stopped.",
-    )
+    EXACT_RESUME = "exact_resume", "The optimizer's state is restored too: the next loss is as if nothing had stopped."
     SLEEP = "sleep", "Device memory can be given back between jobs without leaving the process."
     SFT = "sft", "Supervised jobs: trains on the replies of conversations, a batch at a time."
 
@@ -65,10 +53,7 @@ class BackendCapability(Capability):
     must.
     """
 
-    CONCURRENT_INFERENCE = (
-        "concurrent_inference",
-        "Inference goes on while a step trains, so that PipelineTrainer can keep both busy.",
-    )
+    CONCURRENT_INFERENCE = "concurrent_inference", "Inference goes on while a step trains, as PipelineTrainer needs."
     LEASES = "leases", "A step can be leased: it stays served under its own name until the lease ends."
     DELETE_CHECKPOINTS = "delete_checkpoints", "Chosen steps can be deleted; served and leased ones are refused."
     FORK = "fork", "A model can start from another model's checkpoint."
@@ -80,10 +65,7 @@ class BackendCapability(Capability):
         "save_checkpoint=True keeps the step's adapter folder on this machine; with False the folder goes once a later"
         " step is served in its place. Either way the step is published.",
     )
-    CHECKPOINTS_AS_ARTIFACTS = (
-        "checkpoints_as_artifacts",
-        "Every step's adapter is stored remotely as an artifact and deployed for inference from there.",
-    )
+    CHECKPOINTS_AS_ARTIFACTS = "checkpoints_as_artifacts", "Steps' adapters are kept remotely and deployed from there."
 
 
 def require(capability: Capability, declared: Collection[Capability], *, plugin: str, instead: str) -> None:

@@ -33,22 +33,24 @@ Announced = Awaitable[None] | None
 
 @hookspec
 def art_register_backends() -> Iterable[BackendSpec]:  # type: ignore[empty-body]
-    """The backends of this plugin, as cards; their code is imported when they are first used."""
+    """The backends of this plugin, as cards: name, summary, capabilities, and where the code is ("module:attribute"),
+    which is imported when the backend is first used. Called when plugins load.
+    """
 
 
 @hookspec
 def art_register_inference_engines() -> Iterable[InferenceEngineSpec]:  # type: ignore[empty-body]
-    """The inference engines of this plugin, as cards."""
+    """The inference engines of this plugin, as cards. Called when plugins load."""
 
 
 @hookspec
 def art_register_training_engines() -> Iterable[TrainingEngineSpec]:  # type: ignore[empty-body]
-    """The training engines of this plugin, as cards."""
+    """The training engines of this plugin, as cards. Called when plugins load."""
 
 
 @hookspec
 def art_register_commands(cli: typer.Typer) -> None:
-    """Add commands to the `art` command.
+    """Add commands to the `art` command. Called when it starts.
 
     :param cli: the application; `@cli.command()` adds to it.
     """
@@ -56,9 +58,10 @@ def art_register_commands(cli: typer.Typer) -> None:
 
 @hookspec(firstresult=True)
 def art_resolve_base_model(name: str) -> Path | None:
-    """The folder of weights for a base model name, or None when this plugin doesn't know the name.
+    """The folder of weights for a base model name, or None when this plugin doesn't know the name. Called at
+    `model.register(backend)`, unless the name is a folder.
 
-    :param name: what the user gave as `base_model`. May take minutes (a download); it runs off the event loop.
+    :param name: what the user gave as `base_model`. May take minutes (a download).
     """
 
 
@@ -75,7 +78,7 @@ def art_resolve_checkpoint(model: PolicyModel, step: int) -> Path | None:
 def art_before_train(
     backend: Backend, model: PolicyModel, step: int, trajectory_groups: Sequence[TrajectoryGroup]
 ) -> Announced:
-    """Called before a training step. Raising refuses the step, and the error reaches the caller of `backend.train`.
+    """Called before a step trains. Raising refuses the step, and the error reaches the caller of `backend.train`.
 
     :param step: the step that would come out.
     :param trajectory_groups: as given to `train`.
@@ -97,8 +100,8 @@ def art_model_registered(backend: Backend, model: PolicyModel) -> Announced:
 
 @hookspec
 def art_gradient_step(model: PolicyModel, step: int, done: int, total: int, metrics: dict[str, float]) -> Announced:
-    """The optimizer took one of its steps. Told as it happens, by backends that hear of it, before the checkpoint is
-    saved.
+    """The optimizer took one of its steps. Told as it happens, while the others go on and before the checkpoint is
+    saved, by backends that hear of it: both of ours do.
 
     :param step: the step that would come out.
     :param done: how many there were, from 1. It begins anew where a backend tries the step again.
@@ -114,7 +117,7 @@ def art_after_train(backend: Backend, model: PolicyModel, result: TrainResult) -
 
 @hookspec
 def art_train_failed(backend: Backend, model: PolicyModel, step: int, error: BaseException) -> Announced:
-    """A training step failed or was refused.
+    """A training step failed or was refused. Exactly one of this and `art_after_train` is called for a step.
 
     :param step: the step that would have come out.
     """
@@ -122,7 +125,11 @@ def art_train_failed(backend: Backend, model: PolicyModel, step: int, error: Bas
 
 @hookspec
 def art_checkpoint_saved(model: PolicyModel, checkpoint: CheckpointRef) -> Announced:
-    """A checkpoint is on disk, whole. It isn't served yet."""
+    """A checkpoint is on disk, whole. It isn't served yet.
+
+    :param checkpoint: has `model`, `step` and `path`, which is no folder of this machine where the backend keeps it
+        elsewhere.
+    """
 
 
 @hookspec
@@ -135,7 +142,9 @@ def art_checkpoint_published(model: PolicyModel, checkpoint: CheckpointRef, rece
 
 @hookspec
 def art_checkpoint_publish_failed(model: PolicyModel, checkpoint: CheckpointRef, error: BaseException) -> Announced:
-    """A checkpoint was refused or could not be published; the old step is still served."""
+    """A checkpoint was refused or could not be published; the old step is still served. Exactly one of this and
+    `art_checkpoint_published` is called.
+    """
 
 
 @hookspec

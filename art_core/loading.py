@@ -131,10 +131,8 @@ def load_plugin(hooks: pluggy.PluginManager, found: FoundPlugin) -> LoadedPlugin
         if hooks.get_plugin(info.name) is plugin:
             hooks.unregister(name=info.name)
         return replace(info, status=PluginStatus.BROKEN, error=reason)
-    capabilities = {
-        f"{kind} {card.name}": tuple(sorted(str(c.value) for c in getattr(card, "capabilities", ())))
-        for kind, card in cards
-    }
+    declared = {f"{kind} {card.name}": getattr(card, "capabilities", ()) for kind, card in cards}
+    capabilities = {name: tuple(sorted(map(str, members))) for name, members in declared.items()}
     info = replace(info, hooks=tuple(implemented), provides=tuple(capabilities), capabilities=capabilities)
     return LoadedPlugin(info, tuple(cards))
 

@@ -7,23 +7,24 @@ Knows one plugin at a time. What becomes of it, and how plugins get on with each
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import pluggy
 
 from . import hookspecs
 from .backend import BackendSpec
+from .capabilities import BackendCapability, Capability, InferenceCapability, TrainingCapability
 from .engines import InferenceEngineSpec, PluginSpec, TrainingEngineSpec
 from .errors import MisspeltHook, PluginError, did_you_mean
 
 API_VERSION = 1
 OLDEST_API_VERSION = 1
 
-_CARDS: dict[str, tuple[str, type[PluginSpec]]] = {
-    "art_register_backends": ("backend", BackendSpec),
-    "art_register_inference_engines": ("inference engine", InferenceEngineSpec),
-    "art_register_training_engines": ("training engine", TrainingEngineSpec),
+_CARDS: dict[str, tuple[str, type[PluginSpec], type[Capability]]] = {
+    "art_register_backends": ("backend", BackendSpec, BackendCapability),
+    "art_register_inference_engines": ("inference engine", InferenceEngineSpec, InferenceCapability),
+    "art_register_training_engines": ("training engine", TrainingEngineSpec, TrainingCapability),
 }
 
 
@@ -35,18 +36,12 @@ def refused_range(line: str) -> str:
     from packaging.requirements import InvalidRequirement, Requirement
 
     try:
-        requirement = Requirement(line)
-    except InvalidRequirement:
+        requirement, version = Requirement(line), metadata.version("art-core")
+    except (InvalidRequirement, metadata.PackageNotFoundError):
         return ""
-    if requirement.name.lower().replace("_", "-") != "art-core":
-        return ""
-    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-        return ""
-    try:
-        version = metadata.version("art-core")
-    except metadata.PackageNotFoundError:
-        return ""
-    if requirement.specifier.contains(version, prereleases=True):
+    other = requirement.name.lower().replace("_", "-") != "art-core"
+    unasked = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+    if other or unasked or requirement.specifier.contains(version, prereleases=True):
         return ""
     return f"it needs art-core {requirement.specifier}, installed is {version}; upgrade the one or the other"
 
@@ -62,7 +57,7 @@ def refused_api(api: int, distribution: str) -> str:
 def implemented_hooks(hooks: pluggy.PluginManager, plugin: object) -> list[str]:
     """The hooks that a plugin implements.
 
-    Raises MisspeltHook for one that doesn't exist, has lost its decorator, or could not be called one by one.
+    Raises MisspeltHook for one that doesn't exist, has lost its decorator, or could not be called as hooks are.
     """
     known = {name for name in vars(hookspecs) if name.startswith("art_")}
     implemented = []
@@ -79,23 +74,41 @@ def implemented_hooks(hooks: pluggy.PluginManager, plugin: object) -> list[str]:
             raise MisspeltHook(f"it implements {hook}, which is not a hook.{did_you_mean(hook, known)}")
         if options.get("wrapper") or options.get("hookwrapper"):
             raise MisspeltHook(f"its {hook} is a wrapper; the hooks of ART are called one by one and can't be wrapped")
+        _check_signature(hook, getattr(plugin, name))
         implemented.append(hook)
     return implemented
+
+
+def _check_signature(hook: str, function: Callable[..., object]) -> None:
+    given = list(inspect.signature(getattr(hookspecs, hook)).parameters)
+    taken = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    unknown = [repr(p.name) for p in taken if p.default is p.empty and p.name not in given]
+    if unknown:
+        form = f"{hook}({', '.join(given)})"
+        raise MisspeltHook(f"its {hook} takes {', '.join(unknown)}, which it isn't given. Take what you need of {form}")
+    if inspect.iscoroutinefunction(function) and hook.startswith(("art_register_", "art_resolve_")):
+        raise MisspeltHook(f"its {hook} is async, and nobody would await it; write `def {hook}`")
 
 
 def registered_cards(hooks: pluggy.PluginManager, plugin: object) -> list[tuple[str, PluginSpec]]:
     """The cards that a registered plugin gives, each with its kind. Raises PluginError for what is no card."""
     cards: list[tuple[str, PluginSpec]] = []
-    for hook, (kind, expected) in _CARDS.items():
+    for hook, (kind, expected, members) in _CARDS.items():
         for implementation in getattr(hooks.hook, hook).get_hookimpls():
             if implementation.plugin is not plugin:
                 continue
             given = implementation.function()
             if not isinstance(given, Iterable):
-                raise PluginError(f"its {hook} must give a list of {expected.__name__}, not {type(given).__name__}")
+                raise PluginError(
+                    f"its {hook} must give a list, [{expected.__name__}(...)], not {type(given).__name__}"
+                )
             for card in given:
                 if not isinstance(card, expected):
                     raise PluginError(f"its {hook} must give {expected.__name__} objects, not {type(card).__name__}")
+                for each in getattr(card, "capabilities", ()):
+                    if not isinstance(each, members):
+                        known = f"{members.__name__}, which has {', '.join(members.__members__)}"
+                        raise PluginError(f"{card.name!r} declares the capability {each!r}, no member of {known}")
                 if not all(card.factory.partition(":")):
                     raise PluginError(f"the factory of {card.name!r} is {card.factory!r}, not 'module:attribute'")
                 if (kind, card.name) in ((k, c.name) for k, c in cards):

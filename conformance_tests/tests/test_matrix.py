@@ -60,6 +60,17 @@ def test_a_backend_of_another_machine_is_untestable_until_it_is_given_what_it_ne
     assert elsewhere(installed_plugins(), ["local", "serverless"]) == {"serverless"}
 
 
+def test_a_tracker_is_untestable_until_it_is_said_how_what_it_keeps_is_read_back() -> None:
+    names = chosen(installed_plugins(), [], [], [])
+    assert list(names.trackers) == ["tracker-files", "trackio", "wandb"]
+    (_, alone) = cells(Chosen([], [], [], ["ledger"]), {})
+    assert "--tests ledger=FILE" in alone.lacks
+    (_, with_tests) = cells(Chosen([], [], [], ["ledger"]), {}, {"ledger": "test_ledger.py"})
+    assert (with_tests.name, with_tests.lacks, with_tests.arguments) == ("tracker-ledger", "", ["test_ledger.py"])
+    with pytest.raises(PluginNotInstalled, match=r"'trackoi'\. Did you mean 'trackio'\?"):
+        chosen(installed_plugins(), [], [], [], ["trackoi"])
+
+
 @pytest.mark.slow
 def test_a_matrix_that_is_killed_leaves_no_cell_running(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("art-conformance")

@@ -117,7 +117,7 @@ BROKEN = [
         @hookimpl
         def art_after_train(outcome): ...
         """,
-        "outcome",
+        "its art_after_train takes 'outcome', which it isn't given. Take what you need of art_after_train(backend, ",
     ),
     (
         """
@@ -146,7 +146,7 @@ BROKEN = [
         @hookimpl
         def art_register_backends(): ...
         """,
-        "its art_register_backends must give a list of BackendSpec, not NoneType",
+        "its art_register_backends must give a list, [BackendSpec(...)], not NoneType",
     ),
     (
         """
@@ -157,6 +157,25 @@ BROKEN = [
             return ["local"]
         """,
         "its art_register_backends must give BackendSpec objects, not str",
+    ),
+    (
+        """
+        from art_core import hookimpl
+        art_api = 1
+        @hookimpl
+        async def art_resolve_base_model(name): ...
+        """,
+        "its art_resolve_base_model is async, and nobody would await it; write `def art_resolve_base_model`",
+    ),
+    (
+        """
+        from art_core import InferenceEngineSpec, hookimpl
+        art_api = 1
+        @hookimpl
+        def art_register_inference_engines():
+            return [InferenceEngineSpec(name="acme", factory="a:b", summary="", capabilities={"pause"})]
+        """,
+        "'acme' declares the capability 'pause', no member of InferenceCapability, which has STREAMING_TOKEN_IDS, ",
     ),
     (engine("acme", "acme.engine"), "the factory of 'acme' is 'acme.engine', not 'module:attribute'"),
     (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from art_core import CheckpointRef, ModelKey
+from art_core import CheckpointRef, ModelKey, PublicationReceipt
 from art_core.errors import AdapterMismatch, EngineRefused, PublicationFailed
 from art_core.publication import Publication, PublicationLimits, PublicationStage, publish
 from art_engine_kit.served_steps import ServedSteps
@@ -86,7 +88,6 @@ async def test_every_stage_runs_once_in_order_and_the_receipt_says_so(checkpoint
     assert publisher.served.routed == 2
     assert (receipt.model, receipt.step, receipt.inference_name) == (KEY, 2, "agent@2")
     assert list(receipt.seconds) == ["checked", "loaded", "verified", "routed"]
-    assert all(seconds >= 0 for seconds in receipt.seconds.values())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -194,6 +195,27 @@ async def test_an_unload_that_fails_is_said_and_hides_nothing(
         await publish(checkpoint, publisher, PublicationLimits(unload_s=0.02))
     assert "it answers as step 1." in str(caught.value)
     assert caught.value.stage == "verify"
+
+
+async def test_a_receipt_has_the_seconds_of_each_stage_and_a_publication_none_that_nobody_took(
+    checkpoint: CheckpointRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([2.0, 9.0, 20.0, 23.0, 30.0, 31.25, 40.0, 40.125])
+    monkeypatch.setattr("art_core.publication.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    receipt = await publish(checkpoint, RecordingPublisher())
+    assert receipt.seconds == {"checked": 7.0, "loaded": 3.0, "verified": 1.25, "routed": 0.125}
+    by_hand = Publication(checkpoint)
+    by_hand.advance(PublicationStage.CHECKED)
+    assert by_hand.seconds == {"checked": 0.0}
+
+
+def test_limits_and_receipts_are_frozen_and_named() -> None:
+    assert PublicationLimits() == PublicationLimits(check_s=60, load_s=120, verify_s=60, route_s=5, unload_s=60)
+    for made in (PublicationLimits(), PublicationReceipt(model=KEY, step=1, inference_name="agent@1")):
+        with pytest.raises(FrozenInstanceError):
+            made.step = 2  # type: ignore[union-attr, misc]
+        with pytest.raises(TypeError):
+            type(made)(1.0, 2.0, 3.0)  # type: ignore[misc, arg-type]
 
 
 async def test_an_older_step_cannot_be_routed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,17 +135,25 @@ def fails(where: str, error: BaseException) -> Callable[[str], Any]:
     return at
 
 
-async def test_a_step_that_works_is_told_in_order() -> None:
+async def test_a_step_that_works_is_told_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([2.0, 9.0])
+    monkeypatch.setattr("art_core.steps.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     backend, registry, recorder = setting(nothing)
     result = await step(backend, registry)
     assert backend.log == WHOLE
     assert result.step == 1
     assert result.metrics["loss/train"] == 0.5
-    assert result.metrics["time/step_publish_s"] > 0
+    assert result.metrics["time/step_publish_s"] == 7.0
     assert recorder.told["art_after_train"]["result"] == result
     assert recorder.told["art_before_train"] == {"step": 1, "trajectory_groups": GROUPS}
     assert recorder.told["art_checkpoint_published"] == {"checkpoint": CHECKPOINT, "receipt": RECEIPT}
     assert not backend.held
+
+
+def test_what_was_saved_stays_as_it_was_said() -> None:
+    saved = SavedStep(CHECKPOINT, TrainResult(step=1))
+    with pytest.raises(FrozenInstanceError):
+        saved.checkpoint = replace(CHECKPOINT, step=2)  # type: ignore[misc]
 
 
 async def test_a_refused_step_is_not_begun() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import importlib
 import inspect
 import json
 import os
@@ -172,27 +173,41 @@ def table_of(page: Path, first_column: str) -> dict[str, list[str]]:
     return rows
 
 
-def hooks_in_page() -> dict[str, tuple[list[str], str]]:
+def test_the_pages_of_hooks_and_protocols_are_what_the_docstrings_say() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("interface_reference.py")), "--check"]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert made.returncode == 0, made.stderr
+
+
+def test_the_page_of_hooks_has_every_hook_under_its_kind() -> None:
     text = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
-    found = re.findall(r"^### `(art_\w+)\(([^)]*)\)`\n\nKind: ([a-z ]+)\. ", text, re.MULTILINE)
-    assert len(found) == text.count("\n### "), "a hook's section doesn't begin as the others do"
-    return {name: ([a for a in arguments.split(", ") if a], kind) for name, arguments, kind in found}
+    found = {}
+    for section in text.split("\n## ")[1:]:
+        for name, arguments in re.findall(r"^### `(art_\w+)\(([^)]*)\)`$", section, re.MULTILINE):
+            found[name] = ([each for each in arguments.split(", ") if each], section.partition("\n")[0])
+    real = {name for name in vars(hookspecs) if name.startswith("art_")}
+    assert found == {
+        name: (list(inspect.signature(getattr(hookspecs, name)).parameters), kind_of(name)) for name in real
+    }
 
 
 def kind_of(hook: str) -> str:
-    specification = getattr(hookspecs, hook)
     if hook.startswith("art_register_"):
-        return "collected"
-    if specification.art_spec["firstresult"]:
-        return "first result"
-    return "may refuse" if hook.startswith("art_before_") else "announced"
+        return "Collected"
+    if getattr(hookspecs, hook).art_spec["firstresult"]:
+        return "First result"
+    return "May refuse" if hook.startswith("art_before_") else "Announced"
 
 
-def test_the_page_of_hooks_is_the_hooks() -> None:
-    real = {name for name in vars(hookspecs) if name.startswith("art_")}
-    assert hooks_in_page() == {
-        name: (list(inspect.signature(getattr(hookspecs, name)).parameters), kind_of(name)) for name in real
-    }
+def test_every_protocol_that_the_kernel_has_is_on_its_page() -> None:
+    text = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
+    modules = [importlib.import_module(f"art_core.{name}") for name in ("backend", "engines", "publication", "steps")]
+    protocols = {
+        name for module in modules for name, value in vars(module).items() if getattr(value, "_is_protocol", False)
+    } - {"Protocol"}
+    assert len(protocols) >= 7
+    shown = set(re.findall(r"^### `[\w.]+\.(\w+)`$", text, re.MULTILINE))
+    assert protocols <= shown, protocols - shown
 
 
 def test_the_page_of_options_is_the_options() -> None:

@@ -23,7 +23,7 @@ KINDS = {
 KNOWN = {
     "art-engine-mine": {"art_core", "art_engine_kit"},
     "art-engine-tuner": {"art_core", "art_engine_kit", "art_training_kit"},
-    "art-tracker-ledger": {"art_core"},
+    "art-tracker-ledger": {"art_core", "art_tracker_kit"},
     "art-backend-desk": {"art_core"},
 }
 # It has no inference server that could be killed.

@@ -6,6 +6,7 @@ because pytest loads this package in every run.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import catalogue
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from .inference_suite import InferenceEngineConformance
     from .plugin_suite import PluginConformance
     from .publication_suite import PublicationConformance
+    from .tracker_reports import KeptModel, KeptRow
+    from .tracker_suite import TrackerConformance
     from .training_suite import TrainingEngineConformance
 
 __all__ = [
@@ -23,16 +26,21 @@ __all__ = [
     "SHOULD",
     "BackendConformance",
     "InferenceEngineConformance",
+    "KeptModel",
+    "KeptRow",
     "Level",
     "PluginConformance",
     "PublicationConformance",
     "Requirement",
+    "TrackerConformance",
     "TrainingEngineConformance",
     "check",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("KeptModel", "KeptRow"):
+        return getattr(import_module(".tracker_reports", __name__), name)
     if name not in catalogue.SUITES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return catalogue.suite(name)

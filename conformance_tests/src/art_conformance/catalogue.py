@@ -20,6 +20,7 @@ SUITES = {
     "TrainingEngineConformance": "training_suite",
     "PublicationConformance": "publication_suite",
     "BackendConformance": "backend_suite",
+    "TrackerConformance": "tracker_suite",
 }
 
 

@@ -75,13 +75,18 @@ def matrix(
     backend: Annotated[
         list[str] | None, typer.Option(help="A backend of the matrix; may be repeated. Default: all installed.")
     ] = None,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="A tracker of the matrix; may be repeated. Default: all installed.")
+    ] = None,
     backend_args: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=JSON", help="A backend's keyword arguments; {tmp} is an empty folder."),
     ] = None,
     tests: Annotated[
         list[str] | None,
-        typer.Option(metavar="BACKEND=FILE", help="A test file of yours for a backend that needs more than arguments."),
+        typer.Option(
+            metavar="NAME=FILE", help="A test file of yours for a tracker, or a backend that needs more than arguments."
+        ),
     ] = None,
     only: Annotated[str, typer.Option(help="Only cells whose name begins with this, such as 'training-'.")] = "",
     folder: Annotated[Path, typer.Option(help="Where reports are kept, and taken up again.")] = _FOLDER,
@@ -90,7 +95,8 @@ def matrix(
     ] = False,
     limit: Annotated[float, typer.Option(help="How long one cell may take, in seconds.")] = CELL_LIMIT_S,
 ) -> None:
-    """Hold everything that is installed against its suites: each engine, and each backend with every pair of engines.
+    """Hold everything that is installed against its suites: each tracker, each engine, and each backend with every pair
+    of engines.
 
     One JSON report a cell, `matrix.md` and `badge.json` are written to the folder. A run that was stopped goes on where
     it was. Exit status 1 when a plugin isn't conformant, 2 when a cell says nothing (untestable, or a fault of the
@@ -99,7 +105,7 @@ def matrix(
     registry = _registry()
     console = Console(stderr=True)
     try:
-        names = chosen(registry, inference_engine or (), training_engine or (), backend or ())
+        names = chosen(registry, inference_engine or (), training_engine or (), backend or (), tracker or ())
         given = dict(_backend_args(item) for item in backend_args or ())
         files = dict(_test_file(item) for item in tests or ())
     except (ArtError, typer.BadParameter) as error:
@@ -146,7 +152,7 @@ def _backend_args(item: str) -> tuple[str, str]:
 def _test_file(item: str) -> tuple[str, str]:
     name, _, path = item.partition("=")
     if not Path(path).is_file():
-        raise typer.BadParameter(f"--tests {item}: after the backend's name and = comes a test file, and this is none")
+        raise typer.BadParameter(f"--tests {item}: after the name and = comes a test file, and this is none")
     return name, str(Path(path).resolve())
 
 

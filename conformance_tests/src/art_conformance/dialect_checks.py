@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from art_core import Capability, EngineCall, InferenceCapability, InferenceEngine, InferenceLaunch
-from art_core.errors import EngineRefused, UnknownArgument, UnsupportedCapability
+from art_core.errors import EngineRefused, UnknownArgument
 
 from .plans import check_devices, check_interpreter, check_plan_is_pure, check_secret, words_of
 from .requirements import MUST, check
-from .suite import Suite
+from .suite import Suite, undeclared
 
 KEY = "sk-conformance-0123456789abcdef"
 NONSENSE = "xq_no_such_argument"
@@ -209,24 +209,28 @@ class DialectChecks(Suite):
     def test_undeclared_is_refused(self, engine: InferenceEngine) -> None:
         chunk = {"choices": [{"index": 0, "delta": {"content": "x"}, "token_ids": [1]}]}
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-        methods: dict[InferenceCapability, list[Any]] = {
-            InferenceCapability.PAUSE: [engine.pause, engine.resume],
-            InferenceCapability.SLEEP: [engine.sleep, engine.wake],
-            InferenceCapability.STREAMING_TOKEN_IDS: [lambda: engine.read_chunk("chat/completions", chunk)],
-            InferenceCapability.TOOL_CALLS: [
-                lambda: engine.prepare_request("chat/completions", {**CHAT, "tools": [tool]}, ADAPTER)
-            ],
-        }
-        for capability, calls in methods.items():
-            for call in calls:
-                if capability in engine.capabilities:
-                    call()
-                    continue
-                with pytest.raises(UnsupportedCapability) as refusal:
-                    call()
-                assert refusal.value.plugin == engine.name
-                assert refusal.value.capability == capability.value
-                assert refusal.value.instead.strip()
+        calls: list[tuple[InferenceCapability, str, Callable[[], Any]]] = [
+            (InferenceCapability.PAUSE, "pause()", engine.pause),
+            (InferenceCapability.PAUSE, "resume()", engine.resume),
+            (InferenceCapability.SLEEP, "sleep()", engine.sleep),
+            (InferenceCapability.SLEEP, "wake()", engine.wake),
+            (
+                InferenceCapability.STREAMING_TOKEN_IDS,
+                "read_chunk(...)",
+                lambda: engine.read_chunk("chat/completions", chunk),
+            ),
+            (
+                InferenceCapability.TOOL_CALLS,
+                "prepare_request(...) with tools",
+                lambda: engine.prepare_request("chat/completions", {**CHAT, "tools": [tool]}, ADAPTER),
+            ),
+        ]
+        for capability, written, call in calls:
+            if capability in engine.capabilities:
+                call()
+                continue
+            with undeclared(engine.name, capability, written):
+                call()
 
     @check("INF-017", MUST, "The dialect does no I/O: no connection, no process, no file written, no variable changed.")
     def test_dialect_does_no_io(

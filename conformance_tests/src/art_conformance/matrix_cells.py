@@ -13,6 +13,7 @@ from platform import machine, python_version, system
 from typing import Any
 
 from art_core import BackendCapability, PluginRegistry
+from art_core.errors import PluginNotInstalled, did_you_mean
 from art_runtime.environments import EngineSpec, environment_for, python_for
 
 from .targets import DEFAULT_BACKEND, DEFAULT_ENGINE
@@ -20,6 +21,7 @@ from .targets import DEFAULT_BACKEND, DEFAULT_ENGINE
 _MODULE = "art_conformance.by_name.test_by_name"
 # Beside ART's own, what decides how an engine in the client's environment behaves.
 _SHOWN = ("torch", "transformers", "peft")
+_LOGGED = frozenset({"art_log_metrics", "art_log_trajectories"})
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,15 @@ class Chosen:
     inference_engines: Sequence[str]
     training_engines: Sequence[str]
     backends: Sequence[str]
+    trackers: Sequence[str] = ()
 
 
 def chosen(
-    registry: PluginRegistry, inference: Iterable[str], training: Iterable[str], backends: Iterable[str]
+    registry: PluginRegistry,
+    inference: Iterable[str],
+    training: Iterable[str],
+    backends: Iterable[str],
+    trackers: Iterable[str] = (),
 ) -> Chosen:
     """What was asked for, or everything that is installed where nothing was; the embedded default comes first.
 
@@ -73,7 +80,19 @@ def chosen(
         names or sorted(registry.provided(kind), key=lambda name: (name not in first, name))  # type: ignore[arg-type]
         for kind, names in asked.items()
     ]
-    return Chosen(*found)
+    inference_engines, training_engines, all_backends = found
+    return Chosen(inference_engines, training_engines, all_backends, _trackers(registry, list(trackers)))
+
+
+def _trackers(registry: PluginRegistry, asked: Sequence[str]) -> Sequence[str]:
+    there = sorted(info.name for info in registry.infos if _LOGGED & set(info.hooks))
+    for name in asked:
+        if name not in there:
+            raise PluginNotInstalled(
+                f"no tracker is called {name!r}.{did_you_mean(name, there)} Installed: {', '.join(there) or 'none'}."
+            )
+    # A backend may listen to what is logged too; that is for its own suites.
+    return asked or [info.name for info in registry.infos if info.name in there and not info.provides]
 
 
 def elsewhere(registry: PluginRegistry, backends: Iterable[str]) -> frozenset[str]:
@@ -91,10 +110,14 @@ def cells(
     """The cells in the order in which they are run: what costs least and says most first.
 
     Backend local is held against its suites with every pair of engines, any other once. `tests` are test files of the
-    caller's, by backend. A backend among `remote` needs one, or arguments; without them its cell can't be run.
+    caller's, by backend or tracker. A backend among `remote` needs one, or arguments; a tracker needs one, since only
+    its author knows how what it keeps is read back. Without them their cells can't be run.
     """
     tests = tests or {}
     made = [Cell("plugins", ("TestPlugin",))]
+    for tracker in names.trackers:
+        why = "" if tracker in tests else f"how what it keeps is read back is not known. Say so, --tests {tracker}=FILE"
+        made.append(Cell(f"tracker-{tracker}", tests=tests.get(tracker, ""), lacks=why))
     made += [
         Cell(f"inference-{name}", ("TestInferenceEngine",), ("--inference-engine", name), inference_engine=name)
         for name in names.inference_engines

@@ -33,6 +33,7 @@ from art_core import (
 )
 from art_core.engines import PluginSpec
 from art_core.loading import ENTRY_POINT_GROUP, PluginInfo, PluginStatus
+from art_core.plugin_gates import refused_api
 from art_core.registry import instantiate
 
 from .requirements import MUST, SHOULD, check
@@ -141,7 +142,8 @@ class PluginConformance(Suite):
     def test_declares_api(self, module: Any) -> None:
         api = getattr(module, "art_api", None)
         assert type(api) is int, f"art_api is {api!r}; write `art_api = {API_VERSION}`"
-        assert 1 <= api <= API_VERSION, f"art_api is {api}, this art-core speaks up to {API_VERSION}"
+        refused = refused_api(api, "the plugin")
+        assert not refused, refused
 
     @check(
         "PLG-003", MUST, "Every function of the plugin called `art_…` is a hook and takes only that hook's arguments."
@@ -223,9 +225,10 @@ class PluginConformance(Suite):
             for name, wanted in vars(protocol).items():
                 if name.startswith("_") or not (inspect.isfunction(wanted) or isinstance(wanted, property)):
                     continue
-                assert hasattr(subject, name), f"{card.name} lacks {name} of {protocol.__name__}"
+                due = f"art_core.{protocol.__name__} has `{_line_of(name, wanted)}`"
+                assert hasattr(subject, name), f"{card.name} lacks {name}. {due}; write one like it"
                 if inspect.isfunction(wanted):
-                    _same_parameters(card.name, name, wanted, getattr(subject, name))
+                    _same_form(f"{card.name}.{name}", due, wanted, getattr(subject, name))
 
     @check("PLG-013", MUST, "An engine's name and capabilities are those on its card.")
     def test_instances_match_cards(self, cards: list[tuple[str, Any]]) -> None:
@@ -256,11 +259,38 @@ def _factory_of(card: Any) -> Any:
     return found
 
 
-def _same_parameters(plugin: str, name: str, wanted: Any, given: Any) -> None:
+def _line_of(name: str, wanted: Any) -> str:
+    """The protocol's own line."""
+    if isinstance(wanted, property):
+        return f"{name}: {inspect.signature(wanted.fget).return_annotation}"  # type: ignore[arg-type]
+    text = str(inspect.signature(wanted)).replace("'", "")
+    return f"{'async ' if inspect.iscoroutinefunction(wanted) else ''}def {name}{text}"
+
+
+def _same_form(method: str, due: str, wanted: Any, given: Any) -> None:
+    assert callable(given), f"{method} is a {type(given).__name__}, and no method. {due}"
+    if inspect.iscoroutinefunction(given) and not inspect.iscoroutinefunction(wanted):
+        pytest.fail(f"{method} is `async def`, and nobody awaits it. {due}; write `def`", pytrace=False)
+    if inspect.iscoroutinefunction(wanted) and _is_plainly_not_async(given):
+        pytest.fail(f"{method} is `def`, and is awaited. {due}; write `async def`", pytrace=False)
     theirs = inspect.signature(given).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in theirs.values()):
         return
     for parameter in list(inspect.signature(wanted).parameters.values())[1:]:
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            continue
-        assert parameter.name in theirs, f"{plugin}.{name} lacks the parameter {parameter.name!r} of the protocol"
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name not in theirs:
+            pytest.fail(
+                f"{method} takes {', '.join(name for name in theirs if name != 'self') or 'nothing'}, and no"
+                f" {parameter.name!r}. {due}; name its parameters as they are there",
+                pytrace=False,
+            )
+
+
+def _is_plainly_not_async(given: Any) -> bool:
+    """It gives something that no `await` takes, by its own annotation; a wrapper may give a coroutine all the same."""
+    annotation = inspect.signature(given).return_annotation
+    awaitable = ("Awaitable", "Coroutine", "Future", "Task", "Any")
+    return (
+        not inspect.iscoroutinefunction(inspect.unwrap(given))
+        and annotation is not inspect.Parameter.empty
+        and not any(name in str(annotation) for name in awaitable)
+    )

@@ -5,12 +5,14 @@ Left out is not met: the report counts it apart, and every suite has a check tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
 
 from art_core import Capability
+from art_core.errors import UnsupportedCapability
 
 from .pytest_plugin import UNDECLARED
 from .requirements import requirement_of
@@ -37,3 +39,21 @@ class Suite:
         if requirement.needs not in request.getfixturevalue("declared"):
             request.node.stash[UNDECLARED] = True
             pytest.skip(f"the capability {requirement.needs.value!r} is not declared")
+
+
+@contextmanager
+def undeclared(plugin: str, capability: Capability, call: str) -> Iterator[None]:
+    """Within the block `call` is made of a plugin that doesn't declare the capability, and must be refused in words."""
+    kind = f"{type(capability).__name__}.{capability.name}"
+    todo = (
+        f"Declare {kind} if it can do that; if not, raise UnsupportedCapability({plugin!r}, {capability.value!r},"
+        " 'what to use instead')"
+    )
+    refusal: UnsupportedCapability | None = None
+    try:
+        yield
+    except UnsupportedCapability as error:
+        refusal = error
+    assert refusal is not None, f"{call} of {plugin} was done, and it doesn't declare {kind}. {todo}"
+    said = (refusal.plugin, refusal.capability, bool(refusal.instead.strip()))
+    assert said == (plugin, capability.value, True), f"{call} of {plugin} is refused as {refusal}. {todo}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -24,6 +26,12 @@ class ServedStepsAgainstOracle(RuleBasedStateMachine):
         self.routes: list[int] = []
         self.requests: list[int] = []
         self.leases: list[int] = []
+        self.resting = False
+
+    @property
+    def may_rest(self) -> bool:
+        routed = self.routes[-1:]
+        return bool(routed) and routed[0] in self.loaded and routed[0] not in self.requests + self.leases
 
     def used(self, step: int) -> bool:
         return step in self.requests or step in self.leases or self.routes[-1:] == [step]
@@ -33,6 +41,8 @@ class ServedStepsAgainstOracle(RuleBasedStateMachine):
         self.served.add(step)
         if step not in self.loaded:
             self.loaded.append(step)
+        if [step] == self.routes[-1:]:
+            self.resting = False
 
     @rule(step=STEPS)
     def route(self, step: int) -> None:
@@ -42,12 +52,15 @@ class ServedStepsAgainstOracle(RuleBasedStateMachine):
         else:
             self.served.route(step)
             self.routes.append(step)
+            self.resting = False
 
     @rule(step=st.none() | STEPS)
     def a_request_begins(self, step: int | None) -> None:
         wanted = self.routes[-1] if step is None and self.routes else step
         if wanted is None or wanted not in self.loaded:
-            with pytest.raises(CheckpointNotFound, match="is not served; served steps: "):
+            asked = "project/agent" if step is None else f"project/agent@{step}"
+            there = ", ".join(map(str, sorted(self.loaded))) or "none"
+            with pytest.raises(CheckpointNotFound, match=re.escape(f"{asked} is not served; served steps: {there}.")):
                 self.served.acquire(step)
         else:
             assert self.served.acquire(step) == wanted
@@ -93,8 +106,19 @@ class ServedStepsAgainstOracle(RuleBasedStateMachine):
                 self.loaded.remove(step)
 
     @rule()
+    def rest(self) -> None:
+        if self.may_rest:
+            assert self.served.rest() == self.routes[-1]
+            self.loaded.remove(self.routes[-1])
+            self.resting = True
+        else:
+            with pytest.raises(CheckpointInUse):
+                self.served.rest()
+
+    @rule()
     def the_engine_dies(self) -> None:
-        assert self.served.lose_all() == set(self.leases) | set(self.routes[-1:])
+        wanted = set() if self.resting else set(self.routes[-1:])
+        assert self.served.lose_all() == set(self.leases) | wanted
         self.loaded.clear()
 
     @invariant()
@@ -102,6 +126,8 @@ class ServedStepsAgainstOracle(RuleBasedStateMachine):
         assert self.served.loaded == frozenset(self.loaded)
         assert self.served.routed == (self.routes[-1] if self.routes else None)
         assert self.routes == sorted(self.routes)
+        assert self.served.can_rest == self.may_rest
+        assert self.served.leased == bool(self.leases)
         for step in range(7):
             assert self.served.in_flight(step) == self.requests.count(step)
             assert self.served.in_use(step) == self.used(step)
@@ -126,3 +152,26 @@ def test_an_engine_that_dies_while_it_is_brought_back_still_gets_every_needed_st
     served.add(3)
     assert served.lose_all() == {1, 3}
     assert served.lose_all() == {1, 3}
+
+
+def test_a_step_that_rests_is_not_brought_back_until_it_was_asked_for() -> None:
+    served = ServedSteps(ModelKey("project", "agent"))
+    served.add(2)
+    served.route(2)
+    assert served.rest() == 2
+    for other in (1, 3):
+        served.add(other)
+        assert served.lose_all() == set()
+    served.add(2)
+    assert served.lose_all() == {2}
+
+
+def test_step_zero_rests_only_while_nobody_has_it() -> None:
+    served = ServedSteps(ModelKey("project", "agent"))
+    served.add(0)
+    served.route(0)
+    for begin, end in ((served.lease, served.end_lease), (served.acquire, served.release)):
+        begin(0)
+        assert not served.can_rest
+        end(0)
+        assert served.can_rest

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -18,13 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from wandb.proto import wandb_internal_pb2
 
 from art_conformance import PluginConformance
 from art_core.history import read_history
 
 KEY = "0123456789abcdef" * 2 + "01234567"
-BLOCK, HEADER = 32768, 7
 
 
 class TestWandbPlugin(PluginConformance):
@@ -97,52 +94,10 @@ def logged(folder, **settings):
     return said
 
 
-def records(run_folder):
-    """What a .wandb file holds: blocks of a LevelDB log, whose records are messages."""
-    files = list(run_folder.glob("run-*.wandb"))
-    data, at, whole = files[0].read_bytes() if files else b"", HEADER, b""
-    assert data[:4] in (b":W&B", b"")
-    while at + HEADER <= len(data):
-        if (room := BLOCK - at % BLOCK) < HEADER:
-            at += room
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
-        if kind == 0:
-            at += room
-            continue
-        whole += data[at + HEADER : at + HEADER + length]
-        at += HEADER + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
-def rows(run_folder):
-    for record in records(run_folder):
-        if record.WhichOneof("record_type") == "history":
-            yield {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-
-
-def lora_artifacts(run_folder):
-    kept = [record.artifact for record in records(run_folder) if record.WhichOneof("record_type") == "artifact"]
-    return [artifact for artifact in kept if artifact.type == "lora"]
-
-
-def run_folders(folder, pattern="offline-run-*"):
-    return sorted((folder / "wandb").glob(pattern))
-
-
-def steps_of(folder, pattern="offline-run-*"):
-    """The steps of all rows of metrics, of all runs there."""
-    return [row["training_step"] for run in run_folders(folder, pattern) for row in rows(run) if "loss/train" in row]
-
-
-def test_metrics_tables_and_adapters_are_read_back_as_they_were_logged(tmp_path):
+def test_metrics_tables_and_adapters_are_read_back_as_they_were_logged(tmp_path, run_files):
     logged(tmp_path, report="", WANDB_MODE="offline")
-    (run,) = run_folders(tmp_path)
-    found = list(rows(run))
+    (run,) = run_files.run_folders(tmp_path)
+    found = list(run_files.rows(run))
     losses = [(row["training_step"], row["loss/train"], row["train/reward"]) for row in found if "loss/train" in row]
     assert losses == [(step, 1 / (step + 1), step) for step in range(3)]
     # The same as tracker-files keeps.
@@ -153,12 +108,16 @@ def test_metrics_tables_and_adapters_are_read_back_as_they_were_logged(tmp_path)
     table = json.loads((run / "files" / tables[2]).read_text())
     assert dict(zip(table["columns"], table["data"][0], strict=True))["conversation"] == "user: hello\n\nassistant: hi"
 
-    (begun,) = [record.run for record in records(run) if record.WhichOneof("record_type") == "run"]
+    (begun,) = [record.run for record in run_files.records(run) if record.WhichOneof("record_type") == "run"]
     assert (begun.run_id, begun.project, begun.display_name) == ("agent", "shop", "agent")
-    axes = {(m.name or m.glob_name): m.step_metric for r in records(run) if (m := r.metric) and (m.name or m.glob_name)}
+    axes = {
+        (m.name or m.glob_name): m.step_metric
+        for r in run_files.records(run)
+        if (m := r.metric) and (m.name or m.glob_name)
+    }
     assert axes["*"] == "training_step"
 
-    artifacts = lora_artifacts(run)
+    artifacts = run_files.lora_artifacts(run)
     assert [(a.name, sorted(a.aliases)) for a in artifacts] == [("agent", ["latest", f"step{n}"]) for n in range(3)]
     for step, artifact in enumerate(artifacts):
         assert json.loads(artifact.metadata) == {"wandb.base_model": "tiny", "step": step}
@@ -170,20 +129,27 @@ def test_metrics_tables_and_adapters_are_read_back_as_they_were_logged(tmp_path)
 
 
 @pytest.mark.slow
-def test_what_is_in_the_file_when_a_process_is_killed_is_kept_and_the_next_goes_on_under_the_same_id(tmp_path):
+def test_what_is_in_the_file_when_a_process_is_killed_is_kept_and_the_next_goes_on_under_the_same_id(
+    tmp_path, run_files
+):
     process = begun(tmp_path, steps=50, report="wandb", then="killed", WANDB_MODE="offline")
     try:
         deadline = time.monotonic() + 60
-        while len(steps_of(tmp_path)) < 50 and time.monotonic() < deadline:
+        while len(run_files.steps_of(tmp_path)) < 50 and time.monotonic() < deadline:
             time.sleep(0.1)
     finally:
         process.kill()
         process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert steps_of(tmp_path) == list(range(50))
+    assert run_files.steps_of(tmp_path) == list(range(50))
     logged(tmp_path, report="wandb", WANDB_MODE="offline")
-    assert steps_of(tmp_path) == [*range(50), 0, 1, 2]
-    ids = {record.run.run_id for run in run_folders(tmp_path) for record in records(run) if record.run.run_id}
+    assert run_files.steps_of(tmp_path) == [*range(50), 0, 1, 2]
+    ids = {
+        record.run.run_id
+        for run in run_files.run_folders(tmp_path)
+        for record in run_files.records(run)
+        if record.run.run_id
+    }
     assert ids == {"agent"}
 
 
@@ -196,21 +162,21 @@ def test_what_is_in_the_file_when_a_process_is_killed_is_kept_and_the_next_goes_
         ("wandb", {}, 1),  # asked for, without a key: kept in files
     ],
 )
-def test_when_it_reports(tmp_path, report, variables, folders):
+def test_when_it_reports(tmp_path, report, variables, folders, run_files):
     said = logged(tmp_path, steps=1, report=report, **variables)
-    assert len(run_folders(tmp_path)) == folders
+    assert len(run_files.run_folders(tmp_path)) == folders
     assert ("There is no key of Weights & Biases" in said) is (folders == 1)
 
 
 @pytest.mark.slow
-def test_a_key_without_a_network_neither_delays_nor_loses_anything(tmp_path):
+def test_a_key_without_a_network_neither_delays_nor_loses_anything(tmp_path, run_files):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and not listening: connections are refused
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         said = logged(tmp_path, report="", WANDB_API_KEY=KEY, WANDB_BASE_URL=url, WANDB_INIT_TIMEOUT="3")
     assert "Weights & Biases can't be had" in said
     assert "wandb sync --id agent" in said
-    assert steps_of(tmp_path) == [0, 1, 2]
+    assert run_files.steps_of(tmp_path) == [0, 1, 2]
     assert not [f for f in tmp_path.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()]
 
 
@@ -271,7 +237,7 @@ class Service(BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_metrics_reach_the_files_of_a_run_whose_service_hangs_when_it_is_asked_about_artifacts(tmp_path):
+def test_metrics_reach_the_files_of_a_run_whose_service_hangs_when_it_is_asked_about_artifacts(tmp_path, run_files):
     with ThreadingHTTPServer(("127.0.0.1", 0), Service) as service:
         service.daemon_threads, service.ended = True, threading.Event()
         threading.Thread(target=service.serve_forever, daemon=True).start()
@@ -280,7 +246,7 @@ def test_metrics_reach_the_files_of_a_run_whose_service_hangs_when_it_is_asked_a
             process = begun(tmp_path, report="", then="killed", WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
             try:
                 deadline = time.monotonic() + 60
-                while len(steps_of(tmp_path, "run-*")) < 3 and time.monotonic() < deadline:
+                while len(run_files.steps_of(tmp_path, "run-*")) < 3 and time.monotonic() < deadline:
                     time.sleep(0.1)
             finally:
                 process.kill()
@@ -288,7 +254,7 @@ def test_metrics_reach_the_files_of_a_run_whose_service_hangs_when_it_is_asked_a
         finally:
             service.ended.set()
             service.shutdown()
-    assert steps_of(tmp_path, "run-*") == [0, 1, 2]
+    assert run_files.steps_of(tmp_path, "run-*") == [0, 1, 2]
 
 
 def _accepted(listening):

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class WandbRun:
-    """One run, whose id is the model's name, so that a process that goes on with a model goes on with its run."""
+    """One run, called as the model is."""
 
     def __init__(self, run: wandb.Run) -> None:
         self._run = run
@@ -108,9 +108,9 @@ def _begun(model: LoggedModel) -> WandbRun:
                 model.name,
                 folder,
             )
-        return WandbRun(_init(model, folder, "offline"))
+        return WandbRun(_init(model, folder, "offline", _run_id(model)))
     try:
-        return WandbRun(_init(model, folder, "online"))
+        return WandbRun(_init(model, folder, "online", _run_id(model)))
     except Exception as error:
         _log.warning(
             "Weights & Biases can't be had (%s: %s), so the run of %s is kept in files under %s/wandb."
@@ -122,17 +122,25 @@ def _begun(model: LoggedModel) -> WandbRun:
             model.name,
         )
         # wandb holds the id of a run that it failed to open until the process ends.
-        return WandbRun(_init(model, folder, "offline", run_id=f"{model.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        return WandbRun(_init(model, folder, "offline", f"{model.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
-def _init(model: LoggedModel, folder: str, mode: Any, run_id: str | None = None) -> wandb.Run:
+def _run_id(model: LoggedModel) -> str:
+    """The model's name, by which the next process goes on with the run. wandb refuses a second run of one id in a
+    process, whatever its project: with two models of one name the second's id has its project in it.
+    """
+    taken = any(name == model.name for _, _, name in _opened)
+    return "-".join(filter(None, (model.name, model.project, model.entity))) if taken else model.name
+
+
+def _init(model: LoggedModel, folder: str, mode: Any, run_id: str) -> wandb.Run:
     import wandb
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     return wandb.init(
         entity=model.entity,
         project=model.project,
-        id=run_id or model.name,
+        id=run_id,
         name=model.name,
         resume="allow",
         dir=folder,
