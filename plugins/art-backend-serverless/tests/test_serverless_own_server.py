@@ -160,6 +160,8 @@ async def test_checkpoints_are_deleted_leased_pulled_and_forked(backend: Serverl
     other = a_model("forked", tmp_path)
     await other.register(backend)
     assert await backend.fork_checkpoint(other, "kept", not_after_step=2) == 2
+    with pytest.raises(CheckpointNotFound, match="There is no model 'nobody'"):
+        await backend.fork_checkpoint(other, "nobody")
     assert await other.get_step() == 2
     assert (await backend.train(other, await some_groups(other))).step == 3
     await backend.delete_model(other)

@@ -136,7 +136,10 @@ def test_a_model_starts_from_the_checkpoint_of_another(client: Any) -> None:
     assert client.json("POST", f"/preview/models/{second}/fork", json=asked) == {"step": 1}
     assert client.steps(second) == [0, 1]
     nobody = client.ask("POST", f"/preview/models/{second}/fork", json={"from_model": "nobody"})
-    assert nobody.status_code == 404
+    assert (nobody.status_code, nobody.json()["error"]["param"]) == (422, "from_model")
+    client.json("DELETE", f"/preview/models/{first}/checkpoints", json={"steps": [0]})
+    nothing = client.ask("POST", f"/preview/models/{second}/fork", json={**asked, "not_after_step": 0})
+    assert (nothing.status_code, nothing.json()["error"]["code"]) == (422, "checkpoint_not_found")
 
 
 def test_a_base_model_that_is_not_served_is_refused_and_no_model_is_left(client: Any) -> None:

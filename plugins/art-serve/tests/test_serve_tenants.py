@@ -207,7 +207,7 @@ def test_an_upload_of_another_entity_cannot_be_trained_on(two: Two) -> None:
             got = two.other.ask("POST", "/preview/sft-training-jobs", json=body)
             assert got.status_code in (422, 501), got.text
         fork = {"from_model": "secret-model", "from_project": "p"}
-        assert two.other.ask("POST", f"/preview/models/{mine}/fork", json=fork).status_code == 404
+        assert two.other.ask("POST", f"/preview/models/{mine}/fork", json=fork).status_code == 422
     finally:
         assert two.other.ask("DELETE", f"/preview/models/{mine}").status_code == 204
 

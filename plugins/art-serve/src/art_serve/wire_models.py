@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -166,9 +167,10 @@ def models_router(service: Service) -> APIRouter:
         needs(BackendCapability.FORK, service)
         project = record.project if asked.from_project is None else asked.from_project
         source = catalogue.by_name(record.entity, project, asked.from_model)
+        # 404 would say that the model of the address isn't there.
+        missing = partial(ApiError, 422, code="checkpoint_not_found", param="from_model")
         if source is None:
-            message = f"There is no model {asked.from_model[:200]!r} in project {project[:200]!r}."
-            raise ApiError(404, message, code="model_not_found", param="from_model")
+            raise missing(f"There is no model {asked.from_model[:200]!r} in project {project[:200]!r}.")
 
         async def make() -> wire.Forked:
             policy = hosted.policy(record)
@@ -182,6 +184,8 @@ def models_router(service: Service) -> APIRouter:
                 await hosted.registered(record)
                 await hosted.steps(record)
                 catalogue.published(record, await hosted.backend.get_step(policy))
+            except CheckpointNotFound as error:
+                raise missing(in_clients_words(str(error), record, source)) from error
             except Exception as error:
                 raise_as_answer(error, record, source)
             return wire.Forked(step=step)
