@@ -194,7 +194,10 @@ class Killer:
         pid = self._pid(part)
         if pid is None:
             return False
-        os.kill(pid, signal.SIGKILL)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False  # it has ended since, with its client's connection or of an earlier kill
         return True
 
     def end(self) -> None:
