@@ -65,14 +65,14 @@ READ_WANDB = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_wandb_run import lora_artifacts, rows, run_folders
+from conftest import RunFiles
 
-(run,) = run_folders(Path("runs"))
+(run,) = RunFiles.run_folders(Path("runs"))
 artifacts = [
     [sorted(artifact.aliases), {entry.path: entry.local_path for entry in artifact.manifest.contents}]
-    for artifact in lora_artifacts(run)
+    for artifact in RunFiles.lora_artifacts(run)
 ]
-Path("wandb.json").write_text(json.dumps({"rows": list(rows(run)), "artifacts": artifacts}), encoding="utf-8")
+Path("wandb.json").write_text(json.dumps({"rows": list(RunFiles.rows(run)), "artifacts": artifacts}), encoding="utf-8")
 """
 
 
@@ -110,7 +110,8 @@ def test_what_both_kept_of_a_real_training_is_what_it_was(tmp_path):
     python(tmp_path, READ_WANDB, Path(__file__).parent)
     kept = json.loads((tmp_path / "wandb.json").read_text(encoding="utf-8"))
     metrics = [row for row in kept["rows"] if "train/reward" in row]
-    assert {row["training_step"]: {name: row[name] for name in history[1]} for row in metrics} == history
+    told = {row["training_step"]: row for row in metrics}
+    assert {step: {name: told[step][name] for name in history[step]} for step in told} == history
     artifacts = {aliases[-1]: files for aliases, files in kept["artifacts"]}
 
     python(tmp_path, READ_TRACKIO)
