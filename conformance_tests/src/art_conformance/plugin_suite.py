@@ -25,19 +25,18 @@ from art_core import (
     InferenceCapability,
     InferenceEngine,
     InferenceEngineSpec,
-    PluginRegistry,
     TrainingCapability,
     TrainingEngine,
     TrainingEngineSpec,
     hookspecs,
 )
 from art_core.engines import PluginSpec
-from art_core.loading import ENTRY_POINT_GROUP, PluginInfo, PluginStatus
+from art_core.loading import PluginInfo, PluginStatus
 from art_core.plugin_gates import refused_api
 from art_core.registry import instantiate
 
+from .plugin_fixtures import PluginFixtures
 from .requirements import MUST, SHOULD, check
-from .suite import Suite
 
 HEAVY = (
     *("torch", "transformers", "peft", "vllm", "sglang", "unsloth", "torchtune", "jax", "tensorflow", "accelerate"),
@@ -81,28 +80,8 @@ print("RESULT" + json.dumps({
 """
 
 
-class PluginConformance(Suite):
+class PluginConformance(PluginFixtures):
     """Give the fixture `plugin_name`: the name of an installed entry point in the group `art`."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def plugin_name(cls) -> str:
-        raise pytest.UsageError("give the fixture `plugin_name` (scope='class'): the plugin's entry-point name")
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def entry_point(cls, plugin_name: str) -> metadata.EntryPoint:
-        points = [p for p in metadata.entry_points(group=ENTRY_POINT_GROUP) if p.name == plugin_name]
-        if not points:
-            pytest.fail(f"no entry point of the group {ENTRY_POINT_GROUP!r} is called {plugin_name!r}", pytrace=False)
-        return points[0]
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def info(cls, plugin_name: str, entry_point: metadata.EntryPoint) -> PluginInfo:
-        registry = PluginRegistry()
-        registry.load([entry_point])
-        return next(info for info in registry.infos if info.name == plugin_name)
 
     @pytest.fixture(scope="class")
     @classmethod

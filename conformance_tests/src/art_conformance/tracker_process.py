@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from art_core import CheckpointRef, ModelKey, PluginRegistry, PublicationReceipt, announce, hookimpl
+from art_core.loading import ENTRY_POINT_GROUP
 
 from .tracker_reports import LISTENER, PATIENT, SCENARIOS, SECRET, SHORT, Report
 
@@ -170,7 +171,7 @@ def main(plugin: str, scenario: str, folder: Path, checkpoint: Path, result: Pat
     watch = _Watch(noted, scenario == "slow")
     registry = PluginRegistry()
     # Not every plugin of the environment: what they import would be taken for this one's.
-    registry.load(point for point in metadata.entry_points(group="art") if point.name == plugin)
+    registry.load(point for point in metadata.entry_points(group=ENTRY_POINT_GROUP) if point.name == plugin)
     registry.register(_Listener(noted.heard), LISTENER)
     watch.begin()
     with warnings.catch_warnings(record=True) as caught:

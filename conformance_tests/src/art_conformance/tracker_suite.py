@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement as PipRequirement
 
-from art_core import Capability, ModelKey, PluginRegistry
-from art_core.loading import ENTRY_POINT_GROUP
+from art_core import Capability, ModelKey
+from art_core.loading import PluginInfo
 
+from .plugin_fixtures import PluginFixtures
 from .requirements import MUST, check
-from .suite import Suite
 from .tracker_process import SLOW_S, Noted, told
 from .tracker_reports import (
     AFTERWARDS,
@@ -98,16 +98,11 @@ class Told:
         return [warned for warned in self.noted.warned if f"failed in {hook}:" in warned]
 
 
-class TrackerConformance(Suite):
+class TrackerConformance(PluginFixtures):
     """Give the fixtures `plugin_name`, the tracker's entry point; `read_back`, a function from a folder, a project and
     a model's name to the KeptModel that the tracker kept there; and where it needs any, `tracker_environment`, a
     function from that folder to the environment variables with which it reports, into that folder.
     """
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def plugin_name(cls) -> str:
-        raise pytest.UsageError("give the fixture `plugin_name` (scope='class'): the plugin's entry-point name")
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -123,12 +118,9 @@ class TrackerConformance(Suite):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def hooks(cls, plugin_name: str) -> tuple[str, ...]:
+    def hooks(cls, info: PluginInfo) -> tuple[str, ...]:
         """The hooks that the tracker implements."""
-        registry = PluginRegistry()
-        registry.load(point for point in metadata.entry_points(group=ENTRY_POINT_GROUP) if point.name == plugin_name)
-        (info,) = registry.infos
-        assert not info.error, f"{plugin_name} can't be used: {info.error}"
+        assert not info.error, f"{info.name} can't be used: {info.error}"
         return info.hooks
 
     @pytest.fixture(scope="class")
@@ -366,8 +358,8 @@ class TrackerConformance(Suite):
         "Neither loading the plugin nor a model that reports to others imports the libraries that it depends on.",
         live=True,
     )
-    def test_imports_when_asked(self, not_asked: Told, plugin_name: str) -> None:
-        imported = set(not_asked.noted.imported) & _libraries_of(plugin_name)
+    def test_imports_when_asked(self, not_asked: Told, entry_point: metadata.EntryPoint) -> None:
+        imported = set(not_asked.noted.imported) & _libraries_of(entry_point)
         assert not imported, f"nothing was to be reported, and it imported {sorted(imported)}"
 
     @check(
@@ -461,9 +453,8 @@ def _to_be_heard(scenario: str) -> list[str]:
     )
 
 
-def _libraries_of(plugin_name: str) -> set[str]:
+def _libraries_of(point: metadata.EntryPoint) -> set[str]:
     """The top-level modules of the distributions that the plugin's requires, ART's own left out."""
-    (point,) = (point for point in metadata.entry_points(group=ENTRY_POINT_GROUP) if point.name == plugin_name)
     required = [PipRequirement(line) for line in (point.dist.requires if point.dist else None) or ()]
     names = {_plain(each.name) for each in required if each.marker is None or each.marker.evaluate({"extra": ""})}
     theirs = {name for name in names if not name.startswith("art-")}

@@ -14,16 +14,7 @@ import time
 
 import pytest
 
-from art_conformance import PluginConformance
 from art_core.history import read_history
-
-
-class TestTrackioPlugin(PluginConformance):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def plugin_name(cls):
-        return "trackio"
-
 
 SCRIPT = """
 import asyncio, os, sys

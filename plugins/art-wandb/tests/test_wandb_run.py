@@ -18,17 +18,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from art_conformance import PluginConformance
 from art_core.history import read_history
 
 KEY = "0123456789abcdef" * 2 + "01234567"
-
-
-class TestWandbPlugin(PluginConformance):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def plugin_name(cls):
-        return "wandb"
 
 
 SCRIPT = """
