@@ -27,9 +27,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from measuring.heartbeat import HEARTBEAT_S, Heartbeat
+from measuring.quantiles import quantile
+
 TURNS = 4
 GROUP = 8
-HEARTBEAT_S = 0.005
 TOKENS = 8
 
 
@@ -218,17 +220,8 @@ CONTESTANTS: dict[str, Callable[[int, int], Awaitable[Any]]] = {
 
 async def measure(name: str, port: int, count: int, tokens: int) -> dict[str, float]:
     await CONTESTANTS[name](port, GROUP)  # imports and first-use work
-    lags: list[float] = []
-    own_lags: list[float] = []
-
-    async def heartbeat() -> None:
-        while True:
-            asked, worked = time.perf_counter(), time.thread_time()
-            await asyncio.sleep(HEARTBEAT_S)
-            lags.append(time.perf_counter() - asked - HEARTBEAT_S)
-            own_lags.append(max(0.0, time.thread_time() - worked - HEARTBEAT_S))
-
-    beating = asyncio.ensure_future(heartbeat())
+    heart = Heartbeat()
+    beating = asyncio.ensure_future(heart.run())
     await asyncio.sleep(0)
     start, cpu = time.perf_counter(), time.process_time()
     kept = await CONTESTANTS[name](port, count)
@@ -237,16 +230,15 @@ async def measure(name: str, port: int, count: int, tokens: int) -> dict[str, fl
     beating.cancel()
     if kept is not None:
         check_groups(kept, count, tokens)
-    lags.sort()
-    own_lags.sort()
+    lags, own_lags = [beat[1] for beat in heart.beats], [beat[2] for beat in heart.beats]
     return {
         "rollouts_per_s": count / seconds,
         "cpu_us_per_request": cpu / count / TURNS * 1e6,
-        "lag_p50_ms": 1000 * lags[len(lags) // 2],
-        "lag_p99_ms": 1000 * lags[int(0.99 * (len(lags) - 1))],
-        "lag_max_ms": 1000 * lags[-1],
-        "own_lag_p99_ms": 1000 * own_lags[int(0.99 * (len(lags) - 1))],
-        "own_lag_max_ms": 1000 * own_lags[-1],
+        "lag_p50_ms": 1000 * quantile(lags, 0.5),
+        "lag_p99_ms": 1000 * quantile(lags, 0.99),
+        "lag_max_ms": 1000 * max(lags),
+        "own_lag_p99_ms": 1000 * quantile(own_lags, 0.99),
+        "own_lag_max_ms": 1000 * max(own_lags),
     }
 
 

@@ -18,13 +18,14 @@ import json
 import math
 import random
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from measuring.heartbeat import Heartbeat
 from measuring.machine import machine, versions
+from measuring.quantiles import quantile
 from measuring.simulated_backend import SimulatedBackend
 from rich.console import Console
 from rich.table import Table
@@ -33,23 +34,7 @@ import art
 from art.pipeline_trainer import PipelineTrainer
 from art_core import TrajectoryGroup
 
-HEARTBEAT_S = 0.005
 NEAR_STEP_S = 0.5
-
-
-class Heartbeat:
-    """Lags of the running event loop, in seconds: (when, lag, own part of it)."""
-
-    def __init__(self) -> None:
-        self.beats: list[tuple[float, float, float]] = []
-
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            asked, worked = time.monotonic(), time.thread_time()
-            await asyncio.sleep(HEARTBEAT_S)
-            now = time.monotonic()
-            self.beats.append((now, now - asked - HEARTBEAT_S, max(0.0, time.thread_time() - worked)))
 
 
 async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -120,8 +105,8 @@ def lags(beats: Sequence[tuple[float, float, float]]) -> dict[str, float]:
     """p50, p99 and the longest, and the same of the own part, in milliseconds."""
     found = {}
     for name, column in (("", 1), ("own_", 2)):
-        values = sorted(1000 * beat[column] for beat in beats)
-        found |= {f"{name}{share}": values[int(q * (len(values) - 1))] for share, q in QUANTILES.items()}
+        values = [1000 * beat[column] for beat in beats]
+        found |= {f"{name}{share}": quantile(values, q) for share, q in QUANTILES.items()}
     return found
 
 

@@ -27,13 +27,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from measuring.machine import machine, versions
+from measuring.traffic_benchmark import serving_one_model
 from rich.console import Console
 
 import art
-from art.local import LocalBackend
 from art.pipeline_trainer import PipelineTrainer, keep_recent_and_top, make_group_rollout_fn
 from art_conformance.oracle import Oracle
-from art_conformance.tiny_model import write_base_model
 from art_core import CheckpointRef, hookimpl, installed_plugins
 
 JSON = dict[str, Any]
@@ -146,32 +145,14 @@ def other_weights(rollouts: Rollouts, oracle: Oracle, last: int) -> tuple[list[s
     return wrong, {"own": max(own), "beside": sorted(beside)[len(beside) // 2], "told_apart": told_apart}
 
 
-async def measure(arguments: argparse.Namespace, folder: Path) -> JSON:
+async def measure(arguments: argparse.Namespace, folder: Path, console: Console) -> JSON:
     """Run the pipeline, and judge its answers."""
-    base = write_base_model(folder / "tiny")
     checkpoints = Checkpoints(folder / "copies")
     installed_plugins().register(checkpoints, name="pipeline-leases")
-    backend = LocalBackend(
-        in_process=True,
-        path=folder / "runs",
-        inference_engine=arguments.engine,
-        training_engine="torch",
-        max_adapters=arguments.longest + 4,
-        auto_install=arguments.auto_install,
-        show_progress=False,
-    )
     rollouts = Rollouts(checkpoints, arguments.tokens)
     began = time.monotonic()
-    async with backend:
-        model = art.TrainableModel(
-            name="agent",
-            project="benchmark",
-            base_model=str(base),
-            base_path=str(folder / "runs"),
-            report_metrics=[],
-            _internal_config={"engine_args": {"dtype": "float32"}},
-        )
-        await model.register(backend)
+    serving = serving_one_model(arguments, folder, console, training_engine="torch", max_adapters=arguments.longest + 4)
+    async with serving as (backend, model, _):
         checkpoints.keep(0, Path(await backend.pull_checkpoint(model, step=0)))
         trainer = PipelineTrainer(
             model,
@@ -190,7 +171,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> JSON:
         last = await model.get_step()
     seconds = time.monotonic() - began
     mislabelled = [f"{held}: step {step} answers" for held, step, _ in rollouts.answers if held != f"agent@{step}"]
-    wrong, distances = await asyncio.to_thread(other_weights, rollouts, Oracle(base), last)
+    wrong, distances = await asyncio.to_thread(other_weights, rollouts, Oracle(Path(model.base_model)), last)
     return {
         "engine": arguments.engine,
         "seconds": seconds,
@@ -234,10 +215,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8, help="max_tokens of each answer (default 8)")
     parser.add_argument("--auto-install", action="store_true", help="make the engine's environment if it isn't there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(tiny=True, dtype="float32")
     arguments = parser.parse_args()
     described = {"machine": machine(), "versions": versions([arguments.engine], ["art-backend-local", "peft"])}
     with TemporaryDirectory() as folder:
-        result = asyncio.run(measure(arguments, Path(folder)))
+        result = asyncio.run(measure(arguments, Path(folder), Console(stderr=True)))
     if arguments.json:
         print(json.dumps({**described, **result}, indent=1))
     else:

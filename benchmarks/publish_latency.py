@@ -27,7 +27,6 @@ failed or was mislabelled.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from measuring.quantiles import quantile
 from measuring.rollout_traffic import SeenSteps, Traffic, small_groups
 from measuring.traffic_benchmark import answers_of, run_benchmark, serving_one_model, traffic_parser
 from rich.console import Console
@@ -116,11 +116,6 @@ def stages_of(watch: Watch, ends: Mapping[int, float], steps: Sequence[int]) -> 
             }
         )
     return rows
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of the values don't exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def summary(rows: Sequence[Mapping[str, float]], usual: Sequence[float]) -> dict[str, dict[str, float]]:

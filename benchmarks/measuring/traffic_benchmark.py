@@ -64,6 +64,7 @@ async def serving_one_model(
             project="benchmark",
             base_model=str(base),
             base_path=str(folder / "runs"),
+            report_metrics=[],
             _internal_config=settings,
         )
         with console.status(f"starting {arguments.engine} and the training worker"):

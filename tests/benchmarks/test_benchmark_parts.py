@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from measuring.checklist import Item, NotPossible, Outcome, exit_code, table_of, try_all, try_item
 from measuring.http_load import Upstream, ask_for, ask_times, request_bytes
+from measuring.quantiles import quantile
 from measuring.rollout_traffic import wrong_label
-from publish_latency import STAGES, Watch, optimizer_ends, quantile, stages_of, summary
+from publish_latency import STAGES, Watch, optimizer_ends, stages_of, summary
 from rich.console import Console
 
 from art_core import ModelKey, PublicationReceipt
