@@ -65,14 +65,14 @@ READ_WANDB = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from conftest import RunFiles
+from wandb_files import lora_artifacts, rows, run_folders
 
-(run,) = RunFiles.run_folders(Path("runs"))
+(run,) = run_folders(Path("runs"))
 artifacts = [
     [sorted(artifact.aliases), {entry.path: entry.local_path for entry in artifact.manifest.contents}]
-    for artifact in RunFiles.lora_artifacts(run)
+    for artifact in lora_artifacts(run)
 ]
-Path("wandb.json").write_text(json.dumps({"rows": list(RunFiles.rows(run)), "artifacts": artifacts}), encoding="utf-8")
+Path("wandb.json").write_text(json.dumps({"rows": list(rows(run)), "artifacts": artifacts}), encoding="utf-8")
 """
 
 
