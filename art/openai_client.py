@@ -24,6 +24,7 @@ from openai.resources.chat.completions import AsyncCompletions
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ValidationError
 
+from .first_answer import FirstAnswer
 from .http_client import AnyLoopClient, httpx
 from .keep_alive import Answer, KeepAlivePool
 from .pinned_step import pinned_name
@@ -77,6 +78,11 @@ class _ManyRequestsClient(openai.AsyncOpenAI):
     served_as: Mapping[str, str] = MappingProxyType({})
 
     @cached_property
+    def first_answer(self) -> FirstAnswer:
+        """Whether anything has been answered yet."""
+        return FirstAnswer()
+
+    @cached_property
     def chat(self) -> AsyncChat:
         return _Chat(self)
 
@@ -94,6 +100,7 @@ class _ManyRequestsClient(openai.AsyncOpenAI):
         """As the openai package documents it; a copy knows the same names."""
         made = super().copy(**changes)
         made.served_as = self.served_as
+        made.first_answer = self.first_answer
         return made
 
     with_options = copy
@@ -152,6 +159,11 @@ class _Completions(AsyncCompletions):
         """As the openai package documents it; takes the short way when the request is plain."""
         client = self._client
         params = client.pinned(params)
+        with client.first_answer.awaited(str(client.base_url), params.get("model"), client.limits()[1]):
+            return await self._create(params)
+
+    async def _create(self, params: dict[str, Any]) -> Any:
+        client = self._client
         plain = await client.plain_request()
         body = _encode(params) if plain is not None else None
         if plain is None or body is None:

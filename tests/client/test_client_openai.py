@@ -72,6 +72,38 @@ async def test_arguments_that_are_not_plain_json_go_the_packages_way(client, end
         await client.chat.completions.create(model="gpt")
 
 
+@pytest.mark.parametrize("way", ["short", "the package's", "stream", "copy"])
+async def test_a_first_request_that_waits_is_told_once(client, endpoint, monkeypatch, way):
+    monkeypatch.setattr("art.first_answer.SAY_AFTER_S", 0.05)
+    good, held = endpoint.answer, asyncio.Event()
+
+    async def answer(request, body):
+        await held.wait()
+        return await good(request, {**body, "stream": False})
+
+    endpoint.answer = answer
+    asked = client.with_options(max_retries=1) if way == "copy" else client
+    extra = {"the package's": {"extra_headers": {"x-mine": "1"}}, "stream": {"stream": True}}.get(way, {})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", RuntimeWarning)
+        waiting = [
+            asyncio.create_task(asked.chat.completions.create(messages=MESSAGES, model="gpt", **extra)) for _ in "ab"
+        ]
+        while not said:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        held.set()
+        await asyncio.gather(*waiting)
+        held.clear()
+        third = asyncio.create_task(client.chat.completions.create(messages=MESSAGES, model="gpt"))
+        await asyncio.sleep(0.1)
+        held.set()
+        await third
+    (words,) = [str(warning.message) for warning in said if warning.category is RuntimeWarning]
+    assert words.startswith(f"{endpoint.url}/v1/ has not answered its first request, for model 'gpt', in 0.05 s")
+    assert "given up after 1200 s" in words
+
+
 async def test_streams(client, endpoint):
     chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "gpt"}
 
