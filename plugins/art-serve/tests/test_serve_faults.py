@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import resource
 import sqlite3
 import time
@@ -12,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from art_backend_local.wire.errors import error_from_json, error_to_json
+from art_core.errors import BaseModelNotFound, ProcessFailed
+from art_gateway.errors import ApiError
+from art_serve.wire_models import raise_as_answer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -51,6 +58,35 @@ def test_a_full_disk_refuses_a_job_in_words_and_takes_it_when_there_is_room(serv
     assert list((server.data / "jobs").iterdir()) == before
     assert client.ended(client.submit(model, key="k"))["type"] == "training_ended"
     assert client.steps(model) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory"), 503, "machine_failed"),
+        (PermissionError(errno.EACCES, "Permission denied"), 503, "machine_failed"),
+        (ProcessFailed("the host cannot be started"), 503, "backend_unavailable"),
+        (BaseModelNotFound("there is no such base model"), 422, "refused_by_backend"),
+        (ValueError("r must be at least 1"), 422, "refused_by_backend"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_fails_on_the_server_s_machine_is_not_told_as_the_client_s_mistake(
+    error: Exception, status: int, code: str
+) -> None:
+    with pytest.raises(ApiError) as told:
+        raise_as_answer(error)
+    assert (told.value.status, told.value.code) == (status, code)
+    assert str(error) in str(told.value)
+    assert (b"retry-after" in dict(told.value.headers)) == (status == 503)
+
+
+def test_a_full_disk_that_the_backend_met_is_the_server_s_full_disk() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    over_the_wire = error_from_json(json.loads(json.dumps(error_to_json(full))))
+    with pytest.raises(OSError, match="No space left") as told:
+        raise_as_answer(over_the_wire)
+    assert told.value.errno == errno.ENOSPC
 
 
 def test_a_step_that_ends_while_the_disk_is_full_is_kept_once_there_is_room(server: Any, client: Any) -> None:

@@ -129,3 +129,12 @@ def test_keys_are_listed_without_what_opens_anything_and_revoked(own_server: Cal
 def test_two_servers_do_not_share_a_folder(server: Any) -> None:
     second = server.run()
     assert (second.returncode, "another art serve uses" in second.stderr) == (1, True), second.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_address_without_the_base_is_told_where_the_base_is(server: Any, client: Any) -> None:
+    there = client.ask("GET", "/preview/nothing").json()["error"]["message"]
+    assert there == "There is nothing at '/v1/preview/nothing'."
+    words = client.ask("POST", "/../preview/models", json={}).json()["error"]["message"]
+    assert words == f"There is nothing at '/preview/models'. A client's base_url ends in /v1: {server.url}"

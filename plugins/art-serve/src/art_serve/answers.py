@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,6 +21,9 @@ from .service import Service
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 _KEY = re.compile(r"[\x21-\x7e]{1,128}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
+
+#: Errors of the machine that end when somebody makes room.
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 #: What each address may answer besides, for the OpenAPI page.
 ERRORS: dict[int | str, dict[str, Any]] = {

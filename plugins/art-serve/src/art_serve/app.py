@@ -5,7 +5,6 @@ Knows the routers and nothing of what they do.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -27,7 +26,7 @@ from art_core import BackendCapability
 from art_gateway.errors import ApiError
 
 from .access import Access, RequireKey
-from .answers import ERRORS
+from .answers import DISK_FULL, ERRORS
 from .health import figures_router, health_router
 from .inference import ArtifactRoutes, Inference, not_served
 from .job_payload import own_train_options
@@ -149,12 +148,16 @@ class _HttpError:
 
     async def __call__(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        words = {404: f"There is nothing at {request.url.path[:300]!r}.", 405: f"It doesn't take {request.method}."}
+        path = request.url.path
+        base = (
+            "" if path.startswith(BASE + "/") else f" A client's base_url ends in {BASE}: {request.base_url}{BASE[1:]}"
+        )
+        words = {404: f"There is nothing at {path[:300]!r}.{base}", 405: f"It doesn't take {request.method}."}
         message = words.get(error.status_code, error.detail)
         answer = await _api_error(request, ApiError(error.status_code, message, code="http_error"))
         answer.headers.update(error.headers or {})
         if error.status_code == 405:
-            answer.headers["Allow"] = ", ".join(sorted(self._methods(request.url.path)))
+            answer.headers["Allow"] = ", ".join(sorted(self._methods(path)))
         return answer
 
     def _methods(self, path: str) -> set[str]:
@@ -178,7 +181,7 @@ async def _database_error(request: Request, error: Exception) -> Response:
 async def _disk_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, OSError)
     _log.error("a file could not be written: %s", error)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in DISK_FULL:
         return await _own_error(request, error)
     message = "The server's disk is full; nothing of this request was kept. Tell whoever runs it, and ask again."
     full = ApiError(503, message, code="disk_full", type="server_error", retry_after_s=30)

@@ -113,6 +113,8 @@ def serve(
         lines = logging.StreamHandler(sys.stderr)
         lines.setFormatter(JsonLines())
         logging.basicConfig(level=logging.INFO, handlers=[lines])
+        # Which parts of itself it sets up is no event of the server's.
+        logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
         run(settings, ready=lambda url: typer.echo(f"art serve: {url}"))
     except (ArtError, CannotServe, ValueError, OSError) as error:
         _fail(str(error))

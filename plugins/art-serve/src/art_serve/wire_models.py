@@ -21,7 +21,7 @@ from art_core.errors import (
 )
 from art_gateway.errors import ApiError
 
-from .answers import ERRORS, body_of, leading_to, once, step_id, step_of
+from .answers import DISK_FULL, ERRORS, body_of, leading_to, once, step_id, step_of
 from .artifact_names import NAME_PATTERN
 from .job_payload import read_groups
 from .job_queue import abandon
@@ -222,8 +222,11 @@ def raise_as_answer(error: BaseException, *records: ModelRecord) -> NoReturn:
         raise ApiError(409, reason, code="checkpoint_in_use") from error
     if isinstance(error, CheckpointError | ModelBusy):
         raise ApiError(409, reason, code="conflict") from error
-    if isinstance(error, ArtError | ValueError | OSError):
+    if isinstance(error, ArtError | ValueError):
         raise ApiError(422, reason, code="refused_by_backend") from error
+    if isinstance(error, OSError) and error.errno not in DISK_FULL:
+        message = f"This server's machine failed: {reason}. Tell whoever runs it."
+        raise ApiError(503, message, code="machine_failed", type="server_error", retry_after_s=30) from error
     raise error
 
 

@@ -20,10 +20,13 @@ _BUILT_IN: dict[str, type[Exception]] = {
 
 def error_to_json(error: BaseException) -> JSON:
     """The error's types, its own first, its message and its plain attributes."""
+    attributes = {k: v for k, v in vars(error).items() if isinstance(v, str | int | float | bool)}
+    if isinstance(error, OSError) and error.errno is not None:
+        attributes["errno"] = error.errno
     return {
         "types": [kind.__name__ for kind in type(error).__mro__],
         "message": str(error) or repr(error),
-        "attributes": {k: v for k, v in vars(error).items() if isinstance(v, str | int | float | bool)},
+        "attributes": attributes,
         "paths": {k: str(v) for k, v in vars(error).items() if isinstance(v, Path)},
     }
 
