@@ -65,6 +65,4 @@ def kept(folder, project, name):
             counts[where] = counts.get(where, 0) + int(value)
         else:
             rows.setdefault((at_ms, step), {})[names.get(key, key)] = number(value, is_nan)
-    return KeptModel(
-        rows=[KeptRow(step=step, metrics=row) for (_, step), row in rows.items()], trajectories=counts
-    )
+    return KeptModel(rows=[KeptRow(step=step, metrics=row) for (_, step), row in rows.items()], trajectories=counts)

@@ -64,7 +64,8 @@ class MlflowRun:
 
     def close(self) -> None:
         """Say that it is finished, for now."""
-        self._client.set_terminated(self._id, "FINISHED")
+        # `set_terminated` would write to the terminal, and end what a user logs to the same place asynchronously.
+        self._client.update_run(self._id, "FINISHED")
 
 
 def open_run(model: LoggedModel) -> MlflowRun:
