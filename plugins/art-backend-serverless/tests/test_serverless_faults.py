@@ -19,6 +19,7 @@ import art
 from art_backend_serverless import (
     JobStalled,
     OutcomeUnknown,
+    Patience,
     ServerlessBackend,
     ServiceRefused,
     ServiceUnreachable,
@@ -44,6 +45,17 @@ async def test_a_question_is_asked_again(cloud: Any, serverless: Any, model: Any
     cloud.fails("GET", CHECKPOINTS, times=3, instead=status(cloud, code))
     assert (await serverless.train(model, groups)).step == 1
     assert len(cloud.jobs) == 1
+
+
+def test_pauses_grow_and_differ_from_one_client_to_the_next() -> None:
+    patience = Patience()
+    shortest, longest = (
+        [edge(patience.pause(attempt) for _ in range(200)) for attempt in range(1, 8)] for edge in (min, max)
+    )
+    assert shortest[:5] == sorted(shortest[:5])
+    assert longest[4] > 8 * longest[0]
+    assert all(least < most for least, most in zip(shortest, longest, strict=True))
+    assert max(longest) <= patience.longest_pause_s
 
 
 @pytest.mark.parametrize("code", [429, 503])
@@ -409,11 +421,15 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(
         cloud.drop()
 
 
-async def test_a_full_disk_is_said_and_nothing_is_sent(cloud: Any, serverless: Any, model: Any, groups: Any) -> None:
+async def test_a_full_disk_is_said_and_nothing_is_sent(
+    cloud: Any, serverless: Any, model: Any, groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)  # what was read of the environment before
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # no file may be larger, as on a disk that is full
     try:
-        with pytest.raises(OSError, match=r"could not be written to .* TMPDIR"):
+        with pytest.raises(OSError, match=rf"could not be written to {tmp_path}: .* TMPDIR"):
             await serverless.train(model, groups)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
