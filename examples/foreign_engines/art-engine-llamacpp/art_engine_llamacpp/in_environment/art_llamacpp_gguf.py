@@ -62,7 +62,11 @@ class Base:
         hidden = [byte for byte in range(256) if byte not in visible]
         byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
         return [
-            b"" if kind == CONTROL else text.encode() if kind == USER_DEFINED else bytes(byte_of.get(c, 63) for c in text)
+            b""
+            if kind == CONTROL
+            else text.encode()
+            if kind == USER_DEFINED
+            else bytes(byte_of.get(c, 63) for c in text)
             for text, kind in zip(self.tokens, self.kinds, strict=True)
         ]
 
@@ -117,7 +121,9 @@ def write_adapter(base: Base, folder: Path, file: Path, *, max_rank: int) -> Non
     special = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
                if config.get(name)]  # fmt: skip
     if config.get("peft_type") != "LORA" or special or config.get("bias", "none") != "none":
-        raise ValueError(f"{folder}: only plain LoRA is converted here{', not ' if special else ''}{', '.join(special)}")
+        raise ValueError(
+            f"{folder}: only plain LoRA is converted here{', not ' if special else ''}{', '.join(special)}"
+        )
     if config["r"] > max_rank:
         raise ValueError(f"{folder}: rank {config['r']} is more than {max_rank}, the highest that was asked for")
     writer = gguf.GGUFWriter(file, "llama")

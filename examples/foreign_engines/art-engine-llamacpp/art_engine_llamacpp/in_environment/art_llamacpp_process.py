@@ -48,9 +48,7 @@ class Llama:
         self._letter = pieces.index(b"a")
 
     @classmethod
-    async def start(
-        cls, told: JSON, adapters: Sequence[str], session: ClientSession, pieces: Sequence[bytes]
-    ) -> Llama:
+    async def start(cls, told: JSON, adapters: Sequence[str], session: ClientSession, pieces: Sequence[bytes]) -> Llama:
         """Start one, as `told` in the words of `art_llamacpp_inner`. Raises ValueError where it doesn't come up."""
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(sys.executable, str(INNER), stdin=pipe, stdout=pipe)
@@ -109,7 +107,12 @@ class Llama:
         that might have come there. What it samples this time must be a whole character, else it would give none again.
         """
         before = {"prompt": [*asked["prompt"], *sampled[:-1]], "lora": asked["lora"]}
-        settings = {"n_predict": 1, "n_probs": len(self._pieces), "temperature": 0.0, "logit_bias": [[self._letter, 1e6]]}
+        settings = {
+            "n_predict": 1,
+            "n_probs": len(self._pieces),
+            "temperature": 0.0,
+            "logit_bias": [[self._letter, 1e6]],
+        }
         result = await self.ask("completion", before | settings)
         likely = result["completion_probabilities"][0]["top_logprobs"]
         found = next(entry for entry in likely if entry["id"] == sampled[-1])
