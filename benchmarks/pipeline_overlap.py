@@ -2,11 +2,14 @@
 
     python benchmarks/pipeline_overlap.py
     python benchmarks/pipeline_overlap.py --steps 40 --sigma 1.0
+    python benchmarks/pipeline_overlap.py --without-peers
 
 Engine and trainer are simulated: a rollout sleeps for a lognormal time, a step for a fixed one, and as many rollouts
 run at once as there are workers. What is measured is the client: admission, queue, kept state, logging. A step takes
 max(generate, train) seconds if nothing were ever waited for, where generate is the batch times the mean rollout over
-the number of workers. Steps before the pipeline is filled (`--warm`) are left out.
+the number of workers. Steps before the pipeline is filled (`--warm`) are left out. openpipe-art's PipelineTrainer does
+the same in an environment of its own, which is made at the first run (with torch, which its trainer imports); its
+newest release needs a Python 3.12 on the PATH.
 
 A step waits for a rollout that would be too old after it, so rollouts that often take longer than `--off-policy` steps
 (a larger `--sigma`, more workers than a batch has groups) cost more than the limit that the ratio is taken of.
@@ -23,12 +26,14 @@ import asyncio
 import json
 import math
 import random
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from measuring.machine import machine, versions
+from measuring.peer_environment import peer_python
 from measuring.simulated_backend import SimulatedBackend
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +42,9 @@ import art
 from art.pipeline_trainer import PipelineTrainer
 from art_core import TrajectoryGroup
 from art_core.history import HISTORY, read_history
+
+#: Its PipelineTrainer imports its LocalBackend, and that one these; its logging, pyarrow.
+PEER = ("openpipe-art", "torch==2.13.0", "transformers", "pyarrow")
 
 
 async def measure(arguments: argparse.Namespace, *, train_s: float, pipeline: bool) -> dict[str, Any]:
@@ -56,7 +64,8 @@ async def measure(arguments: argparse.Namespace, *, train_s: float, pipeline: bo
 
     with tempfile.TemporaryDirectory() as folder:
         backend: Any = SimulatedBackend(Path(folder), train_s)
-        model = art.TrainableModel(name="agent", project="overlap", base_model="none")
+        # As the peer: files, and no other tracker that happens to be installed.
+        model = art.TrainableModel(name="agent", project="overlap", base_model="none", report_metrics=["tracker-files"])
         await model.register(backend)
         stale = 0
         if pipeline:
@@ -79,23 +88,36 @@ async def measure(arguments: argparse.Namespace, *, train_s: float, pipeline: bo
                 groups = await asyncio.gather(*(one() for _ in range(batch)))
                 result = await backend.train(model, groups)
                 await model.log(groups, metrics=result.metrics, step=result.step, split="train")
-    return figures(backend, slept, batch=batch, workers=workers, warm=arguments.warm, stale=stale, train_s=train_s)
+    return figures(arguments, backend.spans, backend.sizes, slept, stale=stale, train_s=train_s)
+
+
+def measure_peer(arguments: argparse.Namespace, python: Path, *, train_s: float) -> dict[str, Any]:
+    """The same run by openpipe-art's PipelineTrainer, and its version."""
+    program = Path(__file__).parent / "peers" / "openpipe_pipeline.py"
+    settings = json.dumps({**vars(arguments), "train_s": train_s})
+    finished = subprocess.run(
+        [python, "-W", "ignore", program, settings], capture_output=True, text=True, timeout=1800, check=False
+    )
+    if finished.returncode:
+        raise RuntimeError(f"openpipe-art failed:\n{finished.stderr[-4000:]}")
+    found = json.loads(finished.stdout)
+    row = figures(arguments, found["spans"], found["sizes"], found["slept"], stale=found["stale"], train_s=train_s)
+    return {"version": found["version"], **row}
 
 
 def figures(
-    backend: SimulatedBackend,
+    arguments: argparse.Namespace,
+    all_spans: Sequence[Sequence[float]],
+    sizes: Sequence[int],
     slept: Sequence[float],
     *,
-    batch: int,
-    workers: int,
-    warm: int,
     stale: int,
     train_s: float,
 ) -> dict[str, Any]:
     """Of the steps after the first `warm`, from the end of one to the end of the last."""
-    spans = backend.spans[warm:]
-    wall_s = spans[-1][1] - backend.spans[warm - 1][1]
-    generate_s = batch * sum(slept) / len(slept) / workers
+    spans = all_spans[arguments.warm :]
+    wall_s = spans[-1][1] - all_spans[arguments.warm - 1][1]
+    generate_s = arguments.batch * sum(slept) / len(slept) / arguments.workers
     step_s = wall_s / len(spans)
     return {
         "generate_s": generate_s,
@@ -103,7 +125,7 @@ def figures(
         "step_s": step_s,
         "ratio": step_s / max(generate_s, train_s),
         "trainer_idle": 1 - sum(end - begin for begin, end in spans) / wall_s,
-        "stale": stale / (sum(backend.sizes) + stale),
+        "stale": stale / (sum(sizes) + stale),
     }
 
 
@@ -112,10 +134,14 @@ async def main(arguments: argparse.Namespace) -> None:
     where = {"machine": machine(), "versions": versions([], ["art-core"])}
     rows: list[dict[str, Any]] = []
     generate_s = arguments.batch * arguments.rollout_s / arguments.workers
+    peer = None if arguments.without_peers else peer_python("openpipe-art", PEER, python="3.12")
     for share in (1.25, 1.0, 0.5):
         for pipeline in (True, False):
             row = await measure(arguments, train_s=share * generate_s, pipeline=pipeline)
             rows.append({"loop": "pipeline" if pipeline else "plain", "train_to_generate": share, **row})
+        if peer is not None:
+            row = await asyncio.to_thread(measure_peer, arguments, peer, train_s=share * generate_s)
+            rows.append({"loop": f"openpipe-art {row.pop('version')}", "train_to_generate": share, **row})
     if arguments.json:
         print(json.dumps({**where, "results": rows}, indent=1))
         return
@@ -131,7 +157,7 @@ async def main(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Two minutes at the defaults."""
+    """Three minutes at the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warm", type=int, default=6, help="first steps that are not counted")
@@ -141,8 +167,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sigma", type=float, default=0.5, help="of the logarithm of a rollout's seconds")
     parser.add_argument("--off-policy", type=int, default=4)
     parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--without-peers", action="store_true", help="make no environment for openpipe-art")
     parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 1 <= arguments.warm < arguments.steps:
+        parser.error(f"--warm {arguments.warm}: at least 1, and fewer than the {arguments.steps} of --steps")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from art_conformance.catalogue import REVISION
 from art_conformance.command_line import cli
-from art_conformance.matrix import CellReport, CellVerdict, run_cell, run_matrix
+from art_conformance.matrix import CELL_BYTES, CellReport, CellVerdict, cells_at_once, run_cell, run_matrix
 from art_conformance.matrix_cells import Cell, Chosen, cells, chosen, elsewhere
 from art_conformance.matrix_page import badge, page
 from art_core import installed_plugins
@@ -72,7 +74,8 @@ def test_a_tracker_is_untestable_until_it_is_said_how_what_it_keeps_is_read_back
 
 
 @pytest.mark.slow
-def test_a_matrix_that_is_killed_leaves_no_cell_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_matrix_that_is_ended_leaves_no_cell_running(tmp_path: Path, how: signal.Signals) -> None:
     program = Path(sys.executable).with_name("art-conformance")
     command = [program, "matrix", "--only", "inference-torch", "--inference-engine", "torch", "--folder", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as matrix:
@@ -83,9 +86,55 @@ def test_a_matrix_that_is_killed_leaves_no_cell_running(tmp_path: Path) -> None:
         assert below, "no cell was started"
         time.sleep(2)  # so that the cell has processes of its own
         below = started.children(recursive=True)
-        matrix.kill()
+        matrix.send_signal(how)
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive
+    assert not list(tmp_path.glob("*.json"))
+
+
+MEETING = """
+import time
+from pathlib import Path
+
+def test_two_are_here():
+    (here := Path({here!r})).touch()
+    until = time.monotonic() + {patience_s}
+    while not Path({other!r}).exists() and time.monotonic() < until:
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_cells_run_as_many_at_once_as_was_asked(tmp_path: Path, at_once: int) -> None:
+    both = []
+    for name, other in (("a", "b"), ("b", "a")):
+        here, there = (str(tmp_path / f"{each}.here") for each in (name, other))
+        test = tmp_path / f"test_{name}.py"
+        test.write_text(MEETING.format(here=here, other=there, patience_s=60 if at_once == 2 else 0), encoding="utf-8")
+        both.append(Cell(name, tests=str(test)))
+    heard: list[tuple[str, bool]] = []
+    reports = run_matrix(
+        both,
+        installed_plugins(),
+        tmp_path / "kept",
+        at_once=at_once,
+        told=lambda cell, report: heard.append((cell.name, report is not None)),
+    )
+    assert [report.cell for report in reports] == ["a", "b"]
+    assert sorted(heard) == [("a", False), ("a", True), ("b", False), ("b", True)]
+    assert [ended for _, ended in heard] == [False, at_once == 1, at_once == 2, True]
+
+
+def test_with_a_gpu_or_little_memory_cells_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("art_conformance.matrix.accelerators", lambda: ())
+    for free, expected in ((1, 1), (CELL_BYTES * 2 + 1, 2), (CELL_BYTES * 100, 4)):
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        assert cells_at_once() == expected
+    monkeypatch.setattr("art_conformance.matrix.accelerators", lambda: (object(),))
+    assert cells_at_once() == 1
 
 
 @pytest.mark.slow

@@ -104,6 +104,13 @@ def test_nothing_is_lost_when_a_pipelines_worker_and_client_are_killed() -> None
     assert result["steps"] > 1
 
 
+def test_the_loop_beside_the_longer_of_its_parts() -> None:
+    small = ("--steps", "4", "--warm", "1", "--batch", "4", "--workers", "4", "--rollout-s", "0.05")
+    result = run("pipeline_overlap.py", *small, "--without-peers")
+    assert [row["loop"] for row in result["results"]] == ["pipeline", "plain"] * 3
+    assert all(row["ratio"] > 0.9 for row in result["results"]), "faster than nothing waiting at all"
+
+
 def test_thousands_in_flight() -> None:
     result = run("pipeline_in_flight.py", "--in-flight", "40", "--steps", "3", "--batch", "20", "--step-s", "0.1")
     assert (result["in_flight"], result["steps"]) == (40, 3)

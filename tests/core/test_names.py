@@ -54,6 +54,12 @@ def test_what_is_no_text_is_refused(name: object) -> None:
         check_name(name, what="project")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("name", "found"), [("a b", "a-b"), ("../up", "up"), ("agent@3", "agent-3"), ("ünï 1", "n-1")])
+def test_a_refusal_suggests_a_name_that_would_do(name: str, found: str) -> None:
+    with pytest.raises(InvalidName, match=f"'{found}' would do"):
+        ModelKey("project", name)
+
+
 @given(st.text())
 def test_a_refusal_suggests_only_names_that_are_allowed(name: str) -> None:
     try:

@@ -19,6 +19,8 @@ import pytest
 from grimp import build_graph
 from packaging.requirements import Requirement
 
+from art_core import installed_plugins
+
 ROOT = Path(__file__).parents[2]
 PROJECTS = [
     ROOT,
@@ -44,6 +46,9 @@ ALLOWED = {
 }
 # The `art` command is the client's; the kernel's part is to look whose package `art` is before that is imported.
 IMPORTS_MORE = {ROOT / "art_core" / "__main__.py": {"art"}}
+# What `isinstance` may not be asked about, and whose name may not be compared.
+PROTOCOLS = {"InferenceEngine", "TrainingEngine", "Backend", "Publisher", "Policy"}
+PLUGIN = re.compile(r"\b\w*(engine|backend|plugin|tracker|publisher)\w*\b", re.IGNORECASE)
 # Projects of their own, which `test_third_party` makes and checks.
 TEMPLATES = ROOT / "art" / "plugin_templates"
 
@@ -164,6 +169,47 @@ def test_what_is_imported_is_declared(project: Path) -> None:
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def asks_who_a_plugin_is(tree: ast.AST, names: Collection[str]) -> Iterator[ast.AST]:
+    """Calls that look at the class or the attributes of an engine, a backend or a plugin, and comparisons of its name
+    with one of `names`.
+    """
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, kinds]):
+                if PROTOCOLS.intersection(re.findall(r"\w+", ast.unparse(kinds))):
+                    yield node
+            case ast.Call(func=ast.Name(id="hasattr"), args=[subject, _]) if PLUGIN.search(ast.unparse(subject)):
+                yield node
+            case ast.Compare():
+                sides = [node.left, *node.comparators]
+                words = {each.value for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)}
+                asked = [ast.unparse(side) for side in sides if not isinstance(side, ast.Constant)]
+                if words & set(names) and any(PLUGIN.search(each) for each in asked):
+                    yield node
+
+
+def test_what_a_plugin_can_do_is_never_asked_of_its_class_or_its_name() -> None:
+    names = {info.name for info in installed_plugins().infos}
+    assert {"torch", "vllm", "local", "serverless"} <= names
+    for package in (package for project in PROJECTS[:-1] for package in packages_of(project)):
+        for file in modules_of(package):
+            for node in asks_who_a_plugin_is(tree_of(file), names):
+                raise AssertionError(f"{file.relative_to(ROOT)}: {ast.unparse(node)}")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "isinstance(self.backend, art_core.Backend)",
+        "hasattr(engine, 'sleep')",
+        "spec.engine == 'vllm'",
+        "backend.name in ('local', 'other')",
+    ],
+)
+def test_the_search_for_such_questions_finds_one(asked: str) -> None:
+    assert list(asks_who_a_plugin_is(ast.parse(asked), {"vllm", "local"}))
 
 
 def test_within_the_distributions_too_arrows_go_one_way() -> None:

@@ -100,6 +100,19 @@ def test_plugins_of_the_group_art_exist(project: Path) -> None:
         assert module.is_file() or package.is_file()
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "torchtune", "unsloth"])
+def test_an_engine_with_an_environment_of_its_own_brings_the_client_none_of_its_libraries(engine: str) -> None:
+    brought, waiting = set[str](), [f"art-engine-{engine}"]
+    while waiting:
+        project = next(each for each in PROJECTS if read(each)["project"]["name"] == waiting[0])
+        brought.add(waiting.pop(0))
+        names = {Requirement(line).name for line in read(project)["project"]["dependencies"]}
+        waiting += [name for name in names - brought if name.startswith("art-") and name not in waiting]
+        brought |= {name for name in names if not name.startswith("art-")}
+    assert "art-engine-kit" in brought
+    assert not brought & {"torch", "transformers", "peft", "vllm", "sglang", "torchtune", "torchao", "unsloth", "trl"}
+
+
 def test_the_core_is_light() -> None:
     names = {r.name for r in requirements(ROOT)}
     assert not names & {"torch", "transformers", "peft", "numpy", "vllm", "sglang"}

@@ -11,6 +11,8 @@ import pytest
 
 import art
 from art.pipeline_trainer import (
+    CheckpointInfo,
+    CheckpointRetentionContext,
     PipelineTrainer,
     ScenarioSourceFailed,
     keep_recent_and_top,
@@ -118,6 +120,30 @@ async def test_a_rollout_asks_the_step_that_it_holds(model, simulated, make_scen
     assert names == {number: (f"agent@{version}",) * 2 for number, version in began.items()}
     assert len({first for first, _ in names.values()}) > 3
     assert model.get_inference_name() == f"agent@{simulated.steps[-1]}"
+
+
+async def test_with_updates_in_flight_a_rollout_asks_the_newest_step(model, simulated, make_scenarios):
+    asked = []
+
+    async def rollout(model, scenario, config):
+        if scenario["metadata"]["scenario_id"]:
+            return group()
+        first = model.get_inference_name()
+        while simulated.steps[-1] < 2:
+            await asyncio.sleep(0.001)
+        asked.append((first, model.get_inference_name(), f"agent@{simulated.steps[-1]}"))
+        assert simulated.leases[0], "the step that it began with is held all the same"
+        return group()
+
+    trainer = PipelineTrainer(
+        model, simulated, rollout, make_scenarios(20),
+        min_batch_size=2, max_batch_size=2, max_steps_off_policy=4, update="in_flight",
+    )  # fmt: skip
+    async with asyncio.timeout(20):
+        await trainer.train()
+    ((first, last, newest),) = asked
+    assert first == "agent@0"
+    assert last == newest != first
 
 
 async def test_groups_whose_rewards_are_equal_are_dropped_and_too_many_end_the_run(
@@ -247,18 +273,19 @@ async def test_request_stop_trains_what_is_ready_and_keeps_the_rest_for_the_next
     assert sorted(simulated.trained()) == list(range(9))
 
 
-async def test_the_first_sigint_finishes_the_step_and_saves(model, simulated, make_scenarios):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_first_sigint_or_sigterm_finishes_the_step_and_saves(model, simulated, make_scenarios, number):
     simulated.train_s = 0.2
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     training = asyncio.ensure_future(
         PipelineTrainer(model, simulated, quick, make_scenarios(50), max_batch_size=4).train()
     )
     async with asyncio.timeout(20):
         while not simulated.options:
             await asyncio.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         await training
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert len(simulated.batches) == 1
     simulated.train_s = 0
     await PipelineTrainer(model, simulated, quick, make_scenarios(50), max_batch_size=4).train()
@@ -317,6 +344,50 @@ async def test_retention_keeps_the_newest_and_never_deletes_what_is_leased(model
     await trainer.train()
     assert simulated.steps[-1] == len(simulated.batches)
     assert len(simulated.steps) <= 4
+
+
+async def test_the_served_the_held_and_those_to_be_evaluated_are_never_offered_and_a_function_says_what_stays(
+    model, simulated, make_scenarios
+):
+    offers, evaluated = [], asyncio.Event()
+
+    async def evaluate(model, step, config):
+        await evaluated.wait()
+        return [group()[1]]
+
+    def keep_even_ones(context):
+        offered = [each.step for each in context.checkpoints]
+        held = {step for step, holders in simulated.leases.items() if holders}
+        offers.append((context.current_step, offered, held))
+        if context.current_step == 6:
+            evaluated.set()
+        return [step for step in offered if step % 2 == 0]
+
+    trainer = PipelineTrainer(
+        model, simulated, quick, make_scenarios(40), eval_fn=evaluate, eval_every_n_steps=2, max_batch_size=4,
+        checkpoint_retention_strategy=keep_even_ones,
+    )  # fmt: skip
+    async with asyncio.timeout(20):
+        await trainer.train()
+    assert max(current for current, _, _ in offers) > 6
+    for current, offered, held in offers:
+        assert current not in offered
+        assert not held & set(offered)
+        if current <= 6:
+            assert not {0, 2, 4} & set(offered), "they wait for their evaluation"
+    left = set(simulated.steps) - {simulated.steps[-1]}
+    assert {0, 2, 4} <= left
+    assert not {1, 3, 5} & left
+
+
+def test_the_newest_and_the_best_by_a_metric_stay():
+    checkpoints = [
+        CheckpointInfo(step=step, metrics={} if reward is None else {"val/reward": reward})
+        for step, reward in enumerate((0.9, 0.1, None, 0.8, 0.2, 0.3))
+    ]
+    context = CheckpointRetentionContext(current_step=6, checkpoints=checkpoints)
+    assert set(keep_recent_and_top(recent=2, top=2)(context)) == {0, 3, 4, 5}
+    assert set(keep_recent_and_top(recent=1, top=1, metric="train/reward")(context)) == {5}
 
 
 async def test_metrics_and_state_have_the_names_of_the_contract(model, simulated, make_scenarios, tmp_path):

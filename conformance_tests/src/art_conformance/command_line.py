@@ -20,7 +20,7 @@ from art_core.errors import ArtError
 from art_core.registry import PluginRegistry, installed_plugins
 
 from .catalogue import as_json, as_text
-from .matrix import CELL_LIMIT_S, CellReport, CellVerdict, run_matrix
+from .matrix import CELL_LIMIT_S, CellReport, CellVerdict, cells_at_once, run_matrix
 from .matrix_cells import Cell, cells, chosen, elsewhere
 from .matrix_page import badge, page
 
@@ -93,6 +93,10 @@ def matrix(
     again: Annotated[
         bool, typer.Option("--again", help="Run cells that have a verdict for these versions too.")
     ] = False,
+    at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many cells run at once. Default: what cores and free memory allow."),
+    ] = None,
     limit: Annotated[float, typer.Option(help="How long one cell may take, in seconds.")] = CELL_LIMIT_S,
 ) -> None:
     """Hold everything that is installed against its suites: each tracker, each engine, and each backend with every pair
@@ -119,13 +123,15 @@ def matrix(
 
     def told(cell: Cell, report: CellReport | None) -> None:
         if report is None:
-            console.print(f"{cell.name} ...", end=" ", highlight=False)
+            console.print(f"{cell.name} ...", highlight=False)
             return
         style = _COLOURS[report.verdict]
         seconds = f" in {report.seconds:.0f} s" if report.seconds else ""
-        console.print(f"[{style}]{report.verdict.value}[/]{seconds}  {escape(report.reason)}", highlight=False)
+        words = f"{cell.name}: [{style}]{report.verdict.value}[/]{seconds}  {escape(report.reason)}"
+        console.print(words.rstrip(), highlight=False)
 
-    reports = run_matrix(wanted, registry, folder, again=again, limit_s=limit, told=told)
+    count = cells_at_once() if at_once is None else at_once
+    reports = run_matrix(wanted, registry, folder, again=again, at_once=count, limit_s=limit, told=told)
     (folder / "matrix.md").write_text(page(reports), encoding="utf-8")
     (folder / "badge.json").write_text(json.dumps(badge(reports)) + "\n", encoding="utf-8")
     typer.echo(

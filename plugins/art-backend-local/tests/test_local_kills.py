@@ -244,3 +244,18 @@ async def test_an_idle_worker_that_stands_still_fails_the_next_step_alone(
         with pytest.raises(TrainingFailed, match="had not answered its health check"):
             await asyncio.wait_for(backend.train(policy, groups), 60)
         assert (await backend.train(policy, groups)).step == 2
+
+
+async def test_an_inference_server_that_stands_still_is_ended_and_comes_back(
+    looks_often, tmp_path, new_backend, policy, groups, client, program
+):
+    async with new_backend(tmp_path / "art") as backend:
+        asked = client(await backend.register(policy))
+        await backend.train(policy, groups, learning_rate=0.5)
+        server = program(read_host(backend.path).pid, "inference_server")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            server.suspend()
+            assert await asyncio.wait_for(asked.with_options(max_retries=2).served_by(), 60) == ("m@1", -1.5)
+        assert "runs but has not answered" in " ".join(str(w.message) for w in warned)
+        assert not process_lives(server.pid, None)

@@ -166,6 +166,24 @@ async def test_only_one_step_of_a_model_at_a_time(backend, policy, groups, fake_
     assert (await first).step == 1
 
 
+async def test_another_client_is_told_that_a_step_is_under_way_and_may_read_and_ask_meanwhile(
+    backend, new_backend, policy, groups, client, fake_engines, said_by_engine
+):
+    await backend.register(policy)
+    fake_engines(hold_train=True)
+    first = asyncio.create_task(backend.train(policy, groups, learning_rate=0.5))
+    await said_by_engine(backend.path, "training", f"job begun {policy.project}/m@1")
+    async with new_backend(backend.path, in_process=False, max_adapters=300) as second:
+        asked = client(await second.register(policy))
+        with pytest.raises(ModelBusy, match="another client"):
+            await second.train(policy, groups)
+        assert (await second.get_step(policy), await second.list_steps(policy)) == (0, [0])
+        assert await asked.served_by() == ("m@0", -1.0)
+        fake_engines()
+        assert (await first).step == 1
+        assert (await second.train(policy, groups)).step == 2
+
+
 async def test_a_cancelled_step_keeps_nothing(backend, policy, groups, fake_engines, recorder, said_by_engine):
     await backend.register(policy)
     fake_engines(hold_train=True)

@@ -19,6 +19,7 @@ import art
 from art_backend_serverless import (
     JobStalled,
     OutcomeUnknown,
+    Patience,
     ServerlessBackend,
     ServiceRefused,
     ServiceUnreachable,
@@ -46,12 +47,24 @@ async def test_a_question_is_asked_again(cloud: Any, serverless: Any, model: Any
     assert len(cloud.jobs) == 1
 
 
-async def test_retry_after_is_kept_to(cloud: Any, serverless: Any, model: Any, groups: Any) -> None:
+def test_pauses_grow_and_differ_from_one_client_to_the_next() -> None:
+    patience = Patience()
+    shortest, longest = (
+        [edge(patience.pause(attempt) for _ in range(200)) for attempt in range(1, 8)] for edge in (min, max)
+    )
+    assert shortest[:5] == sorted(shortest[:5])
+    assert longest[4] > 8 * longest[0]
+    assert all(least < most for least, most in zip(shortest, longest, strict=True))
+    assert max(longest) <= patience.longest_pause_s
+
+
+@pytest.mark.parametrize("code", [429, 503])
+async def test_retry_after_is_kept_to(cloud: Any, serverless: Any, model: Any, groups: Any, code: int) -> None:
     busy_until = asyncio.get_running_loop().time() + 0.5
 
     async def busy(asked: Any) -> Any:
         if asyncio.get_running_loop().time() < busy_until:
-            return cloud.answer({"detail": "busy"}, 429, Retry_After="0.5")
+            return cloud.answer({"detail": "busy"}, code, Retry_After="0.5")
         return cloud.handle(asked)
 
     cloud.fails("POST", JOBS, times=100, instead=busy)
@@ -314,6 +327,42 @@ async def test_no_proxy_stands_before_this_machine(
     assert (await serverless.train(model, groups)).step == 1
 
 
+async def test_another_machine_is_asked_through_the_proxy_of_the_environment(
+    patience: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readline())
+        writer.write(b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(proxy, "127.0.0.1", 0) as server:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.warns(RuntimeWarning, match="isn't https"):
+            backend = ServerlessBackend("k", "http://training.example/v1", patience=patience, show_progress=False)
+        with pytest.raises(ServiceRefused, match="HTTP 401"):
+            await art.TrainableModel(name="a", project="p", base_model="b").register(backend)
+    assert seen == [b"POST http://training.example/v1/preview/models HTTP/1.1\r\n"]
+
+
+async def test_what_a_model_logs_and_cannot_be_sent_is_warned_of_and_kept_here(
+    cloud: Any, patience: Any, groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("art_backend_serverless.backend.LOGS_LIMIT_S", 0.2)
+    backend = ServerlessBackend(cloud.key, cloud.base_url, patience=patience, show_progress=False)
+    model = art.TrainableModel(name="a", project="p", base_model="b", base_path=str(tmp_path))
+    await model.register(backend)
+    cloud.fails("POST", ".*/log", times=10_000, instead=status(cloud, 503))
+    with pytest.warns(RuntimeWarning, match="'serverless' failed in art_log_trajectories"):
+        await model.log(groups, split="train", step=1)
+    assert len(cloud.calls("POST", ".*/log")) > 1
+    assert (model._folder() / "trajectories" / "train" / "0001.parquet").exists()
+
+
 async def test_a_late_checkpoint_is_waited_for(cloud: Any, serverless: Any, model: Any, groups: Any) -> None:
     async def none_yet(asked: Any) -> Any:
         return cloud.answer({"data": []})
@@ -372,11 +421,15 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(
         cloud.drop()
 
 
-async def test_a_full_disk_is_said_and_nothing_is_sent(cloud: Any, serverless: Any, model: Any, groups: Any) -> None:
+async def test_a_full_disk_is_said_and_nothing_is_sent(
+    cloud: Any, serverless: Any, model: Any, groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)  # what was read of the environment before
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # no file may be larger, as on a disk that is full
     try:
-        with pytest.raises(OSError, match=r"could not be written to .* TMPDIR"):
+        with pytest.raises(OSError, match=rf"could not be written to {tmp_path}: .* TMPDIR"):
             await serverless.train(model, groups)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -272,6 +272,13 @@ class Proxy:
         for writer in self._writers:
             writer.transport.abort()
 
+    async def cut_for(self, seconds: float) -> None:
+        """And let none through meanwhile."""
+        self.up = False
+        self.cut()
+        await asyncio.sleep(seconds)
+        self.up = True
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not self.up:
             writer.transport.abort()
@@ -332,16 +339,29 @@ async def test_a_network_that_fails_loses_no_step_and_trains_none_twice(
                 proxy.pause_s = 0.05
             else:
                 await asyncio.sleep(0.05 * step)
-                proxy.up = False
-                proxy.cut()
-                await asyncio.sleep(0.5)
-                proxy.up = True
+                await proxy.cut_for(0.5)
             assert (await training).step == step
         assert await backend.list_steps(model) == [0, 1, 2, 3, 4, 5]
         assert proxy.gzipped
         assert proxy.cut_after is None
         assert not proxy.cut_answer
         assert proxy.cuts >= (5 if how != "slow by far" else 0)
+
+
+@pytest.mark.exhaustive
+async def test_a_network_cut_for_half_a_minute_costs_that_and_no_step(server: tuple[str, str], tmp_path: Path) -> None:
+    url, key = server
+    async with Proxy(url) as proxy, ServerlessBackend(key, proxy.url, show_progress=False) as backend:
+        model = a_model("cut-for-long", tmp_path)
+        await model.register(backend)
+        groups = await some_groups(model)
+        for step in range(1, 11):
+            training = asyncio.create_task(backend.train(model, groups, learning_rate=1e-4))
+            await asyncio.sleep(0.1 * step)
+            await proxy.cut_for(30)
+            assert (await training).step == step
+        assert await backend.list_steps(model) == list(range(11))
+        assert proxy.cuts >= 10
 
 
 KILLED = """

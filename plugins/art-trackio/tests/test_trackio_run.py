@@ -147,6 +147,9 @@ def test_what_is_written_when_a_process_is_killed_is_kept_and_the_next_goes_on_w
         process.kill()
         process.communicate()
     assert process.returncode == -signal.SIGKILL
+    for name in ("agent", "other"):
+        history = read_history(tmp_path / "shop" / "models" / name / "history.jsonl")
+        assert [step for step, *_ in losses(history)] == list(range(3))
     logged(tmp_path, first=3)
     found = read(tmp_path)
     for name in ("agent", "other"):
