@@ -1,4 +1,4 @@
-"""Describes llama.cpp's server with its front: the command that starts them, and how they are spoken to. Does no I/O."""
+"""Describes llama.cpp's server with its front: the command that starts them and how they are spoken to. No I/O."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Final
@@ -24,7 +24,7 @@ class LlamaCppEngine(OpenAIServerEngine):
     instead: ClassVar = {
         InferenceCapability.STREAMING_TOKEN_IDS: "Ask without stream=True: llama.cpp leaves out of a stream every token"
         " after which the text ends in the middle of a character.",
-        InferenceCapability.TOOL_CALLS: "Use an engine whose tool calls keep their tokens: pip install art-engine-torch.",
+        InferenceCapability.TOOL_CALLS: "Use the inference engine torch for tools: pip install art-engine-torch.",
         InferenceCapability.PAUSE: "Wait until the answers under way have ended; llama.cpp can't hold them.",
         InferenceCapability.SLEEP: "Stop the server and start it again; llama.cpp sleeps only when nobody asks.",
     }

@@ -29,7 +29,7 @@ class Refused(Exception):
 
 
 class Llama:
-    """A running llama.cpp server: `adapters` are the names of those it has, in its order, `pieces` each token's bytes."""
+    """A running llama.cpp server. `adapters` are the names of those it has, in order, `pieces` each token's bytes."""
 
     def __init__(
         self,
