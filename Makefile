@@ -55,7 +55,7 @@ $(READY): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(DIS
 	@touch $(READY)
 
 demo: $(READY)  ## Reinforcement learning on real weights, on this machine's CPU: watch the reward rise
-	@ART_TRACKIO_MODE=disabled $(BIN)/python examples/customer_replies.py $(ARGS)
+	@ART_TRACKIO_MODE=disabled ART_MLFLOW_MODE=disabled $(BIN)/python examples/customer_replies.py $(ARGS)
 
 engines: $(READY)  ## Make the environments of vLLM, SGLang, torchtune and Unsloth that the tests run in, where they aren't there yet
 	@for engine in $(TESTED_ENGINES); do $(BIN)/art engines install $$engine --flavour cpu; done
@@ -146,7 +146,8 @@ conformance: engines  ## Hold every engine, backend and plugin against its suite
 	    --tests serverless=plugins/art-backend-serverless/tests/test_serverless_conformance.py \
 	    --tests tracker-files=plugins/art-tracker-files/tests/test_tracker_files_conformance.py \
 	    --tests trackio=plugins/art-trackio/tests/test_trackio_conformance.py \
-	    --tests wandb=plugins/art-wandb/tests/test_wandb_conformance.py
+	    --tests wandb=plugins/art-wandb/tests/test_wandb_conformance.py \
+	    --tests mlflow=plugins/art-mlflow/tests/test_mlflow_conformance.py
 
 foreign-engines: $(READY)  ## Hold the engines of examples/foreign_engines against their suite, from wheels: docs/foreign-engines.md
 	@mkdir -p docs/conformance/foreign

@@ -19,7 +19,7 @@ settings.load_profile("art")
 
 def pytest_configure() -> None:
     # Trackers of whoever runs the tests are not to hear of it; what tests a tracker turns it on again.
-    os.environ |= {"WANDB_MODE": "disabled", "ART_TRACKIO_MODE": "disabled"}
+    os.environ |= {"WANDB_MODE": "disabled", "ART_TRACKIO_MODE": "disabled", "ART_MLFLOW_MODE": "disabled"}
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         # Threads beyond the cores wait for each other, many times as long as the work takes; servers inherit this.

@@ -99,4 +99,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _spread(values: Sequence[float]) -> float:
-    return pstdev(values) if all(map(math.isfinite, values)) else math.nan
+    """The population standard deviation. `statistics.pstdev` computes it in fractions, five times as long."""
+    mean = _mean(values)
+    apart = [value - mean for value in values]
+    largest = max(map(abs, apart))
+    if not math.isfinite(largest):
+        return pstdev(values) if all(map(math.isfinite, values)) else math.nan
+    # In units of the largest, whose square might be more than a float holds.
+    return largest * math.sqrt(fmean((each / largest) ** 2 for each in apart)) if largest else 0.0

@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print an object in place of a table")
     arguments = parser.parse_args()
-    os.environ["ART_TRACKIO_MODE"] = "disabled"
+    os.environ |= {"ART_TRACKIO_MODE": "disabled", "ART_MLFLOW_MODE": "disabled"}
     result = asyncio.run(measure(arguments))
     if arguments.json:
         print(json.dumps(result, indent=1))

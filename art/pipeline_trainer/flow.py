@@ -5,7 +5,7 @@ Knows scenarios by number, groups, and the versions they began with. Knows no mo
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 
 from art_core import TrajectoryGroup
@@ -90,11 +90,13 @@ class Flow:
         s = self.settings
         if s.late_rollouts != "wait":
             return False
-        ready = sorted(each.version for each in self.ready)
-        for version in set(self.running.values()):
-            taken = min(s.max_batch_size, bisect_right(ready, version))
-            left = bisect_right(ready, version) - taken + sum(v <= version for v in self.running.values())
-            if left > (version + s.max_steps_off_policy - self.version) * s.max_batch_size:
+        ready = Counter(each.version for each in self.ready)
+        running = Counter(self.running.values())
+        finished = begun = 0
+        for version in sorted(ready.keys() | running.keys()):
+            finished, begun = finished + ready[version], begun + running[version]
+            left = max(0, finished - s.max_batch_size) + begun
+            if running[version] and left > (version + s.max_steps_off_policy - self.version) * s.max_batch_size:
                 return True
         return False
 
@@ -105,9 +107,11 @@ class Flow:
 
     def may_take(self, *, no_more: bool) -> bool:
         """True when a batch may be taken; `no_more`: nothing will begin after what runs now."""
-        if self.training or not self.ready or self.must_wait():
+        if self.training or not self.ready:
             return False
-        return len(self.ready) >= self.settings.min_batch_size or (no_more and not self.running)
+        # Asked after each rollout: what costs least first.
+        enough = len(self.ready) >= self.settings.min_batch_size or (no_more and not self.running)
+        return enough and not self.must_wait()
 
     def take(self) -> tuple[ReadyGroup, ...]:
         """The next batch, the oldest groups first."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
@@ -56,10 +55,10 @@ class Kept:
     counts: Mapping[str, int]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Change:
     make: Callable[[sqlite3.Connection], None]
-    error: sqlite3.Error | None = None
+    written: asyncio.Future[None]
 
 
 class KeptState:
@@ -72,7 +71,8 @@ class KeptState:
         self._lock = FileLock(folder / f".{FILE}.lock")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="art-pipeline-state")
         self._db: sqlite3.Connection | None = None
-        self._waiting: SimpleQueue[_Change] = SimpleQueue()
+        self._waiting: list[_Change] = []
+        self._writing: asyncio.Task[None] | None = None
 
     async def open(self, step: int, *, resume: bool) -> Kept:
         """What was kept. A batch that was being trained from a version below `step` was trained; else it waits again.
@@ -113,7 +113,9 @@ class KeptState:
         )
 
     async def close(self) -> None:
-        """Let the file go."""
+        """Write what waits, and let the file go."""
+        if self._writing is not None:
+            await asyncio.wait({self._writing})
         await self._do(self._close)
         self._thread.shutdown(wait=False)
 
@@ -163,32 +165,52 @@ class KeptState:
         await self._change(write)
 
     async def _change(self, make: Callable[[sqlite3.Connection], None]) -> None:
-        change = _Change(make)
-        self._waiting.put(change)
-        # Written with what waited before it, or now with what came meanwhile.
-        await self._do(self._write_waiting)
-        if change.error is not None:
-            raise change.error
+        change = _Change(make, asyncio.get_running_loop().create_future())
+        self._waiting.append(change)
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_waiting(), name="write the pipeline's state")
+        await change.written
 
-    def _write_waiting(self) -> None:
-        changes = []
-        with suppress(Empty):
-            while True:
-                changes.append(self._waiting.get_nowait())
+    async def _write_waiting(self) -> None:
+        """Write until nothing waits: what comes while a transaction is written is the next one."""
+        changes: list[_Change] = []
+        try:
+            while self._waiting:
+                changes, self._waiting = self._waiting, []
+                try:
+                    failures = await self._do(partial(self._write, [change.make for change in changes]))
+                except Exception as error:  # the file was let go
+                    failures = [error] * len(changes)
+                for change, failure in zip(changes, failures, strict=True):
+                    if change.written.done():
+                        continue  # whoever asked for it waits no more
+                    if failure is None:
+                        change.written.set_result(None)
+                    else:
+                        change.written.set_exception(failure)
+        finally:
+            # Where this was cut off, nobody waits on.
+            for change in (*changes, *self._waiting):
+                change.written.cancel()
+            self._writing = None
+
+    def _write(self, changes: Sequence[Callable[[sqlite3.Connection], None]]) -> Sequence[Exception | None]:
+        """Make them in one transaction, or each in its own where one of them fails; gives what became of each."""
+        try:
+            self._transact(changes)
+        except Exception as error:
+            if len(changes) == 1:
+                return [error]
+            return [failure for change in changes for failure in self._write([change])]
+        return [None] * len(changes)
+
+    def _transact(self, changes: Sequence[Callable[[sqlite3.Connection], None]]) -> None:
         db = self._db
         if db is None:
             raise AssertionError("the pipeline's state is not open")
-        try:
-            with db:
-                for change in changes:
-                    change.make(db)
-        except sqlite3.Error:
-            for change in changes:
-                try:
-                    with db:
-                        change.make(db)
-                except sqlite3.Error as error:
-                    change.error = error
+        with db:
+            for make in changes:
+                make(db)
 
     async def _do(self, work: Callable[[], T]) -> T:
         # One thread, so that changes happen in the order in which they were asked for.

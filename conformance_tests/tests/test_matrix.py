@@ -64,7 +64,7 @@ def test_a_backend_of_another_machine_is_untestable_until_it_is_given_what_it_ne
 
 def test_a_tracker_is_untestable_until_it_is_said_how_what_it_keeps_is_read_back() -> None:
     names = chosen(installed_plugins(), [], [], [])
-    assert list(names.trackers) == ["tracker-files", "trackio", "wandb"]
+    assert list(names.trackers) == ["mlflow", "tracker-files", "trackio", "wandb"]
     (_, alone) = cells(Chosen([], [], [], ["ledger"]), {})
     assert "--tests ledger=FILE" in alone.lacks
     (_, with_tests) = cells(Chosen([], [], [], ["ledger"]), {}, {"ledger": "test_ledger.py"})

@@ -42,6 +42,7 @@ ALLOWED = {
     "art_serve": {"art_backend_serverless", "art_runtime", "art_gateway"},
     "art_trackio": {"art_tracker_kit"},
     "art_wandb": {"art_tracker_kit"},
+    "art_mlflow": {"art_tracker_kit"},
     "art_conformance": {"art_engine_kit", "art_runtime"},
 }
 # The `art` command is the client's; the kernel's part is to look whose package `art` is before that is imported.

@@ -40,3 +40,24 @@ async def test_a_change_to_a_file_that_was_let_go_is_refused(tmp_path):
     await kept.close()
     with pytest.raises(RuntimeError):
         await kept.handed_out(0, 0, 1)
+
+
+async def test_whoever_is_cancelled_while_a_change_is_written_costs_no_other_its_change(tmp_path):
+    kept = KeptState(tmp_path)
+    await kept.open(0, resume=True)
+    writing = [asyncio.create_task(kept.handed_out(number, 0, number + 1)) for number in range(20)]
+    await asyncio.sleep(0)
+    for task in writing[::2]:
+        task.cancel()
+    results = await asyncio.gather(*writing, return_exceptions=True)
+    assert [type(result).__name__ for result in results] == ["CancelledError", "NoneType"] * 10
+    # The last ones were asked for and not waited for: closing writes them first.
+    late = asyncio.create_task(kept.handed_out(20, 0, 21))
+    await asyncio.sleep(0)
+    await kept.close()
+    await late
+    again = KeptState(tmp_path)
+    found = await again.open(0, resume=True)
+    await again.close()
+    assert set(range(1, 20, 2)) | {20} <= set(found.unfinished)
+    assert found.handed_out == 21

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -330,15 +330,30 @@ def until():
 
 
 @pytest.fixture
-def program():
-    """`program(pid, word)`: the process below `pid` whose command line has `word`."""
+def programs():
+    """`programs(pid, word)`: the processes below `pid` whose command lines have `word`."""
 
     def find(pid, word):
+        found = []
         for child in psutil.Process(pid).children(recursive=True):
-            line = child.cmdline()
-            if any(word in part for part in line) and not any("tether" in part for part in line):
-                return child
-        raise AssertionError(f"no process of {word}")
+            # Some end on their own between being listed and being looked at.
+            with suppress(psutil.NoSuchProcess):
+                line = child.cmdline()
+                if any(word in part for part in line) and not any("tether" in part for part in line):
+                    found.append(child)
+        return found
+
+    return find
+
+
+@pytest.fixture
+def program(programs):
+    """`program(pid, word)`: the first of these processes."""
+
+    def find(pid, word):
+        found = programs(pid, word)
+        assert found, f"no process of {word}"
+        return found[0]
 
     return find
 

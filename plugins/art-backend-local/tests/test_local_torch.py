@@ -216,18 +216,23 @@ def test_kill_at_random_moments_and_go_on_with_the_same_loss(tiny, tmp_path):
 
 
 async def test_a_disk_that_takes_no_more_fails_the_step_and_loses_nothing(
-    torch_backend, policy, client, checkpoints, program
+    torch_backend, policy, client, checkpoints, programs
 ):
     asked = client(await torch_backend.register(policy))
     groups = await gather(asked)
     await torch_backend.train(policy, groups, learning_rate=1e-2)
-    worker = program(read_host(torch_backend.path).pid, "art_training_kit.worker")
-    # No file of the worker's may grow beyond this, which fails its writing as a full disk does.
-    unlimited = worker.rlimit(psutil.RLIMIT_FSIZE)
-    worker.rlimit(psutil.RLIMIT_FSIZE, (1000, unlimited[1]))
-    with pytest.raises(OSError, match=r"step 2 of .* could not be saved"):
-        await torch_backend.train(policy, groups, learning_rate=1e-2)
-    worker.rlimit(psutil.RLIMIT_FSIZE, unlimited)
+    # Each setting that a test of this module trains with has a worker of its own.
+    workers = programs(read_host(torch_backend.path).pid, "art_training_kit.worker")
+    unlimited = [worker.rlimit(psutil.RLIMIT_FSIZE) for worker in workers]
+    try:
+        # No file of a worker's may grow beyond this, which fails its writing as a full disk does.
+        for worker, (_, hard) in zip(workers, unlimited, strict=True):
+            worker.rlimit(psutil.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match=r"step 2 of .* could not be saved"):
+            await torch_backend.train(policy, groups, learning_rate=1e-2)
+    finally:
+        for worker, limit in zip(workers, unlimited, strict=True):
+            worker.rlimit(psutil.RLIMIT_FSIZE, limit)
     assert sorted(file.name for file in checkpoints(torch_backend).iterdir() if file.is_dir()) == ["0000", "0001"]
     assert (await torch_backend.train(policy, groups, learning_rate=1e-2)).step == 2
 

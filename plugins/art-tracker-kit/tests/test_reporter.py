@@ -205,6 +205,31 @@ def test_the_end_of_the_process_waits_no_longer_than_the_limit_and_says_what_is_
     assert "while it was busy with report 0 of shop/agent to the end" in done.stderr
 
 
+OPENED_AT_THE_END = """
+import threading
+from types import SimpleNamespace
+from art_tracker_kit import Reporter
+
+class Run:
+    def close(self):
+        print("closed")
+
+def open_run(model):
+    threading.main_thread().join()
+    from concurrent.futures import ThreadPoolExecutor
+    return Run()
+
+model = SimpleNamespace(name="agent", project="shop", entity=None, base_path=".art")
+Reporter("test", open_run).tell(model, "a report", lambda run: print("told"))
+"""
+
+
+def test_a_library_that_knows_pools_of_threads_is_imported_as_the_process_ends_too():
+    command = [sys.executable, "-c", OPENED_AT_THE_END]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout.split(), done.stderr) == (["told", "closed"], "")
+
+
 @pytest.mark.parametrize(
     ("named", "reports"), [(None, True), (["other"], False), (["mine", "other"], True), ([], False)]
 )

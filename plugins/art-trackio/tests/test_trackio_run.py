@@ -74,7 +74,7 @@ print("READ" + json.dumps({"logs": logs, "metadata": artifact.metadata, "type": 
 def environment(folder, **variables):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRACKIO", "ART_"))}
     own = {"HOME": str(folder), "TRACKIO_DIR": str(folder / "trackio"), "HF_HUB_OFFLINE": "1"}
-    return kept | own | {"WANDB_MODE": "disabled"} | variables
+    return kept | own | {"WANDB_MODE": "disabled", "ART_MLFLOW_MODE": "disabled"} | variables
 
 
 def begun(folder, *, first=0, steps=3, report="", then="", **variables):

@@ -1,5 +1,5 @@
-"""A real training under both trackers' eyes: what wandb and trackio kept of it is what it was; and when both do all
-that a tracker can do wrong, no step is lost.
+"""A real training under three trackers' eyes: what wandb, trackio and MLflow kept of it is what it was; and when they
+do all that a tracker can do wrong, no step is lost.
 """
 
 import json
@@ -61,6 +61,20 @@ for step in (1, 2):
 Path("logs.json").write_text(json.dumps(logs, default=str), encoding="utf-8")
 """
 
+READ_MLFLOW = """
+import json
+from pathlib import Path
+from mlflow import MlflowClient
+
+client = MlflowClient()
+(run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+told = [(name, each.step, each.value) for name in run.data.metrics
+        for each in client.get_metric_history(run.info.run_id, name)]
+Path("kept").mkdir()
+client.download_artifacts(run.info.run_id, "checkpoints", "kept")
+Path("mlflow.json").write_text(json.dumps(told), encoding="utf-8")
+"""
+
 READ_WANDB = """
 import json, sys
 from pathlib import Path
@@ -77,7 +91,7 @@ Path("wandb.json").write_text(json.dumps({"rows": list(rows(run)), "artifacts": 
 
 
 def python(folder, code, *arguments, **variables):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "TRACKIO", "ART_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "TRACKIO", "MLFLOW", "ART_"))}
     own = {
         "WANDB_DATA_DIR": str(folder / "data"),
         "WANDB_MODE": "offline",
@@ -100,7 +114,7 @@ def plain(row):
     return {name: value for name, value in row.items() if isinstance(value, int | float) and "/" in name}
 
 
-def test_what_both_kept_of_a_real_training_is_what_it_was(tmp_path):
+def test_what_all_kept_of_a_real_training_is_what_it_was(tmp_path):
     python(tmp_path, TRAIN, write_base_model(tmp_path / "base"))
     model = tmp_path / "runs" / "shop" / "models" / "agent"
     history = {row["step"]: plain(row) for row in read_history(model / "history.jsonl")}
@@ -117,11 +131,20 @@ def test_what_both_kept_of_a_real_training_is_what_it_was(tmp_path):
     python(tmp_path, READ_TRACKIO)
     logs = json.loads((tmp_path / "logs.json").read_text(encoding="utf-8"))
     assert {row["step"]: plain(row) for row in logs if "train/reward" in row} == history
+
+    python(tmp_path, READ_MLFLOW)
+    rows = {step: {} for step in history}
+    for name, step, value in json.loads((tmp_path / "mlflow.json").read_text(encoding="utf-8")):
+        rows[step][name] = value
+    assert {step: {name: rows[step].get(name) for name in history[step]} for step in rows} == history
+    assert {row["trajectories/train_total"] for row in rows.values()} == {12}
+
     for step in (1, 2):
         whole = adapter(model / "checkpoints" / f"{step:04d}")
         assert "adapter_model.safetensors" in whole
         assert {name: Path(at).read_bytes() for name, at in artifacts[f"step{step}"].items()} == whole
         assert adapter(tmp_path / "downloaded" / str(step)) == whole
+        assert adapter(tmp_path / "kept" / "checkpoints" / f"step{step}") == whole
 
 
 def test_trackers_that_hang_and_that_raise_cost_a_training_nothing(tmp_path):
@@ -130,11 +153,13 @@ def test_trackers_that_hang_and_that_raise_cost_a_training_nothing(tmp_path):
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # whoever connects waits for an answer
         online = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "5"}
-        online["WANDB_BASE_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        online |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        online["WANDB_BASE_URL"] = online["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
         done = python(tmp_path, TRAIN, write_base_model(tmp_path / "base"), **online)
     assert "trained" in done.stdout
     assert "so the run of agent is kept in files" in done.stderr
     assert "trackio: the checkpoint of step 1 of shop/agent failed: NotADirectoryError" in done.stderr
+    assert "mlflow: opening the run of shop/agent failed: MlflowException" in done.stderr
     model = tmp_path / "runs" / "shop" / "models" / "agent"
     assert [row["step"] for row in read_history(model / "history.jsonl")] == [1, 2]
     assert sorted(file.name for file in (model / "trajectories" / "train").iterdir()) == [

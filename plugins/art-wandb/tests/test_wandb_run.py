@@ -68,7 +68,8 @@ asyncio.run(main())
 
 def begun(folder, *, steps=3, report="tracker-files", then="", **variables):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "ART_")) and k != "NETRC"}
-    own = {"ART_TRACKIO_MODE": "disabled", "WANDB_DATA_DIR": str(folder / "data"), "HOME": str(folder)}
+    own = {"WANDB_DATA_DIR": str(folder / "data"), "HOME": str(folder)}
+    own |= {"ART_TRACKIO_MODE": "disabled", "ART_MLFLOW_MODE": "disabled"}
     command = [sys.executable, "-c", SCRIPT, str(steps), str(folder), report, then]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(command, env=kept | own | variables, text=True, cwd=folder, **pipes)

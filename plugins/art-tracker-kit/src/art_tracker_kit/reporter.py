@@ -5,6 +5,8 @@ Knows runs, which it opens when something is first reported, and no library. It 
 
 from __future__ import annotations
 
+# A library that is first imported as the process ends, after a short script, could not import it any more.
+import concurrent.futures.thread  # noqa: F401
 import contextlib
 import logging
 import queue
