@@ -35,6 +35,12 @@ def pages() -> Any:
     return module
 
 
+@pytest.fixture(scope="module")
+def mypy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for both, since most of the work is what they import."""
+    return tmp_path_factory.mktemp("mypy")
+
+
 def package_of(name: str) -> Path:
     return PROJECTS / f"art-engine-{name}" / f"art_engine_{name}"
 
@@ -67,8 +73,8 @@ def test_the_page_is_what_the_reports_give(pages: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_foreign_engine_is_typed(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mypy", "--python-version", "3.11", "--cache-dir", str(tmp_path), "."]
+def test_a_foreign_engine_is_typed(name: str, mypy_cache: Path) -> None:
+    command = [sys.executable, "-m", "mypy", "--python-version", "3.11", "--cache-dir", str(mypy_cache), "."]
     project = package_of(name).parent
     checked = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=280, check=False)
     assert checked.returncode == 0, checked.stdout
