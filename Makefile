@@ -33,7 +33,7 @@ APT_GET := DEBIAN_FRONTEND=noninteractive apt-get --yes --quiet --no-install-rec
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 test-verifiers lint format reference names mutants wheels conformance benchmarks gpu-check clean
+.PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 test-verifiers lint format reference names mutants wheels conformance foreign-engines benchmarks gpu-check clean
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -148,6 +148,11 @@ conformance: engines  ## Hold every engine, backend and plugin against its suite
 	    --tests trackio=plugins/art-trackio/tests/test_trackio_conformance.py \
 	    --tests wandb=plugins/art-wandb/tests/test_wandb_conformance.py \
 	    --tests mlflow=plugins/art-mlflow/tests/test_mlflow_conformance.py
+
+foreign-engines: $(READY)  ## Hold the engines of examples/foreign_engines against their suite, from wheels: docs/foreign-engines.md
+	@mkdir -p docs/conformance/foreign
+	@ART_KEEP_REPORTS=$(CURDIR)/docs/conformance/foreign $(PYTEST) -q tests/packaging/test_foreign_engines.py -k what_the_page_says
+	@$(BIN)/python tests/packaging/foreign_engines.py
 
 benchmarks: $(READY)  ## Run every benchmark; each prints the machine and the versions
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done

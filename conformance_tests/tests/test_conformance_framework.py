@@ -13,7 +13,10 @@ import pytest
 from art_conformance import MUST, SHOULD, check
 from art_conformance.catalogue import REVISION, requirements
 from art_conformance.requirements import checks_of
-from art_conformance.serving import event_lines
+from art_conformance.serving import LiveEngine, event_lines
+from art_core import InferenceLaunch, LaunchPlan
+from art_core.errors import EngineRefused
+from art_engine_kit import OpenAIServerEngine
 
 pytest_plugins = ["pytester"]
 # Loaded here, because a run inside this process forgets what it imported, and numpy can't be imported twice.
@@ -212,3 +215,23 @@ async def test_a_streamed_line_ends_at_a_line_feed_and_at_no_other_character() -
     said = 'data: {"content": "a\u2028b\u0085c"}'
     answer = httpx.Response(200, content=f"{said}\n\ndata: [DONE]".encode())
     assert [line async for line in event_lines(answer)] == [said, "data: [DONE]"]
+
+
+async def test_an_adapter_that_was_refused_fails_only_who_asks_for_it() -> None:
+    class Mine(OpenAIServerEngine):
+        name = "mine"
+
+        def launch(self, config: InferenceLaunch) -> LaunchPlan:
+            raise NotImplementedError
+
+    launch = InferenceLaunch(
+        base_model=Path("base"), served_name="base", host="127.0.0.1", port=1, api_key="key", python="python"
+    )
+    nothing = httpx.MockTransport(lambda request: httpx.Response(404, json={"error": "no such path"}))
+    process: Any = None
+    async with httpx.AsyncClient(transport=nothing, base_url="http://127.0.0.1") as client:
+        live = LiveEngine(Mine(), launch, process, client)
+        await live.hold({"agent@1": Path("agent")})
+        with pytest.raises(EngineRefused, match="load adapter agent@1: HTTP 404: no such path"):
+            await live.chat("agent@1", messages=[])
+        assert live.prepared("completions", None, {"prompt": [1]})["model"] == "base"

@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 
 from art_core import EngineCall, InferenceCapability, InferenceEngine, InferenceLaunch
+from art_core.engines import Endpoint
+from art_core.errors import EngineRefused
 from art_engine_kit.event_stream import EventLines
 from art_runtime import SupervisedProcess, free_port
 
@@ -39,12 +41,13 @@ class Sample:
 
 @dataclass
 class LiveEngine:
-    """A running server, its engine's dialect and the adapters that were written for it."""
+    """A running server, its engine's dialect, and the adapters that it should hold and refused, with its reasons."""
 
     engine: InferenceEngine
     launch: InferenceLaunch
     process: SupervisedProcess
     client: httpx.AsyncClient
+    refused: dict[str, EngineRefused] = field(default_factory=dict)
 
     async def control(self, call: EngineCall) -> bytes:
         """Make a control call. Raises EngineRefused when the dialect reads the answer as a refusal."""
@@ -64,13 +67,33 @@ class LiveEngine:
         """The adapters that the server says it holds."""
         return self.engine.read_adapters(await self.control(self.engine.list_adapters()))
 
+    async def hold(self, adapters: Mapping[str, Path]) -> None:
+        """Load those that aren't there. Whoever asks for one that is refused is told that reason."""
+        try:
+            there = await self.adapters()
+        except EngineRefused:
+            there = frozenset()
+        self.refused.clear()
+        for name, folder in adapters.items():
+            if name not in there:
+                try:
+                    await self.load(name, folder)
+                except EngineRefused as refusal:
+                    self.refused[name] = refusal
+
+    def prepared(self, endpoint: Endpoint, adapter: str | None, body: JSON) -> JSON:
+        """A request of the dialect. Raises EngineRefused for an adapter that wasn't taken."""
+        if adapter in self.refused:
+            raise self.refused[adapter]
+        return self.engine.prepare_request(endpoint, {"model": self.launch.served_name, **body}, adapter)
+
     async def post(self, path: str, body: JSON, **settings: Any) -> httpx.Response:
         """Send a body as it is, and give whatever comes back."""
         return await self.client.post(path, json=body, timeout=REQUEST_LIMIT_S, **settings)
 
     async def chat(self, adapter: str | None, **body: Any) -> list[Sample]:
         """Ask for a chat completion through the dialect, and give its choices."""
-        prepared = self.engine.prepare_request("chat/completions", {"model": self.launch.served_name, **body}, adapter)
+        prepared = self.prepared("chat/completions", adapter, body)
         answer = await self.post("/v1/chat/completions", prepared)
         assert answer.status_code == 200, f"HTTP {answer.status_code}: {answer.text[:1000]}"
         return samples(self.engine.read_response("chat/completions", answer.json()))
@@ -105,15 +128,14 @@ class LiveEngine:
 
     async def complete(self, adapter: str | None, **body: Any) -> list[Sample]:
         """Ask for a completion through the dialect, and give its choices."""
-        prepared = self.engine.prepare_request("completions", {"model": self.launch.served_name, **body}, adapter)
+        prepared = self.prepared("completions", adapter, body)
         answer = await self.post("/v1/completions", prepared)
         assert answer.status_code == 200, f"HTTP {answer.status_code}: {answer.text[:1000]}"
         return samples(self.engine.read_response("completions", answer.json()))
 
     async def stream(self, adapter: str | None, **body: Any) -> AsyncIterator[JSON]:
         """Ask for a streamed chat completion, and give its chunks in the one form. Checks the framing of the stream."""
-        asked = {"model": self.launch.served_name, "stream": True, **body}
-        prepared = self.engine.prepare_request("chat/completions", asked, adapter)
+        prepared = self.prepared("chat/completions", adapter, {"stream": True, **body})
         path, limit = "/v1/chat/completions", REQUEST_LIMIT_S
         async with self.client.stream("POST", path, json=prepared, timeout=limit) as answer:
             assert answer.status_code == 200, f"HTTP {answer.status_code}: {(await answer.aread())[:1000]!r}"

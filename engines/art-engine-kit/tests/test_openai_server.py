@@ -44,6 +44,10 @@ def test_what_is_not_declared_is_refused_with_what_to_do() -> None:
     assert everything.prepare_request("chat/completions", {**CHAT, "tools": [TOOL]}, None)["tools"] == [TOOL]
 
 
+def test_an_engine_declares_the_same_in_a_flavour_of_which_nothing_is_said() -> None:
+    assert Engine("cpu").capabilities == Engine().capabilities == {Cap.PAUSE, Cap.STREAMING_TOKEN_IDS}
+
+
 def test_requests_name_the_adapter_and_ask_for_ids_and_logprobs() -> None:
     asked = Engine().prepare_request("chat/completions", CHAT, "p/m@3")
     assert asked == {"model": "p/m@3", "messages": [], "logprobs": True, "return_token_ids": True}

@@ -27,6 +27,7 @@ from art_runtime.environments import (
     machine_flavour,
     python_for,
 )
+from art_runtime.environments.doctor import examine
 from art_runtime.environments.indexes import as_uv, read_pip_settings
 from art_runtime.environments.install import steps
 
@@ -103,6 +104,13 @@ def test_an_environment_that_cannot_be_imported_names_the_engine(own_module: str
 def test_an_unknown_flavour_names_the_known(own_module: str) -> None:
     with pytest.raises(EnvironmentMissing, match="It has: cpu"):
         environment_for(spec(f"{own_module}:HERE"), "cuda")
+
+
+def test_an_engine_for_a_cpu_alone_runs_so_where_a_gpu_is(own_module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("art_runtime.environments.places.machine_flavour", lambda: "cuda")
+    assert environment_for(spec(f"{own_module}:HERE")).flavour == "cpu"
+    assert environment_for(spec(f"{own_module}:ABSENT")).flavour == "cuda"
+    assert examine(spec(f"{own_module}:HERE")).flavour == "cpu"
 
 
 def test_the_folder_follows_what_goes_in(tmp_path: Path, own_module: str, monkeypatch: pytest.MonkeyPatch) -> None:

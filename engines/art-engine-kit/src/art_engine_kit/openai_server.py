@@ -51,9 +51,9 @@ class OpenAIServerEngine(ABC):
     wake_call: ClassVar[EngineCall] = EngineCall(method="POST", path="/wake_up", action="wake", timeout_s=300.0)
 
     def __init__(self, flavour: Flavour | None = None) -> None:
-        """`flavour` None declares what holds on every kind of machine."""
+        """`flavour` None declares what holds on every kind of machine, and so does one that `by_flavour` leaves out."""
         if flavour is not None:
-            self.capabilities = self.by_flavour[flavour]
+            self.capabilities = self.by_flavour.get(flavour, self.capabilities)
 
     @abstractmethod
     def launch(self, config: InferenceLaunch) -> LaunchPlan:

@@ -11,7 +11,7 @@ from art_engine_kit.environment import Flavour
 from art_engine_kit.process_environment import process_environment
 
 from .locate import EnginePython, locate
-from .places import EngineSpec, environment_spec, machine_flavour
+from .places import EngineSpec, environment_spec, flavour_of, machine_flavour
 
 _VERSIONS_LIMIT_S: Final = 120.0
 _PROBE_LIMIT_S: Final = 300.0
@@ -44,8 +44,8 @@ def examine(spec: EngineSpec, *, python: str | None = None, flavour: Flavour | N
     Raises EnvironmentMissing when there is no interpreter.
     """
     found = locate(spec, python=python, flavour=flavour)
-    chosen = flavour or machine_flavour()
     environment = environment_spec(spec)
+    chosen = flavour or machine_flavour() if environment is None else flavour_of(environment, flavour)
     shown = environment.shown if environment is not None else ("torch", "transformers")
     answer = _ask([found.path, "-c", _VERSIONS, *shown], {}, _VERSIONS_LIMIT_S)
     if answer.returncode != 0:

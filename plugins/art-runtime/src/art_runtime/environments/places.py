@@ -87,6 +87,13 @@ def machine_flavour() -> Flavour:
     return "cuda" if accelerators() else "cpu"
 
 
+def flavour_of(environment: EnvironmentSpec, flavour: Flavour | None) -> Flavour:
+    """The flavour that was asked for; None is this machine's, or "cpu" for an engine that knows no other."""
+    if flavour is None and environment.flavours.keys() == {"cpu"}:
+        return "cpu"
+    return flavour or machine_flavour()
+
+
 def environment_spec(spec: EngineSpec) -> EnvironmentSpec | None:
     """What a card says of its environment, imported; None for an engine that lives in the client's.
 
@@ -107,7 +114,7 @@ def environment_spec(spec: EngineSpec) -> EnvironmentSpec | None:
 
 
 def environment_for(spec: EngineSpec, flavour: Flavour | None = None) -> EngineEnvironment:
-    """An engine's environment in a flavour (None: this machine's), whether it is installed or not.
+    """An engine's environment in a flavour (None: as `flavour_of` has it), whether it is installed or not.
 
     Raises EnvironmentMissing for an engine that needs none, and for a flavour that it doesn't have.
     """
@@ -116,7 +123,7 @@ def environment_for(spec: EngineSpec, flavour: Flavour | None = None) -> EngineE
         raise EnvironmentMissing(
             f"engine {spec.name} needs no environment of its own: it runs in the one that it is installed in."
         )
-    chosen = flavour or machine_flavour()
+    chosen = flavour_of(environment, flavour)
     if chosen not in environment.flavours:
         raise EnvironmentMissing(
             f"engine {spec.name} has no flavour {chosen!r}.{did_you_mean(chosen, environment.flavours)} It has:"

@@ -1,0 +1,1 @@
+"""The inference engine transformers for ART."""
