@@ -5,12 +5,9 @@ A model reports when its `report_metrics` names mlflow or says nothing; none doe
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Sequence
 
-from art_core import CheckpointRef, PolicyModel, TrajectoryGroup, hookimpl
-from art_tracker_kit import LoggedModel, Reporter, reports_to, table_of
+from art_tracker_kit import LoggedModel, Reporter, reporting_hooks, reports_to
 
 from .run import MlflowRun, open_run
 
@@ -23,27 +20,4 @@ def _reports(model: LoggedModel) -> bool:
     return os.environ.get("ART_MLFLOW_MODE") != "disabled" and reports_to(model, NAME)
 
 
-@hookimpl
-def art_log_metrics(model: LoggedModel, metrics: dict[str, float], step: int) -> None:
-    """Report one row at a step."""
-    if _reports(model):
-        row = dict(metrics)
-        reporter.tell(model, f"the metrics of step {step}", lambda run: run.metrics(row, step))
-
-
-@hookimpl
-async def art_log_trajectories(
-    model: LoggedModel, trajectory_groups: Sequence[TrajectoryGroup], step: int, split: str
-) -> None:
-    """Report a table of the step's trajectories, bounded in size."""
-    if _reports(model):
-        table = await asyncio.to_thread(table_of, trajectory_groups)
-        reporter.tell(model, f"the trajectories of step {step}", lambda run: run.trajectories(table, step, split))
-
-
-@hookimpl
-def art_checkpoint_published(model: PolicyModel, checkpoint: CheckpointRef) -> None:
-    """Report the adapter that is served now as an artifact, unless the backend keeps it elsewhere."""
-    if _reports(model) and checkpoint.path.is_dir():
-        base_model, what = model.base_model, f"the checkpoint of step {checkpoint.step}"
-        reporter.tell(model, what, lambda run: run.adapter(checkpoint, base_model))
+art_log_metrics, art_log_trajectories, art_checkpoint_published = reporting_hooks(reporter, _reports)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .adapter_files import adapter_files
 from .reported import LoggedModel, reports_to
 from .reporter import Reporter, Run, TrackerBehind
+from .reporting_hooks import ReportingHooks, TrackedRun, reporting_hooks
 from .tables import COLUMNS, ROWS, TEXT, Table, table_of
 
 __all__ = [
@@ -16,10 +17,13 @@ __all__ = [
     "TEXT",
     "LoggedModel",
     "Reporter",
+    "ReportingHooks",
     "Run",
     "Table",
+    "TrackedRun",
     "TrackerBehind",
     "adapter_files",
+    "reporting_hooks",
     "reports_to",
     "table_of",
 ]
