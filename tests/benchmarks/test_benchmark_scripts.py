@@ -108,7 +108,8 @@ def test_the_loop_beside_the_longer_of_its_parts() -> None:
     small = ("--steps", "4", "--warm", "1", "--batch", "4", "--workers", "4", "--rollout-s", "0.05")
     result = run("pipeline_overlap.py", *small, "--without-peers")
     assert [row["loop"] for row in result["results"]] == ["pipeline", "plain"] * 3
-    assert all(row["ratio"] > 0.9 for row in result["results"]), "faster than nothing waiting at all"
+    # No bound on the ratio itself: rollouts that waited in the queue at first make so few steps faster than it.
+    assert all(row["step_s"] > 0.99 * row["train_s"] for row in result["results"]), "two steps trained at once"
 
 
 def test_thousands_in_flight() -> None:
