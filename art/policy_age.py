@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -19,19 +19,21 @@ def age_metrics(groups: Sequence[TrajectoryGroup], step: int, given: Mapping[str
     """
     if _TRAINED not in given or AGE in given:
         return {}
-    ages = [mean_age(group, step - 1) for group in groups if any(True for _ in _versions(group))]
+    ages = [
+        mean_age(group, lambda version: step - 1 - version) for group in groups if any(True for _ in _versions(group))
+    ]
     return {AGE: fmean(ages)} if ages else {}
 
 
-def mean_age(group: TrajectoryGroup, step: int) -> float:
-    """Steps between the policy that sampled a token and `step`, over all tokens. A choice that doesn't say how many
-    tokens it has counts as one, one that doesn't say its version has its trajectory's first.
+def mean_age(group: TrajectoryGroup, age: Callable[[int], int]) -> float:
+    """The mean over all tokens of the `age` of the policy version that sampled one, in steps. A choice that doesn't say
+    how many tokens it has counts as one, one that doesn't say its version has its trajectory's first.
     """
     tokens = ages = 0.0
     for version, count in _versions(group):
-        tokens, ages = tokens + count, ages + count * (step - version)
+        tokens, ages = tokens + count, ages + count * age(version)
     if not tokens:
-        known = [step - t.initial_policy_version for t in group if t.initial_policy_version is not None]
+        known = [age(t.initial_policy_version) for t in group if t.initial_policy_version is not None]
         return sum(known) / len(known) if known else 0.0
     return ages / tokens
 

@@ -31,6 +31,7 @@ class Flow:
     Rollouts are paced instead of thrown away: those running and waiting are never more than the steps that they may
     still be trained in can take, and a batch takes the oldest first. A step waits for rollouts that would be too old
     after it, unless `late_rollouts` says otherwise; so tasks that take long are trained as often as others.
+    `skipped` are numbers up to `version` that no step has: a backend gives the number of one that failed to no other.
     """
 
     settings: PipelineSettings
@@ -38,11 +39,16 @@ class Flow:
     running: dict[int, int] = field(default_factory=dict)
     ready: list[ReadyGroup] = field(default_factory=list)
     training: tuple[ReadyGroup, ...] = ()
+    skipped: set[int] = field(default_factory=set)
 
     @property
     def next_step(self) -> int:
         """The version that a group which begins now can be trained from, at the earliest."""
         return self.version + bool(self.training)
+
+    def age(self, version: int) -> int:
+        """The steps that were trained since a version."""
+        return self.version - version - sum(step > version for step in self.skipped)
 
     def may_begin(self) -> bool:
         """True when one more rollout may begin."""
@@ -70,12 +76,12 @@ class Flow:
     def drop_stale(self) -> list[ReadyGroup]:
         """Take out the groups that no step may train any more, those of weights that are gone among them."""
         s = self.settings
-        lowest, limit = self.version - s.max_steps_off_policy, s.limit_mean_steps_off_policy
+        limit = s.limit_mean_steps_off_policy
         stale = [
             each
             for each in self.ready
-            if not lowest <= each.version <= self.version
-            or (limit is not None and mean_age(each.group, self.version) > limit)
+            if not 0 <= self.age(each.version) <= s.max_steps_off_policy
+            or (limit is not None and mean_age(each.group, self.age) > limit)
         ]
         if stale:
             gone = {each.scenario for each in stale}
@@ -85,7 +91,7 @@ class Flow:
     def must_wait(self) -> bool:
         """True when a batch taken now would leave more groups of some age than the steps they still have can train.
 
-        Groups of version v have the steps up to v + max_steps_off_policy. Only what runs can be waited for.
+        Groups have the steps until they are older than max_steps_off_policy. Only what runs can be waited for.
         """
         s = self.settings
         if s.late_rollouts != "wait":
@@ -96,14 +102,14 @@ class Flow:
         for version in sorted(ready.keys() | running.keys()):
             finished, begun = finished + ready[version], begun + running[version]
             left = max(0, finished - s.max_batch_size) + begun
-            if running[version] and left > (version + s.max_steps_off_policy - self.version) * s.max_batch_size:
+            if running[version] and left > (s.max_steps_off_policy - self.age(version)) * s.max_batch_size:
                 return True
         return False
 
     def too_old(self) -> list[int]:
         """The running scenarios that no step may train any more."""
-        lowest = self.version - self.settings.max_steps_off_policy
-        return [scenario for scenario, version in self.running.items() if version < lowest]
+        oldest = self.settings.max_steps_off_policy
+        return [scenario for scenario, version in self.running.items() if self.age(version) > oldest]
 
     def may_take(self, *, no_more: bool) -> bool:
         """True when a batch may be taken; `no_more`: nothing will begin after what runs now."""
@@ -121,5 +127,6 @@ class Flow:
         return self.training
 
     def trained(self, step: int) -> None:
-        """The batch was trained, and `step` is served."""
+        """The batch was trained, and `step` is served. No other step was made since the last one."""
+        self.skipped.update(range(self.version + 1, step))
         self.training, self.version = (), step

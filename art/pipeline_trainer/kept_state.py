@@ -27,6 +27,7 @@ create table if not exists cursor (one integer primary key check (one = 1), hand
 create table if not exists unfinished (scenario integer primary key, attempts integer not null);
 create table if not exists groups (scenario integer primary key, version integer not null, actor_s real not null,
                                    body text not null, trained_from integer);
+create table if not exists skipped (step integer primary key);
 insert or ignore into cursor values (1, 0, '{}');
 """
 
@@ -47,12 +48,15 @@ class KeptGroup:
 
 @dataclass(frozen=True)
 class Kept:
-    """What an earlier run left: `unfinished` are scenarios that were handed out, with the attempts made at each."""
+    """What an earlier run left: `unfinished` are scenarios that were handed out, with the attempts made at each, and
+    `skipped` are numbers that no step has.
+    """
 
     handed_out: int
     unfinished: Mapping[int, int]
     groups: tuple[KeptGroup, ...]
     counts: Mapping[str, int]
+    skipped: frozenset[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +109,14 @@ class KeptState:
         """These groups are about to be trained from a step."""
         await self._run(*(("update groups set trained_from = ? where scenario = ?", (step, s)) for s in scenarios))
 
-    async def gone(self, scenarios: Collection[int], counts: Mapping[str, int]) -> None:
-        """These groups were trained or discarded."""
+    async def gone(
+        self, scenarios: Collection[int], counts: Mapping[str, int], *, skipped: Collection[int] = ()
+    ) -> None:
+        """These groups were trained or discarded; these numbers have no step."""
         await self._run(
             *(("delete from groups where scenario = ?", (scenario,)) for scenario in scenarios),
             ("update cursor set counts = ?", (json.dumps(dict(counts)),)),
+            *(("insert or ignore into skipped values (?)", (step,)) for step in skipped),
         )
 
     async def close(self) -> None:
@@ -133,7 +140,7 @@ class KeptState:
         db.executescript(_TABLES)
         with db:
             if not resume:
-                for table in ("groups", "unfinished"):
+                for table in ("groups", "unfinished", "skipped"):
                     db.execute(f"delete from {table}")
                 db.execute("update cursor set handed_out = 0, counts = '{}'")
             db.execute("delete from groups where trained_from < ?", (step,))
@@ -149,6 +156,7 @@ class KeptState:
                 )
             ),
             counts=json.loads(counts),
+            skipped=frozenset(number for (number,) in db.execute("select step from skipped")),
         )
 
     def _close(self) -> None:

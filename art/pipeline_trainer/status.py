@@ -81,7 +81,7 @@ class StatusReporter:
         c, flow = self.counts, self.flow
         done = c.trained + c.zero_variance + c.stale + c.errored
         left = "" if self.total_scenarios is None else f" remaining={max(0, self.total_scenarios - done)}"
-        ages = [flow.version - each.version for each in flow.ready]
+        ages = [flow.age(each.version) for each in flow.ready]
         age = f" oldest_age={max(ages)}" if ages else ""
         discarded = c.zero_variance + c.stale + c.errored
         return (

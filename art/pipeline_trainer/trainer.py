@@ -165,7 +165,7 @@ class PipelineTrainer(Generic[ScenarioT]):
             await kept_state.close()
 
     def _begin(self, step: int, kept: Kept, kept_state: KeptState) -> Run:
-        flow = Flow(self._settings, step)
+        flow = Flow(self._settings, step, skipped=set(kept.skipped))
         flow.ready = [ReadyGroup(each.scenario, each.version, each.group, each.actor_s) for each in kept.groups]
         status = StatusReporter(self._settings, flow, Counts.of(kept.counts), self._total_scenarios)
         source = ScenarioSource(self._scenarios, offset=kept.handed_out, unfinished=kept.unfinished)

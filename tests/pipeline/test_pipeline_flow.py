@@ -32,7 +32,9 @@ def group():
 
 
 class Pipeline(RuleBasedStateMachine):
-    """The oracle is four sets of scenarios: running, waiting, done with, and in the batch."""
+    """The oracle is four sets of scenarios, running, waiting, done with, and in the batch; and the list of the steps
+    that were trained, whose numbers may leave some out.
+    """
 
     @initialize(
         off_policy=st.integers(0, 3), least=st.integers(1, 3), more=st.integers(0, 3), workers=st.integers(1, 8),
@@ -45,17 +47,20 @@ class Pipeline(RuleBasedStateMachine):
         )  # fmt: skip
         self.folder = tempfile.TemporaryDirectory()
         self.loop = asyncio.new_event_loop()
-        self.step = 0
+        self.step, self.steps = 0, [0]
         self.running, self.waiting, self.batch, self.done = set(), set(), set(), set()
         self.next, self.again = 0, []
         self.open()
 
     def open(self):
         self.kept = KeptState(Path(self.folder.name))
-        self.flow = Flow(self.settings, self.step)
         kept = self.run(self.kept.open(self.step, resume=True))
+        self.flow = Flow(self.settings, self.step, skipped=set(kept.skipped))
         self.flow.ready = [ReadyGroup(g.scenario, g.version, g.group) for g in kept.groups]
         return kept
+
+    def age(self, version):
+        return sum(step > version for step in self.steps)
 
     def run(self, coroutine):
         return self.loop.run_until_complete(coroutine)
@@ -106,18 +111,20 @@ class Pipeline(RuleBasedStateMachine):
             return
         batch = self.flow.take()
         assert self.settings.min_batch_size <= len(batch) <= self.settings.max_batch_size
-        assert all(self.step - each.version <= self.settings.max_steps_off_policy for each in batch)
+        assert all(self.age(each.version) <= self.settings.max_steps_off_policy for each in batch)
         assert max(each.version for each in batch) <= min((e.version for e in self.flow.ready), default=self.step)
         self.batch = {each.scenario for each in batch}
         self.waiting -= self.batch
         self.run(self.kept.taken(self.batch, self.step))
 
     @precondition(lambda self: self.batch)
-    @rule()
-    def train(self):
-        self.step += 1
+    @rule(failed=st.sampled_from([0, 0, 1, 3]))
+    def train(self, failed):
+        """Steps that failed before, whose numbers are used up."""
+        self.step += 1 + failed
+        self.steps.append(self.step)
         self.flow.trained(self.step)
-        self.run(self.kept.gone(self.batch, {}))
+        self.run(self.kept.gone(self.batch, {}, skipped=self.flow.skipped))
         self.done |= self.batch
         self.batch = set()
 
@@ -126,6 +133,7 @@ class Pipeline(RuleBasedStateMachine):
         """The file is left as it is, as after SIGKILL; the lock goes with the process."""
         if self.batch and published:
             self.step += 1
+            self.steps.append(self.step)
             self.done |= self.batch
         else:
             self.waiting |= self.batch
@@ -151,7 +159,7 @@ class Pipeline(RuleBasedStateMachine):
             or self.flow.may_begin()
             or self.batch
             or self.flow.may_take(no_more=False)
-            or any(each.version < self.step - self.settings.max_steps_off_policy for each in self.flow.ready)
+            or any(self.age(each.version) > self.settings.max_steps_off_policy for each in self.flow.ready)
         ), "nothing can go on"
 
     def teardown(self):
@@ -169,6 +177,20 @@ def test_a_group_of_weights_that_are_gone_is_stale():
     flow = Flow(settings_of(), version=2)
     flow.ready = [ReadyGroup(0, 5, group()), ReadyGroup(1, 2, group()), ReadyGroup(2, 0, group())]
     assert {each.scenario for each in flow.drop_stale()} == {0, 2}
+
+
+def test_a_step_whose_number_was_used_up_by_one_that_failed_is_one_step():
+    flow = Flow(settings_of(max_steps_off_policy=1), version=7)
+    flow.ready = [ReadyGroup(0, 7, group()), ReadyGroup(1, 7, group())]
+    flow.take()
+    flow.trained(10)
+    flow.ready = [ReadyGroup(2, 7, group())]
+    assert (flow.age(7), flow.age(6), flow.age(10)) == (1, 2, 0)
+    assert flow.drop_stale() == []
+    flow.take()
+    flow.trained(11)
+    flow.ready = [ReadyGroup(3, 7, group()), ReadyGroup(4, 10, group())]
+    assert [each.scenario for each in flow.drop_stale()] == [3]
 
 
 @pytest.mark.parametrize(("limit", "dropped"), [(0.5, {0}), (1.0, set())])

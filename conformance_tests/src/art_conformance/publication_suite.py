@@ -27,6 +27,8 @@ from .spoiled import SPOILED, other_weights
 
 Cap = BackendCapability
 RECOVERY_LIMIT_S = 120.0
+# A check of what happens while a step is published goes on to the next step where nothing happened.
+PUBLISH_TRIES = 4
 
 
 class PublicationConformance(BackendSuite):
@@ -119,12 +121,23 @@ class PublicationConformance(BackendSuite):
         live=True,
     )
     async def test_in_flight(self, agent: Agent, oracle: Oracle) -> None:
+        # The tiny model ends some answers by chance, maybe all of them just before a step is routed.
+        for step in range(1, PUBLISH_TRIES + 1):
+            if await self._in_flight(agent, oracle, step):
+                break
+        else:
+            raise AssertionError("no request was in flight while a step was published: it shows nothing")
+        assert {version_of(s) for s in await agent.ask()} == {step}
+
+    async def _in_flight(self, agent: Agent, oracle: Oracle, step: int) -> int:
+        """Publish a step under requests; gives how many of them spanned it."""
         groups = await agent.groups()
         asking: list[asyncio.Task[None]] = []
         answers: list[tuple[list[Sample], bool]] = []
+        heard = agent.heard.names().count("art_checkpoint_published")
 
         def published() -> bool:
-            return "art_checkpoint_published" in agent.heard.names()
+            return agent.heard.names().count("art_checkpoint_published") > heard
 
         async def keep_asking(max_tokens: int) -> None:
             while not published():
@@ -145,16 +158,16 @@ class PublicationConformance(BackendSuite):
         finally:
             for task in asking:
                 task.cancel()
-        folders: dict[int, Path | None] = {0: None, 1: await agent.folder(1)}
+        before, after = step - 1, step
+        folders = {before: await agent.folder(before) if before else None, after: await agent.folder(after)}
         spanning = 0
         for found, ended_after in answers:
             versions = {version_of(sample) for sample in found}
             assert len(versions) == 1
             (version,) = versions
-            self.assert_answers_as(oracle, found, folders[version], [folders[1 - version]])
-            spanning += ended_after and version == 0
-        assert spanning, "no request was in flight while the step was published: it shows nothing"
-        assert {version_of(s) for s in await agent.ask()} == {1}
+            self.assert_answers_as(oracle, found, folders[version], [folders[before + after - version]])
+            spanning += ended_after and version == before
+        return spanning
 
     @check(
         "PUB-008",
