@@ -272,3 +272,10 @@ def test_the_command_writes_a_page_a_badge_and_says_by_its_status_what_was_found
     assert (
         json.loads((tmp_path / "badge.json").read_text(encoding="utf-8"))["message"] == f"revision {REVISION}, 1 of 1"
     )
+
+    (tests := tmp_path / "test_nothing.py").write_text("", encoding="utf-8")
+    other = ["--only", "tracker-tracker-files", "--tests", f"tracker-files={tests}"]
+    assert CliRunner().invoke(cli, ["matrix", "--folder", str(tmp_path), *other]).exit_code == 2
+    written = (tmp_path / "matrix.md").read_text(encoding="utf-8")
+    assert "| plugins | conformant |" in written, "a run of one cell took the others from the page"
+    assert "| tracker-tracker-files | " in written

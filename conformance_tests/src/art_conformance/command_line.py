@@ -20,7 +20,7 @@ from art_core.errors import ArtError
 from art_core.registry import PluginRegistry, installed_plugins
 
 from .catalogue import as_json, as_text
-from .matrix import CELL_LIMIT_S, CellReport, CellVerdict, cells_at_once, run_matrix
+from .matrix import CELL_LIMIT_S, CellReport, CellVerdict, cells_at_once, kept_report, run_matrix
 from .matrix_cells import Cell, cells, chosen, elsewhere
 from .matrix_page import badge, page
 
@@ -102,9 +102,9 @@ def matrix(
     """Hold everything that is installed against its suites: each tracker, each engine, and each backend with every pair
     of engines.
 
-    One JSON report a cell, `matrix.md` and `badge.json` are written to the folder. A run that was stopped goes on where
-    it was. Exit status 1 when a plugin isn't conformant, 2 when a cell says nothing (untestable, or a fault of the
-    run).
+    One JSON report a cell, `matrix.md` and `badge.json` are written to the folder; the last two tell of cells left out
+    by --only what an earlier run found. A run that was stopped goes on where it was. Exit status 1 when a plugin isn't
+    conformant, 2 when a cell says nothing (untestable, or a fault of the run).
     """
     registry = _registry()
     console = Console(stderr=True)
@@ -132,8 +132,11 @@ def matrix(
 
     count = cells_at_once() if at_once is None else at_once
     reports = run_matrix(wanted, registry, folder, again=again, at_once=count, limit_s=limit, told=told)
-    (folder / "matrix.md").write_text(page(reports), encoding="utf-8")
-    (folder / "badge.json").write_text(json.dumps(badge(reports)) + "\n", encoding="utf-8")
+    found = {report.cell: report for report in reports}
+    everything = [found.get(cell.name) or kept_report(cell, registry, folder) for cell in all_cells]
+    told_of = [report for report in everything if report is not None]
+    (folder / "matrix.md").write_text(page(told_of), encoding="utf-8")
+    (folder / "badge.json").write_text(json.dumps(badge(told_of)) + "\n", encoding="utf-8")
     typer.echo(
         f"{folder / 'matrix.md'} and {folder / 'badge.json'} are written, and a report of each cell beside them."
     )

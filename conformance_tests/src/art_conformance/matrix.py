@@ -110,7 +110,7 @@ def run_matrix(
         if stopped.is_set():
             return None
         tell(cell, None)
-        report = None if again else _kept(cell, registry, folder)
+        report = None if again else kept_report(cell, registry, folder)
         if report is None:
             report = run_cell(
                 cell, registry, folder, limit_s=limit_s, pytest_options=pytest_options, stopped=stopped.is_set
@@ -222,7 +222,7 @@ def _judged(ended: int | None, suites: Sequence[dict[str, Any]], limit_s: float,
     return CellVerdict.CONFORMANT, ""
 
 
-def _kept(cell: Cell, registry: PluginRegistry, folder: Path) -> CellReport | None:
+def kept_report(cell: Cell, registry: PluginRegistry, folder: Path) -> CellReport | None:
     """What the folder has of a cell, when it is a verdict for what is installed now."""
     try:
         report = CellReport.model_validate_json((folder / f"{cell.name}.json").read_bytes())
