@@ -84,7 +84,6 @@ class Training:
     async def _step(self, waited_s: float) -> None:
         run, flow = self.run, self.run.flow
         batch, taken_at, before = flow.take(), moment(), flow.version
-        age = fmean(mean_age(each.group, flow.age) for each in batch)
         queued_s = sum(taken_at - run.ready_at.pop(each.scenario, taken_at) for each in batch)
         run.changed()
         run.status.does("trainer", f"training {len(batch)} groups from step {before}")
@@ -109,7 +108,7 @@ class Training:
         run.status.does("trainer", f"logging step {result.step}")
         rewards = [trajectory.reward for group in groups for trajectory in group]
         run.status.stepped(fmean(rewards) if rewards else None, trainer_s)
-        metrics = self._metrics(batch, result, age=age, waited_s=waited_s, trainer_s=trainer_s, queued_s=queued_s)
+        metrics = self._metrics(batch, result, waited_s=waited_s, trainer_s=trainer_s, queued_s=queued_s)
         await run.model.log(groups, metrics=metrics, step=result.step, split="train")
         aside, run.aside[:] = run.aside[:LOGGED_ASIDE], []
         if aside:
@@ -125,19 +124,22 @@ class Training:
         batch: tuple[ReadyGroup, ...],
         result: TrainResult,
         *,
-        age: float,
         waited_s: float,
         trainer_s: float,
         queued_s: float,
     ) -> dict[str, float]:
         counts, flow = self.run.status.counts, self.run.flow
+
+        def age_before(version: int) -> int:
+            return flow.age(version) - 1
+
         metrics = {
             "train/steps_off_policy": fmean(flow.age(each.version) for each in batch),
             "train/discarded_stale_groups": float(counts.stale),
             "discarded/cum/stale_groups": float(counts.stale),
             "discarded/cum/zero_variance_groups": float(counts.zero_variance),
             "discarded/cum/errored_scenarios": float(counts.errored),
-            AGE: age,
+            AGE: fmean(mean_age(each.group, age_before) for each in batch),
             "queue/ready_groups": float(len(flow.ready)),
             "queue/running_rollouts": float(len(flow.running)),
             "time/step_wall_s": waited_s + trainer_s,
