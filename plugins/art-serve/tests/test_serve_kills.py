@@ -1,13 +1,21 @@
-"""A server killed with SIGKILL while a job is sent, waits, trains or is published: nothing is lost, nothing trained
-twice. On the fake engines, whose answers tell how often a step was trained.
+"""A server or a client killed with SIGKILL while a job is sent, waits, trains or is published: nothing is lost, nothing
+trained twice. On the fake engines, whose answers tell how often a step was trained.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -94,6 +102,135 @@ def test_a_job_whose_body_was_cut_off_by_a_kill_is_sent_again(server: Any, clien
     assert client.ended(sent.json()["id"])["type"] == "training_ended"
     assert client.steps(model) == [0, 1]
     assert list((server.data / "jobs").iterdir()) == []
+
+
+#: Trains one step as the documents' code does, of as many trajectories as it is told, and says which it was.
+CLIENT = """
+import asyncio, os, sys
+import art
+from art.serverless.backend import ServerlessBackend
+
+async def main(url, name, folder, trajectories):
+    backend = await ServerlessBackend(base_url=url)
+    model = art.TrainableModel(name=name, project="p", base_model="tiny", base_path=folder)
+    await model.register(backend)
+
+    def trajectory(reward):
+        # Of what can't be compressed.
+        said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": os.urandom(5000).hex()}]
+        return art.Trajectory(messages_and_choices=said, reward=reward)
+
+    group = art.TrajectoryGroup(trajectory(float(number % 2)) for number in range(int(trajectories)))
+    result = await backend.train(model, [group], learning_rate=0.5, allow_training_without_logprobs=True)
+    print("trained step", result.step, flush=True)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def training_client(server: Any, client: Any, name: str, tmp_path: Path) -> Iterator[Any]:
+    """Starts a client as a process of its own; it is killed at the end if it still runs."""
+    with contextlib.ExitStack() as stack:
+
+        def start(url: str | None = None, trajectories: int = 2) -> subprocess.Popen[str]:
+            folder = str(tmp_path / "client")
+            command = [sys.executable, "-c", CLIENT, url or server.url, name, folder, str(trajectories)]
+            environment = {**os.environ, "WANDB_API_KEY": client.key}
+            process = subprocess.Popen(
+                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+@contextlib.contextmanager
+def losing_way(url: str, *, most: int) -> Iterator[tuple[str, threading.Event]]:
+    """A way to a server on which what is sent by one connection is lost after so many bytes; and when that begins."""
+    lost, target = threading.Event(), urlsplit(url)
+
+    def pass_on(source: socket.socket, sink: socket.socket, left: float) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                left -= len(data)
+                if left >= 0:
+                    sink.sendall(data)
+                else:
+                    lost.set()
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+    class Way(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection((target.hostname, target.port)) as upstream:
+                back = threading.Thread(target=pass_on, args=(upstream, self.request, float("inf")))
+                back.start()
+                pass_on(self.request, upstream, most)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Way) as ways:
+        threading.Thread(target=ways.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{ways.server_address[1]}/v1", lost
+        finally:
+            ways.shutdown()
+
+
+def kill_when_it_says(process: subprocess.Popen[str], words: str) -> None:
+    """SIGKILL, as soon as the client's progress has these words."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if words in line:
+            process.kill()
+            process.wait()
+            return
+    raise AssertionError("".join(said)[-3000:])
+
+
+@pytest.mark.parametrize("round_", ROUNDS)
+@pytest.mark.parametrize(
+    ("words", "hold"),
+    [("queued, place", "hold_train"), (": training", "hold_train"), (": publishing", "hold_load")],
+    ids=["queued", "training", "publishing"],
+)
+def test_a_job_outlives_its_client_and_another_one_goes_on_from_it(
+    server: Any, client: Any, name: str, training_client: Any, words: str, hold: str, round_: int
+) -> None:
+    model = client.model(name)
+    server.order(**{hold: True})
+    if "queued" in words:
+        client.submit(client.model(f"first-{name}"))
+    kill_when_it_says(training_client(), words)
+    server.order()
+    client.until(lambda: client.steps(model) == [0, 1])
+    said, errors = training_client().communicate(timeout=120)
+    assert said == "trained step 2\n", errors
+    assert server.trained(name) == [1, 2]
+    assert logprob(client, name) == -2.5
+
+
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_client_that_is_killed_while_it_sends_leaves_nothing_half_done(
+    server: Any, client: Any, name: str, training_client: Any, round_: int
+) -> None:
+    model, arriving = client.model(name), server.data / "jobs"
+    with losing_way(server.url, most=200_000) as (url, lost):
+        process = training_client(url, trajectories=100)
+        assert lost.wait(60), "it never sent so much"
+        client.until(lambda: any(arriving.iterdir()))
+        process.kill()
+        process.wait()
+    client.until(lambda: not any(arriving.iterdir()))
+    assert client.steps(model) == [0]
+    said, errors = training_client().communicate(timeout=120)
+    assert said == "trained step 1\n", errors
+    assert server.trained(name) == [1]
+    assert not any(arriving.iterdir())
 
 
 def test_a_server_that_is_told_to_end_goes_on_with_its_job_when_it_is_back(server: Any, client: Any, name: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -53,6 +54,16 @@ def test_openais_client_is_answered_under_the_artifact_name(asked: openai.OpenAI
     assert choice.prompt_token_ids
     text = asked.completions.create(model=f"{NAME}:step0", prompt="What", max_tokens=4)
     assert (text.model, len(text.choices)) == (f"{NAME}:step0", 1)
+
+
+def test_its_figures_are_kept_by_the_addresses_that_were_asked(torch_client: Any, asked: openai.OpenAI) -> None:
+    asked.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=1)
+    asked.completions.create(model=NAME, prompt="What", max_tokens=1)
+    figures = httpx.get(
+        torch_client.url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {torch_client.key}"}
+    ).text
+    for address in ("/v1/chat/completions", "/v1/completions"):
+        assert f'art_serve_requests_total{{address="{address}",method="POST",status="200"}}' in figures
 
 
 def test_a_stream_says_the_same_tokens_as_a_whole_answer(asked: openai.OpenAI) -> None:

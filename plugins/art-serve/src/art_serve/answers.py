@@ -47,13 +47,18 @@ def body_of(message: type[BaseModel], **fields: Mapping[str, Any]) -> dict[str, 
     """For a route's decorator: the body that it reads by itself, since it counts and unpacks what arrives. `fields`
     adds to what the message's schema says of these.
     """
-    schema = message.model_json_schema(ref_template="#/components/schemas/{model}")
-    definitions = schema.pop("$defs", {})
-    content = _inlined(schema, definitions)
+    content = schema_of(message)
     for field, more in fields.items():
         content["properties"][field] |= more
     body = {"required": True, "content": {"application/json": {"schema": content}}}
     return {"openapi_extra": {"requestBody": body}}
+
+
+def schema_of(message: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a message, without references to what isn't in the document."""
+    schema = message.model_json_schema()
+    found: dict[str, Any] = _inlined(schema, schema.pop("$defs", {}))
+    return found
 
 
 def leading_to(*operations: str, **given: str) -> dict[int | str, dict[str, Any]]:
@@ -128,7 +133,6 @@ def _turn(service: Service, entity: str, key: str) -> asyncio.Lock:
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
-    """A schema without references to what isn't in the document."""
     if isinstance(schema, list):
         return [_inlined(item, definitions) for item in schema]
     if not isinstance(schema, dict):

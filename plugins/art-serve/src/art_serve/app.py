@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -18,8 +19,8 @@ from fastapi.security import HTTPBearer
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import Route, compile_path
-from starlette.types import ASGIApp
+from starlette.routing import Match, Route, compile_path
+from starlette.types import ASGIApp, Scope
 
 from art_backend_serverless import wire
 from art_core import BackendCapability
@@ -29,6 +30,7 @@ from .access import Access, RequireKey
 from .answers import DISK_FULL, ERRORS
 from .health import figures_router, health_router
 from .inference import ArtifactRoutes, Inference, not_served
+from .inference_page import inference_paths, links_to_inference
 from .job_payload import own_train_options
 from .request_log import Figures, RequestLog
 from .request_rate import RequestRate
@@ -54,7 +56,7 @@ async def serving_app(service: Service) -> AsyncIterator[ASGIApp]:
 def make_app(service: Service, inference: Inference) -> ASGIApp:
     """Put together what answers."""
     bearer = HTTPBearer(auto_error=False, description="A key made by: art serve keys create ENTITY")
-    app = FastAPI(
+    app = _Application(
         title="art serve",
         version=version("art-serve"),
         description="Trains and serves models for clients elsewhere: the wire of art-backend-serverless, and OpenAI's"
@@ -74,8 +76,8 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
     app.include_router(files_router(service), prefix=BASE, dependencies=protected, tags=["checkpoint files"])
     app.include_router(_model_cards(inference), prefix=BASE, dependencies=protected, tags=["inference"])
     app.router.routes += [
-        Route(f"{BASE}/chat/completions", inference.chat, methods=["POST"]),
-        Route(f"{BASE}/completions", inference.text, methods=["POST"]),
+        _NamedRoute(f"{BASE}/chat/completions", inference.chat, methods=["POST"]),
+        _NamedRoute(f"{BASE}/completions", inference.text, methods=["POST"]),
     ]
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -86,6 +88,26 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
     rate = RequestRate(per_s=service.limits.requests_per_s, burst=service.limits.requests_at_once)
     guarded = RequireKey(app, access=Access(service.transactions), rate=rate)
     return RequestLog(guarded, figures=figures)
+
+
+class _Application(FastAPI):
+    """With the addresses of inference on its page, which FastAPI doesn't see: they read and answer by themselves."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The page."""
+        if self.openapi_schema is None:
+            page = super().openapi()
+            page["paths"] |= {BASE + address: item for address, item in inference_paths().items()}
+        return self.openapi_schema or {}
+
+
+class _NamedRoute(Route):
+    """Leaves itself in the scope, as FastAPI's routes do: the figures are kept by the address that it names."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As any route, with itself."""
+        match, found = super().matches(scope)
+        return match, {**found, "route": self} if match is not Match.NONE else found
 
 
 def _capabilities(service: Service) -> APIRouter:
@@ -110,7 +132,7 @@ def _capabilities(service: Service) -> APIRouter:
 def _model_cards(inference: Inference) -> APIRouter:
     router = APIRouter(responses=ERRORS)
 
-    @router.get("/models")
+    @router.get("/models", responses={200: {"links": links_to_inference("{$response.body#/data/0/id}")}})
     async def list_models(request: Request) -> dict[str, object]:
         """The models that the key's entity can ask, in OpenAI's form."""
         return {"object": "list", "data": inference.cards(request.state.entity)}
@@ -166,7 +188,6 @@ class _HttpError:
             for address, operations in self._app.openapi()["paths"].items():
                 methods = frozenset(operation.upper() for operation in operations)
                 self._addresses.append((compile_path(address)[0], methods))
-            self._addresses.append((re.compile(f"^{BASE}/(chat/)?completions$"), frozenset({"POST"})))
         return {method for pattern, methods in self._addresses if pattern.match(path) for method in methods}
 
 

@@ -9,6 +9,8 @@ SCHEME = "wandb-artifact:///"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 #: A name of an entity, a project or a model, for the OpenAPI page; `art_core.check_name` is what judges it.
 NAME_PATTERN = f"^{_NAME}$"
+#: A whole artifact name, for the OpenAPI page.
+ARTIFACT_PATTERN = rf"^{SCHEME}{_NAME}/{_NAME}/{_NAME}(:(latest|step[0-9]{{1,9}}))?$"
 _WHOLE = re.compile(
     rf"{SCHEME}(?P<entity>{_NAME})/(?P<project>{_NAME})/(?P<name>{_NAME})(?::(?:latest|step(?P<step>[0-9]{{1,9}})))?",
     re.ASCII,

@@ -22,13 +22,16 @@ from art_core.errors import (
 from art_gateway.errors import ApiError
 
 from .answers import DISK_FULL, ERRORS, body_of, leading_to, once, step_id, step_of
-from .artifact_names import NAME_PATTERN
+from .artifact_names import NAME_PATTERN, ArtifactName
+from .inference_page import links_to_inference
 from .job_payload import read_groups
 from .job_queue import abandon
 from .model_records import ModelRecord, checkpoints_page, forget_checkpoints
 from .request_bodies import as_message, message_of, read_body, read_message
 from .service import Service
 
+# The artifact name of the answer's model, as OpenAPI's links write it.
+_ANSWERED_NAME = ArtifactName("{$response.body#/entity}", "{$response.body#/project}", "{$response.body#/name}")
 _UNREACHABLE = (BackendUnreachable, ProcessFailed, TimeoutError)
 
 
@@ -45,6 +48,7 @@ def models_router(service: Service) -> APIRouter:
     of_model = ("delete_model", "list_checkpoints", "delete_checkpoints", "list_files", "log_trajectories")
     leads = leading_to(*of_model, model_id="id")
     # A job names its model in the body.
+    leads[200]["links"] |= links_to_inference(str(_ANSWERED_NAME))
     leads[200]["links"]["create_training_job"] = {
         "operationId": "create_training_job",
         "requestBody": {"model_id": "$response.body#/id"},
