@@ -12,6 +12,7 @@ import sys
 import textwrap
 import warnings
 
+import psutil
 import pytest
 
 from art_backend_local import PathUnusable
@@ -292,15 +293,21 @@ async def test_a_host_whose_path_is_gone_is_seen_and_ends(tmp_path, new_backend,
     end_host(path)
 
 
-async def test_a_host_whose_path_is_gone_can_be_ended_by_that_path(tmp_path, new_backend, policy):
+async def test_a_host_whose_path_is_gone_can_be_ended_by_that_path(tmp_path, new_backend, policy, until):
     path = tmp_path / "art"
     async with new_backend(path, in_process=False) as backend:
         await backend.register(policy)
     record = read_host(path)
+    # It would see by itself that its path is gone, and end before it is told to.
+    os.kill(record.pid, signal.SIGSTOP)
     shutil.rmtree(path)
     command = [sys.executable, "-m", "art_core", "down", "--path", str(path)]
-    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
-    assert "has ended" in done.stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as down:
+        asks = psutil.Process(down.pid)
+        await until(lambda: record.port in {c.raddr.port for c in asks.net_connections("tcp") if c.raddr})
+        os.kill(record.pid, signal.SIGCONT)
+        said, _ = await asyncio.to_thread(down.communicate, timeout=120)
+    assert "has ended" in said
     assert not record.alive
 
 
