@@ -24,8 +24,9 @@ MUTANTS_VENV := .venv-mutants
 # uv, looking where pip looks; needs nothing of ours installed.
 INSTALL := plugins/art-runtime/src/art_runtime/environments/indexes.py
 PYTEST := $(BIN)/python -m pytest
-# Two workers for what needs no live servers; these would take the cores from each other.
-IN_TWO := -n 2 --dist loadgroup
+# Two workers; what shares live servers goes to them file by file.
+IN_TWO := -n 2
+FILES_IN_TWO := -n 2 --dist loadfile
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 # Engines in environments of their own; their tests fail without.
 TESTED_ENGINES := vllm sglang torchtune unsloth
@@ -74,7 +75,7 @@ test: $(READY) $(OPENAI2_READY)  ## The tests, on real weights and real servers,
 ifeq ($(ARGS),)
 	@$(MAKE) --no-print-directory --jobs=2 engines postgresql test-without-engines
 	@$(MAKE) --no-print-directory test-verifiers
-	@$(PYTEST) -m "slow and not exhaustive"
+	@$(PYTEST) $(FILES_IN_TWO) -m "slow and not exhaustive"
 else
 	@$(MAKE) --no-print-directory lint engines postgresql test-openai2
 	@$(MAKE) --no-print-directory test-verifiers ARGS=

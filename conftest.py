@@ -1,13 +1,14 @@
-"""How a run of several workers (`pytest -n 2 --dist loadgroup`, as `make test-fast` does) is divided among them.
+"""How a run of several workers is divided among them: by files with `--dist loadfile`, as `make test` runs slow tests.
 
-Tests that share a fixture of their module or class run in one worker, so that a live server is started once; any other
-slow test runs wherever there is room. What may take longest, by its declared time limit, begins first. Knows nothing of
-what is tested.
+What the tests of a file share, a live server above all, is then made once; so is the environment of wheels that the
+tests of packaging share. What may take longest, by its declared time limit, begins first. Knows nothing of what is
+tested.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +16,8 @@ from hypothesis import HealthCheck, settings
 # How long an example takes says something of the machine and nothing of what is tested.
 settings.register_profile("art", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("art")
+# Folders whose tests share what a session of pytest makes once.
+TOGETHER = ("tests/packaging/",)
 
 
 def pytest_configure() -> None:
@@ -26,26 +29,35 @@ def pytest_configure() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(nodeid)
+
+    # Longest first, as `pytest_collection_modifyitems` has put them.
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not hasattr(config, "workerinput"):
         return
+    longest: dict[str, float] = {}
     for item in items:
-        if group := _group(item):
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=_limit_s, reverse=True)
+        scope = _scope(item.nodeid)
+        longest[scope] = max(longest.get(scope, 0.0), _limit_s(item))
+    items.sort(key=lambda item: longest[_scope(item.nodeid)], reverse=True)
 
 
-def _group(item: pytest.Item) -> str:
-    """The name of the tests that must run in one worker with this one; empty when it may run anywhere."""
-    module, _, test = item.nodeid.partition("::")
-    if item.get_closest_marker("slow") is None:
-        return module
-    known = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
-    scopes = {definition.scope for name in item.fixturenames for definition in known.get(name, ())[-1:]}  # type: ignore[attr-defined]
-    if "module" in scopes or "package" in scopes:
-        return module
-    return f"{module}::{test.partition('::')[0]}" if "class" in scopes else ""
+def _scope(nodeid: str) -> str:
+    """What is run by one worker: a file, or a folder whose files belong together."""
+    return next((folder for folder in TOGETHER if nodeid.startswith(folder)), nodeid.partition("::")[0])
 
 
 def _limit_s(item: pytest.Item) -> float:

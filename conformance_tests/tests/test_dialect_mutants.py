@@ -132,6 +132,7 @@ def test_the_sound_engine_meets_every_check(pytester: pytest.Pytester) -> None:
     assert failing(pytester, "    pass\n") == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", MUTANTS)
 def test_the_check_notices(pytester: pytest.Pytester, id: str) -> None:
     assert id in failing(pytester, MUTANTS[id])

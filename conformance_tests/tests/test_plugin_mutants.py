@@ -95,6 +95,7 @@ def test_the_sound_plugin_meets_every_check(pytester: pytest.Pytester) -> None:
     assert failing(pytester, {}) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", MUTANTS)
 def test_the_check_notices(pytester: pytest.Pytester, id: str) -> None:
     try:
