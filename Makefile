@@ -134,7 +134,7 @@ reference: $(READY)  ## Make the reference of hooks and protocols in docs/ of th
 names: $(READY)  ## Ask the package index whether the names of our distributions are free or ours
 	@$(BIN)/python tests/packaging/index_names.py
 
-mutants: $(READY)  ## Change the code of publication and leases in each place, and count what its fast tests notice: about half an hour
+mutants: $(READY)  ## Change the code of publication and leases in each place, and count what its fast tests notice: a few minutes
 	@test -x $(MUTANTS_VENV)/bin/cosmic-ray || { $(PYTHON) -m venv $(MUTANTS_VENV); $(MUTANTS_VENV)/bin/python -m pip install --quiet "cosmic-ray>=8.7,<9"; }
 	@$(BIN)/python tests/mutants.py $(MUTANTS_VENV)/bin
 

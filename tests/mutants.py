@@ -28,9 +28,7 @@ MODULES: Final = {
         *("engines/art-engine-kit/tests/test_served_steps.py", "tests/core/test_publish.py"),
     ],
     "art/pipeline_trainer/step_leases.py": [
-        "tests/pipeline/test_pipeline_trainer.py",
-        "-k",
-        "lease",
+        *("tests/pipeline/test_step_leases.py", "tests/pipeline/test_pipeline_trainer.py", "-k", "lease"),
     ],
 }
 PLUGINS: Final = ("pytest_asyncio.plugin", "pytest_timeout", "xdist.plugin")

@@ -175,3 +175,13 @@ def test_step_zero_rests_only_while_nobody_has_it() -> None:
         assert not served.can_rest
         end(0)
         assert served.can_rest
+
+
+def test_the_steps_of_a_long_run_are_told_apart_by_their_numbers() -> None:
+    served = ServedSteps(ModelKey("project", "agent"))
+    served.add(1000)
+    served.route(1000)
+    assert served.in_use(int("1000"))
+    assert served.rest() == 1000
+    served.add(int("1000"))
+    assert served.lose_all() == {1000}
