@@ -126,8 +126,9 @@ async def train_in_pipeline(backend: art.Backend, model: art.TrainableModel, opt
         backend,
         make_group_rollout_fn(attempt, n=options.samples),
         [{"complaint": complaint} for complaint in COMPLAINTS] * options.steps,
-        min_batch_size=len(COMPLAINTS),
-        max_batch_size=len(COMPLAINTS),
+        # Steps of half the loop's size: what is attempted meanwhile is then by a policy of half as many attempts ago.
+        min_batch_size=len(COMPLAINTS) // 2,
+        max_batch_size=len(COMPLAINTS) // 2,
         max_steps_off_policy=1,
         learning_rate=options.learning_rate,
         packed_sequence_length=options.packed_sequence_length,
