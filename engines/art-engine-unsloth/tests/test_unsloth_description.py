@@ -47,10 +47,11 @@ def test_the_plan_runs_the_worker_of_the_kit_with_our_packages() -> None:
     assert "not-for-argv" not in " ".join(plan.argv) + repr(plan)
 
 
-def test_one_gpu_is_taken_and_several_are_refused() -> None:
+def test_each_gpu_has_a_rank() -> None:
     assert UnslothTrainingEngine().launch(replace(LAUNCH, devices=(3,))).env["CUDA_VISIBLE_DEVICES"] == "3"
-    with pytest.raises(ValueError, match="one device"):
-        UnslothTrainingEngine().launch(replace(LAUNCH, devices=(0, 1)))
+    plan = UnslothTrainingEngine().launch(replace(LAUNCH, devices=(0, 1)))
+    assert plan.env["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert read_arguments(list(plan.argv[2:])).ranks == 2
 
 
 def test_unsloths_own_settings_reach_the_worker() -> None:

@@ -40,6 +40,7 @@ class SmallPolicy:
         VOCABULARY,
     )
     tokenizer: Any = None
+    sharded = False
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(7)

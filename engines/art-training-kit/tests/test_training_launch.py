@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 from art_core.engines import TrainingLaunch
 from art_engine_kit.training_wire import WORKER_TOKEN
 from art_training_kit.launch import BRINGING_WORKER, KIT_REQUIREMENTS, KITS, worker_plan
+from art_training_kit.rank_processes import own_devices
 from art_training_kit.worker import read_arguments
 
 # Of the distributions that the worker is made of, what a worker never imports.
@@ -96,3 +98,34 @@ def test_what_the_kits_need_is_asked_of_an_engines_environment() -> None:
     assert needed - asked.keys() == ONLY_CLIENTS
     for requirement in (r for r in here if r.marker is None and r.name in asked):
         assert requirement.specifier == asked[requirement.name].specifier, requirement
+
+
+def test_each_gpu_has_a_rank_and_a_cpu_as_many_as_are_asked_for() -> None:
+    config = TrainingLaunch(base_model=Path("/weights"), host="127.0.0.1", port=8123, token="hidden", python="python3")
+
+    def asked(devices: tuple[int, ...] = (), **init_args: Any) -> int:
+        plan = worker_plan(replace(config, devices=devices, init_args=init_args), "package.policy:load")
+        read = read_arguments(list(plan.argv[3:]))
+        assert "ranks" not in read.init_args
+        assert (read.rank, read.meeting) == (0, None)
+        return read.ranks
+
+    assert asked() == 1
+    assert asked((3,)) == 1
+    assert asked((0, 2, 5)) == 3
+    assert asked((0, 2), ranks=2) == 2
+    assert asked(ranks=4) == 4
+    with pytest.raises(ValueError, match="ranks=3, but 2 GPUs"):
+        asked((0, 2), ranks=3)
+    for nonsense in (0, -1, True, 1.5, "2"):
+        with pytest.raises(ValueError, match="whole number of processes"):
+            asked(ranks=nonsense)
+
+
+def test_a_rank_sees_its_own_gpu_and_its_part_of_the_cores() -> None:
+    seen = {"CUDA_VISIBLE_DEVICES": "4,6", "OMP_NUM_THREADS": "3"}
+    assert [own_devices(seen, rank, 2)["CUDA_VISIBLE_DEVICES"] for rank in (0, 1)] == ["4", "6"]
+    assert "OMP_NUM_THREADS" not in own_devices(seen, 0, 2)
+    on_cpu = own_devices({"CUDA_VISIBLE_DEVICES": ""}, 1, 2)
+    assert "CUDA_VISIBLE_DEVICES" not in on_cpu
+    assert int(on_cpu["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)

@@ -26,12 +26,13 @@ from art_engine_kit.training_wire import (
     TrainJob,
 )
 from art_training_kit.advantages import balance_step
+from art_training_kit.cancellation import JobCancelled
 from art_training_kit.losses import Entries, policy_loss
 from art_training_kit.optimizer import AdapterOptimizer
 from art_training_kit.packing import pack_rows
 from art_training_kit.row_tensors import RowTensors
 from art_training_kit.tokenize import tokenize_groups
-from art_training_kit.trainer import JobCancelled, Trainer
+from art_training_kit.trainer import Trainer
 
 Make = Callable[..., Any]
 

@@ -32,6 +32,7 @@ class ExamplePolicy:
     """See `art_training_kit.policy.Policy`."""
 
     engine = "example"
+    sharded = False
 
     def __init__(self, model: Any, tokenizer: Any, request: PolicyRequest) -> None:
         self._base = model.requires_grad_(False).eval()

@@ -9,17 +9,17 @@ from typing import Final
 
 from art_core import LaunchPlan, TrainingCapability, TrainingLaunch
 from art_engine_kit.environment import TORCH_VARIABLES
-from art_training_kit.launch import refuse_unfit, worker_plan
+from art_training_kit.launch import ranks_of, refuse_unfit, worker_plan
 
 from .declared import TRAINING
 from .names import POLICY_FACTORY
 
-# init_args that users may give. gradient_checkpointing is the worker's, the others are transformers'.
-INIT_ARGS: Final = ("gradient_checkpointing", "revision", "trust_remote_code")
+# init_args that users may give beside the worker's own. shard_base is the policy's, the others are transformers'.
+INIT_ARGS: Final = ("revision", "shard_base", "trust_remote_code")
 
 
 class TorchTrainingEngine:
-    """See `art_core.engines.TrainingEngine`. Trains on one device."""
+    """See `art_core.engines.TrainingEngine`."""
 
     @property
     def name(self) -> str:
@@ -32,9 +32,18 @@ class TorchTrainingEngine:
         return TRAINING
 
     def launch(self, config: TrainingLaunch) -> LaunchPlan:
-        """The worker on a CPU, or on the one GPU of `config.devices`.
+        """The worker on a CPU, or on the GPUs of `config.devices`.
 
-        Raises UnknownArgument for an init argument that doesn't exist, ValueError for several devices.
+        Raises UnknownArgument for an init argument that doesn't exist, ValueError for `ranks` or `shard_base` that
+        can't be.
         """
         refuse_unfit(config, engine=self.name, init_args=INIT_ARGS)
+        sharded = config.init_args.get("shard_base")
+        if sharded not in (None, True, False):
+            raise ValueError(f"init_args: shard_base must be True, False or None, not {sharded!r}.")
+        if sharded and ranks_of(config) == 1:
+            raise ValueError(
+                "init_args: shard_base=True spreads the base over several ranks, and one trains: give several"
+                " trainer_gpu_ids, or on a CPU ranks."
+            )
         return worker_plan(config, POLICY_FACTORY, TORCH_VARIABLES)

@@ -14,5 +14,5 @@ CAPABILITIES: Final = frozenset(
         TrainingCapability.SFT,
     }
 )
-# The worker's own; torchtune is built from the base model's config, which leaves nothing to choose.
-INIT_ARGS: Final = ("gradient_checkpointing",)
+# Beside the worker's own none: torchtune is built from the base model's config, which leaves nothing to choose.
+INIT_ARGS: Final = ()

@@ -33,9 +33,9 @@ class TorchtuneTrainingEngine:
         return CAPABILITIES
 
     def launch(self, config: TrainingLaunch) -> LaunchPlan:
-        """The worker on a CPU, or on the one GPU of `config.devices`.
+        """The worker on a CPU, or on the GPUs of `config.devices`.
 
-        Raises UnknownArgument for an init argument that doesn't exist, ValueError for several devices.
+        Raises UnknownArgument for an init argument that doesn't exist, ValueError for `ranks` that can't be.
         """
         refuse_unfit(config, engine=self.name, init_args=INIT_ARGS)
         return worker_plan(config, POLICY_FACTORY, TORCH_VARIABLES, brings="art_engine_torchtune")

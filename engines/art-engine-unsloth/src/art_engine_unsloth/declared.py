@@ -17,7 +17,7 @@ CAPABILITIES: Final = frozenset(
     }
 )
 # `gradient_checkpointing` is the worker's own; the others are Unsloth's, by the names that its users know.
-INIT_ARGS: Final = ("gradient_checkpointing", "load_in_4bit", "use_gradient_checkpointing")
+INIT_ARGS: Final = ("load_in_4bit", "use_gradient_checkpointing")
 Checkpointing = Literal["unsloth"] | bool
 
 

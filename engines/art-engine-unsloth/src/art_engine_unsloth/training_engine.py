@@ -34,10 +34,10 @@ class UnslothTrainingEngine:
         return CAPABILITIES
 
     def launch(self, config: TrainingLaunch) -> LaunchPlan:
-        """The worker on a CPU, or on the one GPU of `config.devices`.
+        """The worker on a CPU, or on the GPUs of `config.devices`.
 
-        Raises UnknownArgument for an init argument that doesn't exist, ValueError for several devices, for 4 bits on
-        a CPU, and for settings that can't be.
+        Raises UnknownArgument for an init argument that doesn't exist, ValueError for 4 bits on a CPU, and for
+        settings that can't be.
         """
         refuse_unfit(config, engine=self.name, init_args=INIT_ARGS)
         worker = config.init_args.get("gradient_checkpointing")

@@ -33,21 +33,39 @@ KIT_REQUIREMENTS: Final = (
     "typing-extensions>=4.12",
     "uvicorn>=0.30",
 )
+# What users may give to every engine.
+OWN_INIT_ARGS: Final = ("gradient_checkpointing", "ranks")
 BRINGING_WORKER: Final = Path(__file__).with_name("in_environment") / "art_training_worker.py"
 
 
 def refuse_unfit(config: TrainingLaunch, *, engine: str, init_args: Collection[str]) -> None:
-    """Raise ValueError for several devices, since the shared worker trains on one, and UnknownArgument for one that is
-    not among the engine's `init_args`.
+    """Raise UnknownArgument for one that is not among the engine's `init_args` or the worker's own, and ValueError for
+    `ranks` that the devices don't allow.
     """
-    if len(config.devices) > 1:
-        raise ValueError(
-            f"Engine {engine} trains on one device, not on {len(config.devices)} ({config.devices}): give one id in"
-            " trainer_gpu_ids."
-        )
     for name in config.init_args:
-        if name not in init_args:
-            raise UnknownArgument(name, where=f"init_args of the {engine} training engine", known=init_args)
+        if name not in (*init_args, *OWN_INIT_ARGS):
+            known = (*init_args, *OWN_INIT_ARGS)
+            raise UnknownArgument(name, where=f"init_args of the {engine} training engine", known=known)
+    ranks_of(config)
+
+
+def ranks_of(config: TrainingLaunch) -> int:
+    """How many processes train: one for each GPU, and on a CPU as many as `init_args` has for `ranks`, usually one.
+
+    Raises ValueError for a number that can't be, and for one that isn't the number of GPUs.
+    """
+    wanted = config.init_args.get("ranks")
+    gpus = len(config.devices)
+    if wanted is None:
+        return gpus or 1
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise ValueError(f"init_args: ranks must be a whole number of processes, at least 1, not {wanted!r}.")
+    if gpus and wanted != gpus:
+        raise ValueError(
+            f"init_args: ranks={wanted}, but {gpus} GPUs train ({list(config.devices)}), each with a process of its"
+            " own: leave ranks out, or change trainer_gpu_ids."
+        )
+    return int(wanted)
 
 
 def worker_plan(
@@ -55,12 +73,14 @@ def worker_plan(
 ) -> LaunchPlan:
     """Run `policy`, a "module:attr" naming a PolicyFactory, in the shared worker.
 
-    Of `config.init_args`, `gradient_checkpointing` (True, False, or None for automatic) is the worker's own; the others
-    reach the factory. `brings` is the package of an engine with an environment of its own: that package and the kits
-    are taken from here, everything else from there. What the kits need must be there: see `KIT_REQUIREMENTS`.
+    Of `config.init_args` two are the worker's own, `gradient_checkpointing` (True, False, or None for automatic) and
+    `ranks`; the others reach the factory. `brings` is the package of an engine with an environment of its own: that
+    package and the kits are taken from here, everything else from there. What the kits need must be there: see
+    `KIT_REQUIREMENTS`.
     """
     init_args = dict(config.init_args)
-    checkpointing = init_args.pop("gradient_checkpointing", None)
+    checkpointing, ranks = init_args.pop("gradient_checkpointing", None), ranks_of(config)
+    init_args.pop("ranks", None)
     argv = [
         config.python, *(("-m", "art_training_kit.worker") if brings is None else (str(BRINGING_WORKER),)),
         "--policy", policy,
@@ -74,6 +94,8 @@ def worker_plan(
     ]  # fmt: skip
     if checkpointing is not None:
         argv += ["--gradient-checkpointing", "on" if checkpointing else "off"]
+    if ranks > 1:
+        argv += ["--ranks", str(ranks)]
     return LaunchPlan(
         argv=tuple(argv),
         env={**(brought(brings) if brings else {}), **(env or {}), **cuda_env(config.devices)},

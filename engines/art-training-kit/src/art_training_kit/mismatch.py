@@ -19,9 +19,9 @@ from .losses import Entries
 class Mismatch:
     """Sums over the tokens whose logprob the engine reported, with Δ = log π - log π_engine and ρ = exp Δ."""
 
-    tokens: int = 0
+    tokens: float = 0.0
     difference: float = 0.0
-    outside: int = 0
+    outside: float = 0.0
     divergence: float = 0.0
 
     @classmethod
@@ -32,9 +32,9 @@ class Mismatch:
         difference = (logprobs - reported)[known].double()
         ratio = difference.exp()
         return cls(
-            tokens=int(known.sum()),
+            tokens=float(known.sum()),
             difference=float(difference.abs().sum()),
-            outside=int(((ratio < 0.9) | (ratio > 1.1)).sum()),
+            outside=float(((ratio < 0.9) | (ratio > 1.1)).sum()),
             divergence=float((ratio - 1.0 - difference).sum()),
         )
 
@@ -52,5 +52,5 @@ class Mismatch:
         """
         if not self.tokens:
             return {}
-        sums = {MEAN: self.difference, OUTSIDE: float(self.outside), KL: self.divergence}
+        sums = {MEAN: self.difference, OUTSIDE: self.outside, KL: self.divergence}
         return {name: value / self.tokens for name, value in sums.items()}

@@ -68,6 +68,10 @@ class Policy(Protocol):
     def output_weight(self) -> torch.Tensor:
         """The frozen output matrix [vocabulary, hidden size]; logits are hidden states times its transpose."""
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each of several ranks holds but a part of the base, so that none computes without all others."""
+
     def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trainable parameters by name, in an order that is the same after every load. fp32 whatever the base's
         dtype.

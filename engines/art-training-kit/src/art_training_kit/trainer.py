@@ -14,11 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-
 from art_engine_kit.canary import CANARY, Canary, read_canary
 from art_engine_kit.chat_rendering import ChatRenderer
 from art_engine_kit.checkpoint_folder import (
@@ -33,7 +28,6 @@ from art_engine_kit.checkpoint_folder import (
 )
 from art_engine_kit.groups_file import read_records
 from art_engine_kit.sequence_limit import SequenceLimit, check_lengths
-from art_engine_kit.train_options import TrainOptions
 from art_engine_kit.training_wire import (
     AdapterWritten,
     GradientStep,
@@ -41,7 +35,6 @@ from art_engine_kit.training_wire import (
     JobProgress,
     JobSaved,
     JobStarted,
-    KlReference,
     TrainEvent,
     TrainJob,
 )
@@ -49,16 +42,17 @@ from art_engine_kit.training_wire import (
 from .adapter_settings import check_peft_args
 from .advantages import balance_step
 from .canaries import CanaryMaker
+from .cancellation import stop_if
 from .chat_template import ChatTemplate
 from .disk_errors import explained
 from .divergence import grown_from, largest_weight, refuse_diverged
-from .mismatch import Mismatch
+from .gradient_steps import GradientSteps
 from .optimizer import OPTIMIZER_SETTINGS, REPLIES, REWARDS, AdapterOptimizer, OptimizerOptions
 from .out_of_memory import in_parts, tried_in_less_memory
-from .packed_work import GradientStepRun, PackedWork, mean_of, totals
-from .packing import PackedRow, pack_rows
+from .packed_work import PackedWork, mean_of, totals
+from .packing import pack_rows
 from .policy import Policy
-from .row_tensors import RowTensors
+from .ranks import Ranks
 from .rows import TokenizedStep, TokenRow
 from .supervised import rates_of, tokenize_supervised
 from .tokenize import tokenize_groups
@@ -68,15 +62,13 @@ _log = logging.getLogger(__name__)
 _ROW_MULTIPLE = 2048
 
 
-class JobCancelled(Exception):
-    """The job's client went away. Nothing was saved."""
-
-
 class Trainer:
-    """Runs jobs one after the other on one policy."""
+    """Runs jobs one after the other on one policy, as one of the `ranks`, all of which are given the same jobs."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks | None = None) -> None:
         self._policy = policy
+        ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks.in_step() if policy.sharded else ranks
         self._optimizer: AdapterOptimizer | None = None
         self._holds: tuple[Path, bytes, OptimizerOptions, str] | None = None
 
@@ -89,7 +81,8 @@ class Trainer:
         where = f"{weight.device} (base in {str(weight.dtype).removeprefix('torch.')})"
         what = f"step {job.step} of {job.model}"
         try:
-            yield from tried_in_less_memory(lambda parts: run(job, cancelled, parts), what, where, self._forget)
+            attempt = self._ranks.together(lambda parts: run(job, cancelled, parts))
+            yield from tried_in_less_memory(attempt, what, where, self._forget)
         except BaseException:
             self._forget()
             raise
@@ -108,18 +101,15 @@ class Trainer:
             yield from self._carry(job, step.metrics, started)
             return
         packed = pack_rows(step.rows, in_parts(self._row_length(job, step.rows), parts, step.rows))
-        window = (options.grad_accumulation_sequences or 1) * parts
-
-        def gradient_steps() -> Iterator[GradientStepRun]:
-            tensors = self._prepare(packed, advantages, weights, options, job.reference, cancelled)
-            for begin in range(0, len(tensors), window):
-                yield self._gradient_step(tensors[begin : begin + window], options, cancelled, first=begin == 0)
-
+        window = (options.grad_accumulation_sequences or self._ranks.count) * parts
+        steps = [packed[begin : begin + window] for begin in range(0, len(packed), window)]
         work = PackedWork(
-            step.metrics, step.rows, packed, -(-len(packed) // window), gradient_steps, optimizer_options, REWARDS
-        )
+            step.metrics, step.rows, packed, len(steps),
+            lambda: self._gradient_steps(cancelled).reinforced(steps, advantages, weights, options, job.reference),
+            optimizer_options, REWARDS,
+        )  # fmt: skip
         yield work.started()
-        if options.plot_tensors:
+        if options.plot_tensors and self._ranks.leads:
             from .plot import plot_rows
 
             plot_rows(packed, advantages, weights, job.destination.parent.parent / "plots" / f"step-{job.step:04d}.png")
@@ -149,11 +139,15 @@ class Trainer:
             yield from self._carry(job, step.metrics, started)
             return
         length = in_parts(self._row_length(job, step.rows), parts, step.rows)
-        batches = [(rate, pack_rows(batch, length)) for rate, batch in zip(rates, step.batches, strict=True) if batch]
+        batches = [
+            (rate, pack_rows(batch, self._for_each_rank(length, batch)))
+            for rate, batch in zip(rates, step.batches, strict=True)
+            if batch
+        ]
         packed = [row for _, batch in batches for row in batch]
         work = PackedWork(
             step.metrics, step.rows, packed, len(batches),
-            lambda: (self._supervised_step(batch, rate, cancelled) for rate, batch in batches),
+            lambda: [self._gradient_steps(cancelled).supervised(batch, rate) for rate, batch in batches],
             optimizer_options, REPLIES,
         )  # fmt: skip
         yield work.started()
@@ -164,7 +158,11 @@ class Trainer:
     ) -> Iterator[TrainEvent]:
         """Load the start, take every gradient step, refuse what diverged, and save."""
         self._load(job.start, work.optimizer_options, work.learns_from)
-        canary, largest = CanaryMaker(self._policy, work.rows), largest_weight(self._policy)
+        canary = None
+        if self._ranks.leads or self._ranks.are_in_step:
+            with self._ranks.turn(cancelled):
+                canary = CanaryMaker(self._policy, work.rows)
+        largest = largest_weight(self._policy)
         samples: list[dict[str, float]] = []
         done = 0
         for index, gradient_step in enumerate(work.gradient_steps()):
@@ -183,29 +181,18 @@ class Trainer:
         metrics = work.metrics(time.monotonic() - started) | mean_of(samples)
         metrics["data/step_attention_mask_bytes"] = float(mask)
         refuse_diverged(job, grown_from(largest, self._policy), samples[-1])
-        yield from self._save(job, metrics, canary, samples[-1], cancelled)
+        if canary is not None and self._ranks.leads:
+            yield from self._save(job, metrics, canary, samples[-1], cancelled)
+        elif canary is not None:
+            self._make(canary)
+        self._ranks.agree()
         self._remember(job.destination, work.optimizer_options, work.learns_from)
         yield JobSaved(path=job.destination)
         yield JobEnded(metrics=metrics)
 
-    def _supervised_step(
-        self, batch: Sequence[PackedRow], learning_rate: float, cancelled: Callable[[], bool]
-    ) -> GradientStepRun:
-        """Yields a row's number when it is done, then the batch's metrics."""
+    def _gradient_steps(self, cancelled: Callable[[], bool]) -> GradientSteps:
         assert self._optimizer is not None
-        count = sum(len(row.entry_target) for row in batch)
-        loss = 0.0
-        self._optimizer.clear_gradients()
-        for done, row in enumerate(batch, start=1):
-            _stop_if(cancelled)
-            same = np.ones(int(row.entry_trajectory.max()) + 1)
-            logprobs, _ = RowTensors.of(row, same, same, self._policy.device).logprobs(self._policy)
-            part = -logprobs.sum() / count
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
-            yield done
-        norm = self._optimizer.step(learning_rate)
-        yield {"loss/train": loss, "loss/grad_norm": norm, "loss/learning_rate": learning_rate}
+        return GradientSteps(self._policy, self._optimizer, self._ranks, cancelled)
 
     def _tokenize(self, job: TrainJob) -> TokenizedStep:
         options = job.options
@@ -230,7 +217,15 @@ class Trainer:
             return job.options.packed_sequence_length
         longest = max(map(len, rows))
         rounded = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        return max(longest, min(rounded, job.adapter.max_seq_length))
+        length = max(longest, min(rounded, job.adapter.max_seq_length))
+        return self._for_each_rank(length, rows) if job.supervised is None else length
+
+    def _for_each_rank(self, length: int, rows: Sequence[TokenRow]) -> int:
+        """An equal part for each rank of a packed row of this length, or of all `rows` where these are less."""
+        if self._ranks.count == 1:
+            return length
+        tokens = min(length, sum(map(len, rows)))
+        return max(-(-tokens // self._ranks.count), *map(len, rows))
 
     def _load(self, start: Path, options: OptimizerOptions, learns_from: str) -> None:
         """Weights and optimizer state of the start checkpoint, unless they are what is held already."""
@@ -249,68 +244,6 @@ class Trainer:
 
     def _remember(self, folder: Path, options: OptimizerOptions, learns_from: str) -> None:
         self._holds = (folder.resolve(), (folder / MANIFEST).read_bytes(), options, learns_from)
-
-    def _prepare(
-        self,
-        packed: Sequence[PackedRow],
-        advantages: npt.NDArray[np.float64],
-        weights: npt.NDArray[np.float64],
-        options: TrainOptions,
-        reference: KlReference | None,
-        cancelled: Callable[[], bool],
-    ) -> list[RowTensors]:
-        tensors = [RowTensors.of(row, advantages, weights, self._policy.device) for row in packed]
-        if options.precalculate_logprobs:
-            fresh = self._logprobs(tensors, cancelled)
-            tensors = [row.with_recalculated(values) for row, values in zip(tensors, fresh, strict=True)]
-        if reference is not None:
-            with self._policy.reference(reference.adapter):
-                known = self._logprobs(tensors, cancelled)
-            tensors = [row.with_reference(values) for row, values in zip(tensors, known, strict=True)]
-        return tensors
-
-    def _logprobs(self, tensors: Sequence[RowTensors], cancelled: Callable[[], bool]) -> list[Tensor]:
-        result = []
-        for row in tensors:
-            _stop_if(cancelled)
-            with torch.no_grad():
-                result.append(row.logprobs(self._policy)[0])
-        return result
-
-    def _gradient_step(
-        self, part: Sequence[RowTensors], options: TrainOptions, cancelled: Callable[[], bool], *, first: bool
-    ) -> GradientStepRun:
-        """Yields a row's number when it is done, then the step's metrics. The loss is a mean over the trained tokens of
-        all `part`. Of the first, whose policy nothing has changed yet, the mismatch with the engine is measured.
-        """
-        assert self._optimizer is not None
-        count = sum(len(row.entry_target) for row in part)
-        sums = {"loss/train": 0.0, "loss/entropy": 0.0, "loss/kl_div": 0.0, "loss/kl_policy_ref": 0.0}
-        mismatch = Mismatch()
-        self._optimizer.clear_gradients()
-        for done, row in enumerate(part, start=1):
-            _stop_if(cancelled)
-            loss, entropy, logprobs = row.loss(self._policy, options)
-            if first:
-                mismatch += Mismatch.of(logprobs, row.entries)
-            (loss.loss / count).backward()  # type: ignore[no-untyped-call]
-            sums["loss/train"] += float(loss.loss.detach())
-            sums["loss/entropy"] += float(entropy)
-            sums["loss/kl_div"] += float(loss.kl_div)
-            if loss.kl_policy_ref is not None:
-                sums["loss/kl_policy_ref"] += float(loss.kl_policy_ref)
-            yield done
-        if part[0].entries.reference_logprobs is None:
-            del sums["loss/kl_policy_ref"]
-        trajectories = len(np.unique(np.concatenate([row.row.entry_trajectory for row in part])))
-        learning_rate = options.learning_rate * trajectories**options.num_trajectories_learning_rate_multiplier_power
-        norm = self._optimizer.step(learning_rate)
-        yield {
-            **{key: value / count for key, value in sums.items()},
-            **mismatch.metrics(),
-            "loss/grad_norm": norm,
-            "loss/learning_rate": learning_rate,
-        }
 
     def _save(
         self,
@@ -339,10 +272,17 @@ class Trainer:
                 yield AdapterWritten(folder=folder, prompts=canary.prompts)
             with ThreadPoolExecutor(1, "art-seal") as beside:
                 sealing = beside.submit(seal_files)
-                (folder / CANARY).write_text(canary.make().model_dump_json(), encoding="utf-8")
+                (folder / CANARY).write_text(self._make(canary).model_dump_json(), encoding="utf-8")
                 sealing.result()
             refuse_diverged(job, canary.went_wrong(), last)
-            _stop_if(cancelled)
+            stop_if(cancelled)
+
+    def _make(self, canary: CanaryMaker) -> Canary:
+        if self._ranks.are_in_step:
+            # The first rank has written by now, or failed to, and then none computes.
+            self._ranks.agree()
+        with self._ranks.turn(lambda: False):
+            return canary.make()
 
     def _carry(self, job: TrainJob, counts: dict[str, float], started: float) -> Iterator[TrainEvent]:
         """Nothing to train on: the start checkpoint becomes the new step, weights, optimizer state and canary
@@ -355,6 +295,16 @@ class Trainer:
             | {"time/step_trainer_s": time.monotonic() - started}
         )
         read_manifest(job.start, hashes=True)
+        if self._ranks.leads:
+            self._copy_start(job, metrics)
+        self._ranks.agree()
+        held = self._holds
+        if held is not None and held[0] == job.start.resolve():
+            self._remember(job.destination, held[2], held[3])
+        yield JobSaved(path=job.destination)
+        yield JobEnded(metrics=metrics)
+
+    def _copy_start(self, job: TrainJob, metrics: dict[str, float]) -> None:
         with explained(job), self._saving(job, metrics) as folder:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER_STATE, OPTIMIZER_SETTINGS):
                 if (job.start / name).exists():
@@ -364,11 +314,6 @@ class Trainer:
                 # The weights it comes from are its own, so before and after are the same.
                 same = [prompt.model_copy(update={"previous": prompt.expected}) for prompt in canary.prompts]
                 (folder / CANARY).write_text(Canary(prompts=same).model_dump_json(), encoding="utf-8")
-        held = self._holds
-        if held is not None and held[0] == job.start.resolve():
-            self._remember(job.destination, held[2], held[3])
-        yield JobSaved(path=job.destination)
-        yield JobEnded(metrics=metrics)
 
     def _saving(
         self, job: TrainJob, metrics: dict[str, float], sealed: Mapping[str, FileRecord] | None = None
@@ -381,11 +326,6 @@ class Trainer:
             metrics=metrics,
             sealed=sealed,
         )
-
-
-def _stop_if(cancelled: Callable[[], bool]) -> None:
-    if cancelled():
-        raise JobCancelled("the client went away, so the job was stopped between two rows; nothing was saved")
 
 
 def _warn_of_lengths(job: TrainJob, lengths: Sequence[int], limit: SequenceLimit) -> None:

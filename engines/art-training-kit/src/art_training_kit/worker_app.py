@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 from art_engine_kit.event_stream import Emit, EventStream, has_key
 from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob
 
-from .trainer import JobCancelled
+from .cancellation import JobCancelled
 
 _log = logging.getLogger("art_training_kit.worker")
 

@@ -26,6 +26,7 @@ from art_training_kit.policy import PolicyRequest
 from art_training_kit.tree_attention import plan_attention, tree_attention
 
 from .kernels import use_single_steps
+from .sharding import shard, wants_shards
 
 if TYPE_CHECKING:
     from art_training_kit.packing import PackedRow
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 ATTENTION = "art_tree"
 TRAINED = "default"
 REFERENCE = "reference"
-_INIT_ARGS = ("trust_remote_code", "revision")
+_INIT_ARGS = ("trust_remote_code", "revision", "shard_base")
 # Settings that change logits in ways `output_weight` alone does not express.
 _UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -61,9 +62,13 @@ def load_policy(request: PolicyRequest) -> TorchPolicy:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = compute_device(request.device)
     dtype = compute_dtype(device, request.dtype)
+    wanted = init_args.pop("shard_base", None)
     model: Any = AutoModelForCausalLM.from_pretrained(
         request.base_model, dtype=dtype, attn_implementation=ATTENTION, **init_args
     )
+    sharded = wants_shards(wanted, model, device)
+    if sharded:
+        shard(model, device)
     model.to(device)
     config: PreTrainedConfig = model.config.get_text_config()
     for name in _UNSUPPORTED:
@@ -76,7 +81,7 @@ def load_policy(request: PolicyRequest) -> TorchPolicy:
             f"{request.base_model} has sliding-window layers, which the torch training engine does not compute."
         )
     tokenizer = AutoTokenizer.from_pretrained(request.base_model, **init_args)
-    return TorchPolicy(model, tokenizer, str(request.base_model), request.gradient_checkpointing)
+    return TorchPolicy(model, tokenizer, str(request.base_model), request.gradient_checkpointing, sharded=sharded)
 
 
 class TorchPolicy:
@@ -84,7 +89,10 @@ class TorchPolicy:
 
     engine = "torch"
 
-    def __init__(self, model: Any, tokenizer: Any, base_model: str, gradient_checkpointing: bool | None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, base_model: str, gradient_checkpointing: bool | None, *, sharded: bool = False
+    ) -> None:
+        self.sharded = sharded
         self._base = model.requires_grad_(False).eval()
         self._config = model.config.get_text_config()
         self._linears = {

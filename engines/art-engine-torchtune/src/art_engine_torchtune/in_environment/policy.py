@@ -36,6 +36,7 @@ class TorchtunePolicy:
     """See `art_training_kit.policy.Policy`."""
 
     engine = "torchtune"
+    sharded = False
 
     def __init__(self, base: Base, tokenizer: Any, base_model: str, gradient_checkpointing: bool | None) -> None:
         self._base = base

@@ -43,6 +43,7 @@ class UnslothPolicy:
     """See `art_training_kit.policy.Policy`. `load` makes the base, and again for an adapter of fewer modules."""
 
     engine = "unsloth"
+    sharded = False
 
     def __init__(
         self,
