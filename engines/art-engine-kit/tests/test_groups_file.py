@@ -77,7 +77,7 @@ def there_and_back(file: Path, group: TrajectoryGroup) -> Any:
 def as_values(record: GroupRecord) -> Any:
     def history(known: HistoryRecord) -> Any:
         rows = [(row.token_ids.tolist(), repr(row.logprobs.tolist()), row.spans) for row in known.rows]
-        return rows, known.unread, plain(known.read())
+        return rows, known.unread, known.altered, plain(known.read())
 
     return record.exceptions, [(t.reward, [history(known) for known in t.histories]) for t in record.trajectories]
 
@@ -93,6 +93,10 @@ ITEMS: dict[str, list[Any]] = {
     "fewer logprobs than tokens": [choice([1], [2, 3], [entry()])],
     "logprobs of a refusal": [Choice.construct(**choice([1], [2]).to_dict() | {"logprobs": {"refusal": [entry()]}})],
     "extra fields": [choice([1], [2], scores=[math.nan, 1.0], nested={"a": [None, True, 10**30]}, policy_version=3)],
+    "what altered the drawing": [
+        choice([1], [2], altered_sampling=["top_p", LONE]),
+        choice([1], [2], altered_sampling=3),
+    ],
     "no logprobs": [choice([1], [2], [])],
     "no token ids": [choice(None, None, [entry()]), choice([1], None), choice(None, [2])],
     "what is no token id": [choice([1], ["x"]), choice([1], [2.5]), choice([1], [2**40]), choice([1], [None])],
@@ -261,8 +265,8 @@ def test_a_changed_bit_is_noticed(tmp_path: Path) -> None:
         (b"[]", "is not a file of trajectory groups"),
         (b"\xff" * 2000, "is not a file of trajectory groups"),
         (b'{"format": "parquet", "version": 1, "compression": "zlib"}\n', "is not a file of trajectory groups"),
-        (json.dumps({"format": FORMAT, "version": 2, "compression": "zlib"}).encode() + b"\n", "in version 2 "),
-        (json.dumps({"format": FORMAT, "version": 1, "compression": "zstd"}).encode() + b"\n", "compressed with zstd"),
+        (json.dumps({"format": FORMAT, "version": 3, "compression": "zlib"}).encode() + b"\n", "in version 3 "),
+        (json.dumps({"format": FORMAT, "version": 2, "compression": "zstd"}).encode() + b"\n", "compressed with zstd"),
     ],
 )
 def test_a_foreign_or_newer_file_is_refused_in_words(tmp_path: Path, content: bytes, said: str) -> None:

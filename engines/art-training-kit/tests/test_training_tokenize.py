@@ -11,6 +11,7 @@ import pytest
 
 from art_core.errors import InvalidTrajectory
 from art_core.trajectories import History, Trajectory, TrajectoryGroup
+from art_engine_kit.altered_sampling import ALTERED, sampled_otherwise
 from art_engine_kit.group_records import record_of
 from art_engine_kit.groups_file import read_groups, read_records, write_groups
 from art_training_kit.chat_template import ChatTemplate
@@ -79,6 +80,38 @@ def test_what_is_left_out_is_counted(make_choice: Make) -> None:
     assert equal.metrics["data/step_num_groups_trainable"] == 0
     assert equal.metrics["data/step_num_trajectories_zero_advantage"] == 3
     assert not tokenize_groups([record_of(TrajectoryGroup([]))], vocabulary_size=9, max_length=9).rows
+
+
+def test_choices_that_were_drawn_otherwise_are_counted_or_refused_by_their_places(
+    make_choice: Make, make_history: Make, tmp_path: Path
+) -> None:
+    def otherwise(prompt: list[int], *by: str) -> Any:
+        choice = make_choice(prompt, [2])
+        choice.altered_sampling = list(by)
+        return choice
+
+    def rewarded() -> list[tuple[Trajectory, float]]:
+        more = [make_history(otherwise([7], "top_p"))]
+        return [
+            (trajectory(make_choice([1], [2])), 0.0),
+            (trajectory(otherwise([1], "temperature", "top_k"), additional_histories=more), 1.0),
+            # Of no use to the step, so of no harm either.
+            (trajectory(otherwise([1], "min_p")), 0.5),
+        ]
+
+    step = tokenize(*rewarded())
+    assert step.metrics[ALTERED] == 2
+    assert "2 trained choices" in sampled_otherwise(step.metrics)
+    assert not sampled_otherwise(tokenize((trajectory(make_choice([1], [2])), 1.0)).metrics)
+    with pytest.raises(InvalidTrajectory, match=r"trajectories\[1\]\.messages_and_choices\[1\].*temperature, top_k"):
+        tokenize(*rewarded(), refuse_altered=True)
+    # As it comes to a worker.
+    groups = [TrajectoryGroup([each for each, _ in rewarded()])]
+    for trajectory_, (_, reward) in zip(groups[0], rewarded(), strict=True):
+        trajectory_.reward = reward
+    write_groups(tmp_path / "groups", groups)
+    read = tokenize_groups(read_records(tmp_path / "groups"), vocabulary_size=100, max_length=50)
+    assert read.metrics == step.metrics
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import art
 from art_backend_local.wire.host_files import read_host
 from art_core import History, Trajectory, TrajectoryGroup
-from art_core.errors import CheckpointNotFound, TrainingFailed
+from art_core.errors import CheckpointNotFound, InvalidTrajectory, TrainingFailed
 from art_tracker_files import read_trajectories
 
 torch = pytest.importorskip("torch")
@@ -523,3 +523,25 @@ async def test_agents_whose_turns_are_cut_are_trained_on_as_they_were_sampled(
         assert result.metrics["loss/mismatch_outside"] == 0.0
     told = [str(warning.message) for warning in heard if "conversations of several turns" in str(warning.message)]
     assert (split, len(told)) == ((0, 0) if template is None else (8, 1)), "told once for a model"
+
+
+async def test_what_was_drawn_otherwise_than_its_logprobs_say_is_told_once_or_refused(
+    torch_backend, make_policy, client
+):
+    policy = make_policy()
+    asked = client(await torch_backend.register(policy))
+    group = TrajectoryGroup(
+        await asyncio.gather(*(attempt(asked, seed=seed, temperature=0.5 + seed / 2) for seed in range(4)))
+    )
+    for number, trajectory in enumerate(group):
+        trajectory.reward = float(number)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        results = [await torch_backend.train(policy, [group], learning_rate=0.0) for _ in range(2)]
+    assert [result.metrics["data/step_num_choices_altered_sampling"] for result in results] == [3.0, 3.0]
+    told = [str(warning.message) for warning in heard if "drawn from other probabilities" in str(warning.message)]
+    assert len(told) == 1, "told once for a model"
+    with pytest.raises(
+        InvalidTrajectory, match=r"trajectories\[0\]\.messages_and_choices\[1\] was drawn with temperature"
+    ):
+        await torch_backend.train(policy, [group], learning_rate=0.0, altered_sampling="refuse")

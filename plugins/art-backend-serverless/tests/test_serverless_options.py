@@ -37,7 +37,7 @@ async def test_each_published_option_is_sent_as_it_is(
 async def test_what_the_service_doesn_t_take_is_refused_before_anything_is_sent(
     cloud: Any, serverless: Any, model: Any, groups: Any, argument: str
 ) -> None:
-    value = True if argument.startswith("allow") else 1
+    value = {"allow_training_without_logprobs": True, "altered_sampling": "refuse"}.get(argument, 1)
     with pytest.raises(UnknownArgument) as refusal:
         await serverless.train(model, groups, **{argument: value})
     assert refusal.value.name == argument

@@ -19,6 +19,8 @@ from starlette.responses import JSONResponse, Response
 
 from art_gateway import RouteUnavailable
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
 
 async def test_every_choice_says_what_was_sampled_and_by_which_step(stage: Any) -> None:
     status, body, headers = await stage.chat(n=2)
@@ -34,9 +36,28 @@ async def test_every_choice_says_what_was_sampled_and_by_which_step(stage: Any) 
         assert choice["message"]["content"] == "p/agent@3"
 
 
+@pytest.mark.parametrize(
+    ("fields", "altered"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9, "seed": 3}, ["temperature", "top_p"]),
+        ({"temperature": 0}, ["temperature"]),
+        ({"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}, ["min_p", "repetition_penalty", "top_k"]),
+        ({"tools": [TOOL], "tool_choice": "required"}, ["tool_choice"]),
+        ({"response_format": {"type": "json_object"}, "logit_bias": {"5": 1}}, ["logit_bias", "response_format"]),
+        ({"temperature": 1.0, "top_p": 1, "top_k": -1, "min_p": 0.0, "logit_bias": {}, "presence_penalty": None}, None),
+        ({"tools": [TOOL], "tool_choice": "auto", "response_format": {"type": "text"}}, None),
+    ],
+)
+async def test_a_choice_that_was_drawn_from_other_probabilities_than_its_logprobs_says_so(
+    stage: Any, fields: dict[str, Any], altered: list[str] | None
+) -> None:
+    _, body, _ = await stage.chat(n=2, **fields)
+    assert [choice.get("altered_sampling") for choice in body["choices"]] == [altered] * 2
+
+
 async def test_the_engine_is_asked_for_ids_and_logprobs_and_gets_the_rest_as_it_came(stage: Any) -> None:
     sent = {
-        "tools": [{"type": "function", "function": {"name": "look", "parameters": {}}}],
+        "tools": [TOOL],
         "stop": ["\n"],
         "response_format": {"type": "json_object"},
         "seed": 7,

@@ -51,8 +51,8 @@ def _events(raw: bytes) -> list[Any]:
     return [data.decode() if data == b"[DONE]" else json.loads(data) for data in datas]
 
 
-async def _raw_stream(stage: Any) -> list[Any]:
-    body = {"model": "agent", "messages": [], "stream": True}
+async def _raw_stream(stage: Any, **fields: Any) -> list[Any]:
+    body = {"model": "agent", "messages": [], "stream": True, **fields}
     async with stage.client.post(f"{stage.url}/p/v1/chat/completions", json=body) as answer:
         assert answer.status == 200
         assert answer.headers["x-art-step"] == "3"
@@ -68,6 +68,13 @@ async def test_each_chunk_carries_its_ids_and_its_step(stage: Any) -> None:
     assert chunks[0]["choices"][0]["prompt_token_ids"] == [11, 12, 13]
     await stage.settled()
     assert stage.routes.released == [3]
+
+
+async def test_each_chunk_of_a_filtered_answer_says_so(stage: Any) -> None:
+    *chunks, _ = await _raw_stream(stage, top_p=0.5)
+    assert [chunk["choices"][0]["altered_sampling"] for chunk in chunks] == [["top_p"]] * 4
+    *chunks, _ = await _raw_stream(stage)
+    assert not any("altered_sampling" in chunk["choices"][0] for chunk in chunks)
 
 
 async def test_the_openai_client_gets_chunks_as_they_are_made(stage: Any) -> None:

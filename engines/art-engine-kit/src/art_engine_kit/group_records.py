@@ -19,6 +19,8 @@ import numpy.typing as npt
 from art_core import History, TrajectoryGroup
 from art_core.trajectories import is_choice
 
+from .altered_sampling import altered_by
+
 TOKEN_ID = np.dtype("<i4")
 LOGPROB = np.dtype("<f8")
 NO_LOGPROBS = -1
@@ -58,12 +60,20 @@ class UnreadChoice(NamedTuple):
     fault: str
 
 
+class AlteredChoice(NamedTuple):
+    """A choice that was drawn from other probabilities than the policy's own, and the request's fields that say so."""
+
+    item: int
+    by: str
+
+
 @dataclass(frozen=True, slots=True)
 class HistoryRecord:
     """One conversation. `read` gives it whole, messages and tools included."""
 
     rows: list[SampledRow]
     unread: list[UnreadChoice]
+    altered: list[AlteredChoice]
     read: Callable[[], History]
 
 
@@ -113,13 +123,18 @@ def record_of(group: TrajectoryGroup) -> GroupRecord:
 def _history_record(history: History) -> HistoryRecord:
     samples: list[Sample] = []
     unread: list[UnreadChoice] = []
+    altered: list[AlteredChoice] = []
     for item, choice in enumerate(history.messages_and_choices):
-        read = _read_choice(item, choice) if is_choice(choice) else None
+        if not is_choice(choice):
+            continue
+        read = _read_choice(item, choice)
+        if by := altered_by(choice):
+            altered.append(AlteredChoice(item, by))
         if isinstance(read, Sample):
             samples.append(read)
         elif read is not None:
             unread.append(read)
-    return HistoryRecord(join_rows(samples), unread, lambda: history)
+    return HistoryRecord(join_rows(samples), unread, altered, lambda: history)
 
 
 def join_rows(samples: Iterable[Sample]) -> list[SampledRow]:

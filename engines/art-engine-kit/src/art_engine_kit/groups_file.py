@@ -33,6 +33,7 @@ from art_core.atomic_files import appearing
 from .group_records import (
     LOGPROB,
     TOKEN_ID,
+    AlteredChoice,
     GroupRecord,
     HistoryRecord,
     SampledRow,
@@ -44,7 +45,7 @@ from .group_records import (
 from .group_text import group_from_text, group_to_text
 
 FORMAT = "art-trajectory-groups"
-VERSION = 1
+VERSION = 2
 COMPRESSION = "zlib"
 # Level 1 halves the file; 6 takes four times as long to save another fourteenth.
 _LEVEL = 1
@@ -104,9 +105,12 @@ def _record(block: _Block) -> GroupRecord:
     for t, (reward, histories) in enumerate(index):
         known = [
             HistoryRecord(
-                [rows.next(*row) for row in given], list(starmap(UnreadChoice, unread)), partial(_history, whole, t, h)
+                [rows.next(*row) for row in given],
+                list(starmap(UnreadChoice, unread)),
+                list(starmap(AlteredChoice, altered)),
+                partial(_history, whole, t, h),
             )
-            for h, (given, unread) in enumerate(histories)
+            for h, (given, unread, altered) in enumerate(histories)
         ]
         trajectories.append(TrajectoryRecord(reward, known))
     return GroupRecord(trajectories, exceptions)
@@ -217,7 +221,11 @@ def _index(record: GroupRecord) -> bytes:
         (
             trajectory.reward,
             [
-                ([(len(row.token_ids), len(row.logprobs), row.spans) for row in history.rows], history.unread)
+                (
+                    [(len(row.token_ids), len(row.logprobs), row.spans) for row in history.rows],
+                    history.unread,
+                    history.altered,
+                )
                 for history in trajectory.histories
             ],
         )

@@ -72,6 +72,11 @@ class TrainOptions(KeywordOptions):
         description="train also on choices, and on assistant messages, that came without token ids and logprobs: they"
         " are tokenized, and ρ is 1",
     )
+    altered_sampling: Literal["train", "refuse"] = Field(
+        "train",
+        description="what is done with choices that were drawn with a temperature other than 1, a filter, a penalty or"
+        ' a structure, whose logprobs are the policy\'s own all the same: `"refuse"` stops the step and names them',
+    )
     plot_tensors: bool = Field(False, description="save a picture of the packed rows under `plots/`")
     truncated_importance_sampling: float | None = Field(
         None,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from art_core.errors import InvalidTrajectory
 from art_core.trajectories import LARGEST_REWARD, refuse
+from art_engine_kit.altered_sampling import ALTERED
 from art_engine_kit.group_records import (
     LOGPROB,
     NO_LOGPROBS,
@@ -46,20 +47,22 @@ def tokenize_groups(
     max_length: int,
     scale_rewards: bool = True,
     without_logprobs: ChatTemplate | None = None,
+    refuse_altered: bool = False,
 ) -> TokenizedStep:
     """Tokenize a step's groups, one at a time. Rows longer than `max_length` tokens are left out with their whole
     trajectory, and counted.
 
-    `without_logprobs` is what a choice without ids goes through where that is allowed; None refuses it. Raises
-    InvalidTrajectory, naming group, trajectory and choice of each, for rewards that are not finite and for tokens that
-    cannot be trained on.
+    `without_logprobs` is what a choice without ids goes through where that is allowed; None refuses it.
+    `refuse_altered` refuses choices that weren't drawn from the policy's own probabilities. Raises InvalidTrajectory,
+    naming group, trajectory and choice of each, for what is refused, for rewards that are not finite and for tokens
+    that cannot be trained on.
     """
     rows: list[TokenRow] = []
     advantages: list[float] = []
     trained_tokens: list[int] = []
     lengths: list[int] = []
     problems: list[str] = []
-    submitted = unequal = zero = no_choice = too_long = exceptions = total = several_turns = split = 0
+    submitted = unequal = zero = no_choice = too_long = exceptions = total = several_turns = split = altered = 0
     for g, group in enumerate(groups):
         submitted += 1
         exceptions += group.exceptions
@@ -76,6 +79,8 @@ def tokenize_groups(
                 continue
             where = f"trajectory_groups[{g}].trajectories[{t}]"
             try:
+                if refuse_altered:
+                    _refuse_altered(group.trajectories[t], where)
                 sampled = list(_sampled_rows(group.trajectories[t], where, without_logprobs))
                 if not sampled:
                     no_choice += 1
@@ -92,6 +97,7 @@ def tokenize_groups(
                 problems.append(str(error))
                 continue
             rows.extend(made)
+            altered += sum(len(history.altered) for history in group.trajectories[t].histories)
             turns = _turns_of_each_row(sampled)
             several_turns += sum(sum(of_rows) > 1 for of_rows in turns)
             split += sum(len(of_rows) > 1 for of_rows in turns)
@@ -109,6 +115,7 @@ def tokenize_groups(
         "data/step_num_trajectories_too_long": float(too_long),
         SEVERAL_TURNS: float(several_turns),
         SPLIT: float(split),
+        ALTERED: float(altered),
     }
     return TokenizedStep(rows, np.array(advantages), np.array(trained_tokens, dtype=np.int64), metrics, lengths)
 
@@ -131,6 +138,17 @@ def _sampled_rows(
             _refuse_unread(choice, name, template)
         for row in history.rows if template is None else _rows_by_template(history, name, template):
             yield name, row
+
+
+def _refuse_altered(trajectory: TrajectoryRecord, where: str) -> None:
+    for h, history in enumerate(trajectory.histories):
+        for choice in history.altered:
+            name = where if h == 0 else f"{where}.additional_histories[{h - 1}]"
+            raise InvalidTrajectory(
+                f"{name}.messages_and_choices[{choice.item}] was drawn with {choice.by}, so from other probabilities"
+                " than its logprobs tell, and altered_sampling is 'refuse'. Sample with temperature=1 and no filter,"
+                " penalty or structure, or train on it as it is with altered_sampling='train'."
+            )
 
 
 def _turns_of_each_row(sampled: Iterable[tuple[str, SampledRow]]) -> list[list[int]]:

@@ -204,6 +204,7 @@ class Trainer:
             max_length=limit.tokens,
             scale_rewards=options.scale_rewards and options.normalize_advantages,
             without_logprobs=template if options.allow_training_without_logprobs else None,
+            refuse_altered=options.altered_sampling == "refuse",
         )
         _warn_of_lengths(job, step.lengths, limit)
         return step

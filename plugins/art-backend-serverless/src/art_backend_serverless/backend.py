@@ -188,6 +188,7 @@ class ServerlessBackend:
         kl_penalty_coef: float | None = None,
         kl_penalty_reference_step: int | None = None,
         allow_training_without_logprobs: bool | None = None,
+        altered_sampling: Literal["train", "refuse"] | None = None,
         truncated_importance_sampling: float | None = None,
         packed_sequence_length: int | None = None,
         grad_accumulation_sequences: int | None = None,

@@ -60,6 +60,7 @@ class RemoteTrainOptions(_Arguments):
     kl_penalty_coef: float | None = Field(None, ge=0)
     kl_penalty_reference_step: int | None = Field(None, ge=0)
     allow_training_without_logprobs: bool | None = None
+    altered_sampling: Literal["train", "refuse"] | None = None
     truncated_importance_sampling: float | None = Field(None, gt=0)
     packed_sequence_length: int | None = Field(None, ge=1)
     grad_accumulation_sequences: int | None = Field(None, ge=1)

@@ -137,6 +137,7 @@ class ExperimentalConfig(Sent):
     kl_penalty_coef: float | None = None
     kl_penalty_reference_step: int | None = Field(default=None, ge=0)
     allow_training_without_logprobs: bool | None = None
+    altered_sampling: Literal["train", "refuse"] | None = None
     truncated_importance_sampling: float | None = None
     packed_sequence_length: int | None = Field(default=None, ge=1)
     grad_accumulation_sequences: int | None = Field(default=None, ge=1)
@@ -146,7 +147,7 @@ class ExperimentalConfig(Sent):
 #: Fields of ExperimentalConfig beyond the published ones.
 OWN_TRAIN_OPTIONS = (
     *("kl_penalty_coef", "kl_penalty_reference_step", "allow_training_without_logprobs"),
-    *("truncated_importance_sampling", "packed_sequence_length", "grad_accumulation_sequences"),
+    *("altered_sampling", "truncated_importance_sampling", "packed_sequence_length", "grad_accumulation_sequences"),
     "num_trajectories_learning_rate_multiplier_power",
 )
 

@@ -5,7 +5,7 @@ Works on bytes and JSON only; no connection is known here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -20,13 +20,16 @@ from .sse import DONE, EventReader
 _LONGEST_EVENT = 64 * 2**20
 
 
-def normalise_answer(route: Route, endpoint: Endpoint, body: bytes) -> bytes:
-    """A whole answer in the one form. Raises ApiError for one that can't be brought into it."""
+def normalise_answer(route: Route, endpoint: Endpoint, body: bytes, altered: Sequence[str] = ()) -> bytes:
+    """A whole answer in the one form, to a request that `altered` what was drawn by these of its fields.
+
+    Raises ApiError for one that can't be brought into it.
+    """
     try:
         answer = orjson.loads(body)
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
             raise EngineRefused(route.engine.name, endpoint, "its answer is no JSON object with choices")
-        return orjson.dumps(_stamp(route.engine.read_response(endpoint, answer), route))
+        return orjson.dumps(_stamp(route.engine.read_response(endpoint, answer), route, altered))
     except (orjson.JSONDecodeError, EngineRefused) as error:
         raise unreadable(route, error) from error
 
@@ -34,8 +37,8 @@ def normalise_answer(route: Route, endpoint: Endpoint, body: bytes) -> bytes:
 class StreamNormaliser:
     """Brings a stream into the one form, chunk by chunk. `ended` is true once it has said that it is over."""
 
-    def __init__(self, route: Route, endpoint: Endpoint) -> None:
-        self._route, self._endpoint = route, endpoint
+    def __init__(self, route: Route, endpoint: Endpoint, altered: Sequence[str] = ()) -> None:
+        self._route, self._endpoint, self._altered = route, endpoint, altered
         self._reader = EventReader()
         self.ended = False
 
@@ -66,7 +69,7 @@ class StreamNormaliser:
             return None
         if not isinstance(chunk.get("choices"), list):
             return None
-        return _stamp(self._route.engine.read_chunk(self._endpoint, chunk), self._route)
+        return _stamp(self._route.engine.read_chunk(self._endpoint, chunk), self._route, self._altered)
 
 
 def died(route: Route, error: BaseException | str) -> ApiError:
@@ -82,9 +85,11 @@ def unreadable(route: Route, error: Exception) -> ApiError:
     return engine_error(502, message, code="engine_answer_unusable")
 
 
-def _stamp(answer: dict[str, Any], route: Route) -> dict[str, Any]:
-    """Say which step answered, on the answer and on each of its choices."""
+def _stamp(answer: dict[str, Any], route: Route, altered: Sequence[str]) -> dict[str, Any]:
+    """Say which step answered, on the answer and on each of its choices, and there what altered the drawing."""
     answer["model"] = route.name
     for choice in answer["choices"]:
         choice["policy_version"] = route.step
+        if altered:
+            choice["altered_sampling"] = altered
     return answer

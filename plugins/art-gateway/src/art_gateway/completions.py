@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -20,6 +21,7 @@ from art_core.engines import Endpoint
 from art_core.errors import CheckpointNotFound, InvalidName, InvalidRequest
 from art_core.names import parse_inference_name
 
+from .altered_sampling import altered_by
 from .answers import StreamNormaliser, died, normalise_answer
 from .catalogue import not_served, several_projects
 from .errors import ApiError, engine_error, send_bytes
@@ -206,12 +208,12 @@ class Completions:
         # A large body goes out in pieces, with other requests in between.
         data = BytesIOPayload(io.BytesIO(payload)) if len(payload) > _ONE_PIECE else BytesPayload(payload)
         url = f"{route.upstream_url}/v1/{self._endpoint}"
-        step = (b"x-art-step", b"%d" % route.step)
+        step, altered = (b"x-art-step", b"%d" % route.step), altered_by(request)
         try:
             async with self._upstream.session.post(url, data=data, headers=headers, allow_redirects=False) as answer:
                 content_type = answer.headers.get("Content-Type", "application/json")
                 if answer.status == 200 and content_type.startswith("text/event-stream"):
-                    await self._relay(answer, route, step, send)
+                    await self._relay(answer, route, step, altered, send)
                     return
                 body = await answer.read()
                 status, retry_after = answer.status, answer.headers.get("Retry-After")
@@ -233,15 +235,22 @@ class Completions:
         if status != 200:
             await send_bytes(send, status, body, content_type=content_type.encode(), headers=headers_out)
             return
-        await send_bytes(send, 200, normalise_answer(route, self._endpoint, body), headers=headers_out)
+        await send_bytes(send, 200, normalise_answer(route, self._endpoint, body, altered), headers=headers_out)
 
-    async def _relay(self, answer: aiohttp.ClientResponse, route: Route, step: tuple[bytes, bytes], send: Send) -> None:
+    async def _relay(
+        self,
+        answer: aiohttp.ClientResponse,
+        route: Route,
+        step: tuple[bytes, bytes],
+        altered: Sequence[str],
+        send: Send,
+    ) -> None:
         """Pass a stream on event by event. Whatever ends it early becomes an error event, so that a cut answer never
         looks whole.
         """
         headers = [(b"content-type", _STREAM), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"), step]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        stream = StreamNormaliser(route, self._endpoint)
+        stream = StreamNormaliser(route, self._endpoint, altered)
         out = bytearray()
         failure: ApiError | None = None
         try:

@@ -227,6 +227,7 @@ class LocalBackend:
         kimi_k2_tau: float | None = None,
         precalculate_logprobs: bool = False,
         allow_training_without_logprobs: bool = False,
+        altered_sampling: Literal["train", "refuse"] = "train",
         plot_tensors: bool = False,
         truncated_importance_sampling: float | None = None,
         packed_sequence_length: int | None = None,
