@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -33,7 +34,8 @@ from art_training_kit.launch import worker_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-# Engine torch's policy, with a fault at a rank's next row that is trained: "RANK KIND" in a file, which takes it once.
+# Engine torch's policy, with a fault of a rank that a file has as "RANK KIND" and that takes it once: at its next row that
+# is trained, where it loads the start, or where it asks for the adapter's parameters for the nth time after that.
 FAULTY_POLICY = """
 import os, sys, time
 from pathlib import Path
@@ -47,11 +49,33 @@ FAULT = Path(os.environ["FAULT"])
 
 def load(request):
     policy = load_policy(request)
-    compute = policy.hidden_states
+    compute, load_adapter, parameters = policy.hidden_states, policy.load_adapter, policy.adapter_parameters
+    asked = 0
+
+    def kind_now():
+        rank, _, kind = FAULT.read_text().partition(" ") if FAULT.exists() else ("", "", "")
+        return kind if rank == RANK else ""
+
+    def fail_at(place):
+        if kind_now() == place:
+            FAULT.unlink()
+            raise ValueError("what this rank does is nonsense")
+
+    def loading(folder):
+        nonlocal asked
+        fail_at("load")
+        asked = 0
+        load_adapter(folder)
+
+    def adapter_parameters():
+        nonlocal asked
+        asked += 1
+        fail_at(f"parameters {asked}")
+        return parameters()
 
     def hidden_states(row):
-        rank, _, kind = FAULT.read_text().partition(" ") if FAULT.exists() else ("", "", "")
-        if rank == RANK and torch.is_grad_enabled():
+        kind = kind_now()
+        if kind in ("slow", "memory", "broken") and torch.is_grad_enabled():
             if kind == "slow":
                 (FAULT.parent / f"slow-{RANK}").touch()
                 time.sleep(600)
@@ -62,6 +86,7 @@ def load(request):
         return compute(row)
 
     policy.hidden_states = hidden_states
+    policy.load_adapter, policy.adapter_parameters = loading, adapter_parameters
     return policy
 """
 
@@ -223,6 +248,23 @@ async def test_a_fault_of_one_rank_fails_the_job_in_its_words_and_the_next_job_i
         for number in (0, 1):
             apart, _ = farthest(tmp_path / f"short-{number}" / "checkpoints" / "0001", good.destination)
             assert apart < WEIGHTS
+
+
+@pytest.mark.parametrize("init_args", [{}, {"shard_base": True}], ids=["whole", "spread"])
+async def test_a_fault_beside_the_rows_fails_the_job_of_every_rank_and_nothing_is_saved(
+    base: Path, start: Path, groups: list[TrajectoryGroup], tmp_path: Path, init_args: dict[str, bool]
+) -> None:
+    # The optimizer is made, what is there is measured, the gradients are added up, the step has been taken.
+    places = ("load", "parameters 1", "parameters 2", "parameters 3", "parameters 4")
+    async with ranks(2, base, tmp_path, **init_args) as (worker, engine):
+        for number, place in product((1, 0), places):
+            engine.fault.write_text(f"{number} {place}")
+            folder = tmp_path / f"failed-{number}-{place}"
+            failed = await asyncio.wait_for(worker.failing(step_job(start, groups, folder)), 30)
+            assert "what this rank does is nonsense" in failed.message
+            assert ("rank 1 of 2" in failed.message) == (number == 1)
+            assert whole_steps(folder / "checkpoints") == {}
+        await worker.train(step_job(start, groups, tmp_path / "good"))
 
 
 async def test_a_client_that_goes_away_cancels_the_job_of_every_rank(

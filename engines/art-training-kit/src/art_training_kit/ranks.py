@@ -103,13 +103,12 @@ class Ranks:
         """What this rank computes at once. Raises JobCancelled where the client is gone. In step, a fault within it
         ends the process: the others wait in the midst of theirs, and can't be told.
         """
+        stop_if(cancelled)
         if not self.are_in_step:
-            stop_if(cancelled)
             yield
             return
-        gone = torch.tensor(int(cancelled()))
-        self._all_reduce(gone, distributed.ReduceOp.MAX)
-        stop_if(lambda: bool(gone))
+        # One that failed before this, or is told that the client is gone, doesn't come to it: it says so in `alike`.
+        self.agree()
         try:
             yield
         except Exception as error:
@@ -163,6 +162,8 @@ class Ranks:
             return
         parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         total = torch.cat([part.reshape(-1) for part in parts])
+        # That took memory, which one may not have had.
+        self.agree()
         self._all_reduce(total)
         for parameter, values in zip(
             parameters, torch.split(total, [each.numel() for each in parameters]), strict=True

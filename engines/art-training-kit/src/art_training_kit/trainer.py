@@ -181,6 +181,8 @@ class Trainer:
         metrics = work.metrics(time.monotonic() - started) | mean_of(samples)
         metrics["data/step_attention_mask_bytes"] = float(mask)
         refuse_diverged(job, grown_from(largest, self._policy), samples[-1])
+        # What the first saves stays: none may have failed by then.
+        self._ranks.agree()
         if canary is not None and self._ranks.leads:
             yield from self._save(job, metrics, canary, samples[-1], cancelled)
         elif canary is not None:
@@ -279,9 +281,7 @@ class Trainer:
             stop_if(cancelled)
 
     def _make(self, canary: CanaryMaker) -> Canary:
-        if self._ranks.are_in_step:
-            # The first rank has written by now, or failed to, and then none computes.
-            self._ranks.agree()
+        # The first rank has written by now, or failed to, and then none computes.
         with self._ranks.turn(lambda: False):
             return canary.make()
 
@@ -296,6 +296,7 @@ class Trainer:
             | {"time/step_trainer_s": time.monotonic() - started}
         )
         read_manifest(job.start, hashes=True)
+        self._ranks.agree()
         if self._ranks.leads:
             self._copy_start(job, metrics)
         self._ranks.agree()
