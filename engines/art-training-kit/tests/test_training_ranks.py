@@ -9,9 +9,10 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -34,8 +35,8 @@ from art_training_kit.launch import worker_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-# Engine torch's policy, with a fault of a rank that a file has as "RANK KIND" and that takes it once: at its next row that
-# is trained, where it loads the start, or where it asks for the adapter's parameters for the nth time after that.
+# Engine torch's policy, with a fault of a rank that a file has as "RANK KIND" and that takes it once: at its next row
+# that is trained, where it loads the start, or where it asks for the adapter's parameters for the nth time after that.
 FAULTY_POLICY = """
 import os, sys, time
 from pathlib import Path
@@ -145,10 +146,10 @@ def processes(worker: LiveWorker) -> list[psutil.Process]:
     return sorted((each for each in found if "--policy" in each.cmdline()), key=lambda each: each.create_time())
 
 
-async def gone(found: list[psutil.Process]) -> float:
+async def gone(found: list[psutil.Process], limit_s: float = 10) -> float:
     """Seconds until none of these is there."""
     began = time.monotonic()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(limit_s):
         while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in found):
             await asyncio.sleep(0.02)
     return time.monotonic() - began
@@ -313,6 +314,29 @@ async def test_none_outlives_another(
             assert f"rank 1 of 2 (process {found[1].pid}) was ended by signal 9" in worker.process.log_tail()
         assert whole_steps(tmp_path / "killed" / "checkpoints") == {}
         assert not list(tmp_path.glob("art-ranks-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+async def test_none_outlives_a_first_that_ends_before_they_have_met(
+    base: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    plan = FaultyEngine(tmp_path).launch(step_launch("torch", base, init_args={"ranks": 3}))
+    # Without the tether, which would end what is left.
+    first = subprocess.Popen(plan.argv, env={**os.environ, **plan.env}, start_new_session=True)
+    found = [psutil.Process(first.pid)]
+    try:
+        while len(found) < 3:
+            found = [found[0], *found[0].children()]
+        # A terminal and the tether tell all of them, the others too early to have heard of it.
+        (os.kill if number == signal.SIGKILL else os.killpg)(first.pid, number)
+        await asyncio.to_thread(first.wait, 60)
+        await gone(found, 60)
+        assert not list(tmp_path.glob("art-ranks-*"))
+    finally:
+        for each in found:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        first.wait()
 
 
 async def test_ranks_listen_to_this_machine_only(base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 from art_engine_kit.training_wire import TrainEvent, TrainJob
 
 _log = logging.getLogger(__name__)
 _STOP_LIMIT_S = 5.0
+# The signals that ask a worker to leave. Its first rank ends the others.
+FOR_THE_FIRST: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class Runner(Protocol):
@@ -38,19 +41,25 @@ class Followers:
     """The ranks 1 to `count` - 1 of the worker that this process is the first of."""
 
     def __init__(self, count: int) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="art-ranks-"))
         self._count = count
         self._ending = threading.Lock()
         self._stopping = False
-        self._processes = [
-            # Each hears jobs by its standard input, which closes however this process ends.
-            subprocess.Popen(
-                [*sys.orig_argv, "--rank", str(number), "--meeting", str(self.folder)],
-                stdin=subprocess.PIPE,
-                env=os.environ | own_devices(os.environ, number, count),
-            )
-            for number in range(1, count)
-        ]
+        # The others inherit this: a signal to the whole group would end those that aren't far enough to ignore it, and
+        # nobody would be left to remove the folder. To this process it comes afterwards.
+        signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_FIRST)
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="art-ranks-"))
+            self._processes = [
+                # Each hears jobs by its standard input, which closes however this process ends.
+                subprocess.Popen(
+                    [*sys.orig_argv, "--rank", str(number), "--meeting", str(self.folder)],
+                    stdin=subprocess.PIPE,
+                    env=os.environ | own_devices(os.environ, number, count),
+                )
+                for number in range(1, count)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_FIRST)
         for number, process in enumerate(self._processes, start=1):
             threading.Thread(target=self._watch, args=(number, process), daemon=True).start()
 

@@ -73,9 +73,13 @@ class Ranks:
         rank gone, nothing can be agreed on any more.
         """
         gpu = torch.cuda.is_available()
+        file = folder / "ranks"
+        # Fails where a rank that ended removed the folder. FileStore would wait for it for minutes, and hold the GIL,
+        # so that this process couldn't even notice that another is gone.
+        file.touch()
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            store=distributed.FileStore(str(folder / "ranks"), count),  # type: ignore[attr-defined]
+            store=distributed.FileStore(str(file), count),  # type: ignore[attr-defined]
             rank=number,
             world_size=count,
             timeout=WAIT_LIMIT,
