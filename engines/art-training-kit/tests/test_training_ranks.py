@@ -355,6 +355,9 @@ async def test_a_base_that_cannot_be_loaded_is_said_once_and_leaves_nobody(base:
     with pytest.raises(Exception, match="nowhere"):
         async with ranks(2, tmp_path / "nowhere", tmp_path):
             pass
+    log = (tmp_path / "2.log").read_text()
+    assert "Fatal Python error" not in log
+    assert "This worker ends" not in log
     assert not list(tmp_path.glob("art-ranks-*"))
 
 

@@ -137,6 +137,11 @@ class Follower:
         while True:
             yield TrainJob.model_validate_json(self._heard.get())
 
+    def wait(self) -> NoReturn:
+        """Do nothing until the first rank is gone."""
+        while True:
+            self._heard.get()
+
     def lost(self, why: str) -> NoReturn:
         """End this process, since another rank is gone."""
         _log.critical("%s. It ends", why)

@@ -36,8 +36,8 @@ def _load_trainer(arguments: argparse.Namespace, ranks: Ranks) -> Trainer:
     from .trainer import Trainer
 
     module, _, attribute = arguments.policy.partition(":")
-    make: PolicyFactory = getattr(importlib.import_module(module), attribute)
     with ranks.alike():
+        make: PolicyFactory = getattr(importlib.import_module(module), attribute)
         policy = make(
             PolicyRequest(
                 base_model=arguments.base_model,
@@ -114,7 +114,16 @@ def _follow(arguments: argparse.Namespace) -> NoReturn:
     from .ranks import Ranks
 
     follower = Follower(arguments.meeting)
-    trainer = _load_trainer(arguments, Ranks.meet(arguments.rank, arguments.ranks, arguments.meeting, follower.lost))
+    try:
+        ranks = Ranks.meet(arguments.rank, arguments.ranks, arguments.meeting, follower.lost)
+    except Exception as error:
+        follower.lost(f"rank {arguments.rank} can't meet the others: {type(error).__name__}: {error}")
+    try:
+        trainer = _load_trainer(arguments, ranks)
+    except Exception as error:
+        # Every rank fails to, and the first has to be asked why before it ends: it would end at once if this one did.
+        _log.error("the base model could not be loaded: %s: %s", type(error).__name__, error)
+        follower.wait()
     for job in follower.jobs():
         try:
             for _ in trainer.run(job):
