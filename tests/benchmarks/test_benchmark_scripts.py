@@ -35,6 +35,16 @@ def test_inference(tiny_base_model: Path) -> None:
 
 
 @pytest.mark.slow
+def test_engine_curves(tiny_base_model: Path) -> None:
+    small = ("--steps", "2", "--samples", "2", "--base-model", str(tiny_base_model))
+    result = run("engine_curves.py", "--training-engines", "torch", *small)
+    [curve] = result["curves"]
+    assert (curve["training_engine"], curve["inference_engine"]) == ("torch", "torch")
+    assert len(curve["rewards"]) == 2
+    assert 0 <= curve["mismatch"] < 0.3
+
+
+@pytest.mark.slow
 def test_publish_latency() -> None:
     result = run("publish_latency.py", "--tiny", "--publishes", "2", "--in-flight", "4")
     assert result["publishes"] == len(result["each"]) == 2
