@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, Protocol
@@ -26,6 +27,7 @@ from art_engine_kit.training_wire import TrainEvent, TrainJob
 
 _log = logging.getLogger(__name__)
 _STOP_LIMIT_S = 5.0
+_SEEN_GONE_S = 1.0
 # The signals that ask a worker to leave. Its first rank ends the others.
 FOR_THE_FIRST: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -60,8 +62,8 @@ class Followers:
             ]
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_FIRST)
-        for number, process in enumerate(self._processes, start=1):
-            threading.Thread(target=self._watch, args=(number, process), daemon=True).start()
+        for process in self._processes:
+            threading.Thread(target=self._watch, args=(process,), daemon=True).start()
 
     def leading(self, runner: Runner) -> Runner:
         """`runner`, for all ranks: each of its jobs goes to the others too."""
@@ -81,9 +83,14 @@ class Followers:
     def lost(self, why: str) -> NoReturn:
         """End this process and the other ranks at once: nothing half-made is kept of a job, whenever it ends."""
         with self._ending:
-            _log.critical("%s. This worker ends; nothing of a job under way is kept", why)
-            self._end(0.0)
-            os._exit(1)
+            if not self._stopping:
+                for reason in self._ends() or [why]:
+                    _log.critical("%s. This worker ends; nothing of a job under way is kept", reason)
+                self._end(0.0)
+                os._exit(1)
+        # The process is about to end anyhow, and politely.
+        threading.Event().wait()
+        raise AssertionError("nothing sets this event")
 
     def stop(self) -> None:
         """End the other ranks."""
@@ -104,13 +111,26 @@ class Followers:
                 process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _watch(self, number: int, process: subprocess.Popen[bytes]) -> None:
-        code = process.wait()
-        with self._ending:
-            if self._stopping:
-                return
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        self.lost(f"rank {number} of {self._count} (process {process.pid}) {how}")
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self.lost("a rank ended")
+
+    def _ends(self) -> list[str]:
+        """How those ended that have. Who loses a connection to one may see it before its process is gone."""
+        deadline = time.monotonic() + _SEEN_GONE_S
+        while not (gone := [each for each in self._processes if each.poll() is not None]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        return [
+            f"rank {1 + self._processes.index(each)} of {self._count} (process {each.pid})"
+            + (
+                f" was ended by signal {-each.returncode}"
+                if each.returncode < 0
+                else f" ended with exit code {each.returncode}"
+            )
+            for each in gone
+        ]
 
 
 @dataclass(frozen=True)
@@ -158,7 +178,7 @@ class Follower:
         os._exit(code)
 
 
-def own_devices(environment: dict[str, str] | os._Environ[str], number: int, count: int) -> dict[str, str]:
+def own_devices(environment: Mapping[str, str], number: int, count: int) -> dict[str, str]:
     """What rank `number` of `count` has to find in its environment: the one GPU of those named there that is its own,
     which it then knows as the first; and its part of the cores, where nothing is said of them.
     """
@@ -171,5 +191,5 @@ def own_devices(environment: dict[str, str] | os._Environ[str], number: int, cou
         own["OMP_NUM_THREADS"] = str(max(1, cores // count))
     if sys.platform == "linux":
         # Not the interface that the machine's name leads to.
-        own["GLOO_SOCKET_IFNAME"] = "lo"
+        own |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return own
