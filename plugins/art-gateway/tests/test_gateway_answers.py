@@ -44,7 +44,18 @@ async def test_every_choice_says_what_was_sampled_and_by_which_step(stage: Any) 
         ({"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}, ["min_p", "repetition_penalty", "top_k"]),
         ({"tools": [TOOL], "tool_choice": "required"}, ["tool_choice"]),
         ({"response_format": {"type": "json_object"}, "logit_bias": {"5": 1}}, ["logit_bias", "response_format"]),
-        ({"temperature": 1.0, "top_p": 1, "top_k": -1, "min_p": 0.0, "logit_bias": {}, "presence_penalty": None}, None),
+        (
+            {
+                "ignore_eos": True,
+                "temperature": 1.0,
+                "top_p": 1,
+                "top_k": -1,
+                "min_p": 0.0,
+                "logit_bias": {},
+                "presence_penalty": None,
+            },
+            None,
+        ),
         ({"tools": [TOOL], "tool_choice": "auto", "response_format": {"type": "text"}}, None),
     ],
 )

@@ -140,8 +140,11 @@ async def test_a_program_of_verifiers_calls_a_tool_over_several_turns(backend: A
         assert trajectory.metadata["stop_condition"] == "max_turns"
         assert trajectory.reward > 0
         trajectory.reward = float(reward)
-    # The tiny model's template leaves tool calls out.
-    with pytest.warns(RuntimeWarning, match="2 of 2 conversations of several turns"):
+    # The tiny model's template leaves tool calls out, and a temperature of 0 isn't what the policy itself would do.
+    with (
+        pytest.warns(RuntimeWarning, match="2 of 2 conversations of several turns"),
+        pytest.warns(RuntimeWarning, match="4 trained choices were drawn from other probabilities"),
+    ):
         result = await backend.train(model, [group], learning_rate=1e-3)
     assert result.metrics["loss/mismatch_mean"] < 1e-3
     assert result.metrics["data/step_num_histories_split"] == 2

@@ -28,7 +28,6 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "json_schema": ("",),
     "min_tokens": (0,),
     "min_new_tokens": (0,),
-    "ignore_eos": (False,),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
 }
