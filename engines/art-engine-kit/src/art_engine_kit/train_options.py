@@ -91,7 +91,7 @@ class TrainOptions(KeywordOptions):
         " out",
     )
     grad_accumulation_sequences: int | None = Field(
-        None, ge=1, description="packed rows for one optimizer step; `None`: 1"
+        None, ge=1, description="packed rows for one optimizer step; `None`: one for each GPU that trains"
     )
     num_trajectories_learning_rate_multiplier_power: float = Field(
         0.0, ge=-1, le=1, description="the learning rate is multiplied by (number of trajectories) to this power"
