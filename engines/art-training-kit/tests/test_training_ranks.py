@@ -322,7 +322,12 @@ async def test_none_outlives_a_first_that_ends_before_they_have_met(
 ) -> None:
     plan = FaultyEngine(tmp_path).launch(step_launch("torch", base, init_args={"ranks": 3}))
     # Without the tether, which would end what is left.
-    first = subprocess.Popen(plan.argv, env={**os.environ, **plan.env}, start_new_session=True)
+    # A shell's background job ignores SIGINT, and so would what it starts.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        first = subprocess.Popen(plan.argv, env={**os.environ, **plan.env}, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     found = [psutil.Process(first.pid)]
     try:
         while len(found) < 3:
