@@ -1,4 +1,5 @@
-"""How a run of several workers is divided among them: by files with `--dist loadfile`, as `make test` runs slow tests.
+"""What every test finds set, and how a run of several workers is divided among them: by files with `--dist loadfile`,
+as `make test` runs slow tests.
 
 What the tests of a file share, a live server above all, is then made once; so is the environment of wheels that the
 tests of packaging share. What may take longest, by its declared time limit, begins first. Knows nothing of what is
@@ -8,6 +9,8 @@ tested.
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +30,14 @@ def pytest_configure() -> None:
     if workers > 1:
         # Threads beyond the cores wait for each other, many times as long as the work takes; servers inherit this.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+@pytest.fixture
+def sigint_is_heard() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and so would what a test starts there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -73,18 +73,13 @@ def test_a_tracker_is_untestable_until_it_is_said_how_what_it_keeps_is_read_back
         chosen(installed_plugins(), [], [], [], ["trackoi"])
 
 
+@pytest.mark.usefixtures("sigint_is_heard")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_matrix_that_is_ended_leaves_no_cell_running(tmp_path: Path, how: signal.Signals) -> None:
     program = Path(sys.executable).with_name("art-conformance")
     command = [program, "matrix", "--only", "inference-torch", "--inference-engine", "torch", "--folder", tmp_path]
-    # A shell's background job ignores SIGINT, and so would what it starts.
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        matrix = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    finally:
-        signal.signal(signal.SIGINT, heard)
-    with matrix:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as matrix:
         started = psutil.Process(matrix.pid)
         deadline = time.monotonic() + 60
         while not (below := started.children(recursive=True)) and time.monotonic() < deadline:

@@ -19,6 +19,8 @@ from art_engine_kit.event_stream import EventLines
 from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
 from art_runtime import SupervisedProcess
 
+from .tiny_model import write_adapter
+
 JOB_LIMIT_S = 200.0
 
 
@@ -103,3 +105,9 @@ def save_start(destination: Path, adapter: Path, *, step: int, base_model: Path)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             (folder / name).write_bytes((adapter / name).read_bytes())
     return destination
+
+
+def seeded_start(folder: Path, base_model: Path) -> Path:
+    """Make step 0 below `folder`, of an adapter that says something: the one that steps are compared from."""
+    adapter = write_adapter(folder / "adapter", base_model, seed=5, strength=0.1)
+    return save_start(folder / "checkpoints" / "0000", adapter, step=0, base_model=base_model)

@@ -12,10 +12,9 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from art_conformance.live_worker import LiveWorker, save_start, working
+from art_conformance.live_worker import LiveWorker, save_start, seeded_start, working
 from art_conformance.oracle import Oracle, oracle_for
 from art_conformance.random_models import UNUSUAL_ADAPTERS, adapter_by_peft
-from art_conformance.tiny_model import write_adapter
 from art_conformance.training_data import expected_loss, make_groups
 from art_conformance.training_steps import RATE, WEIGHTS, farthest, replies_job, step_job, step_launch, tensors
 from art_core import TrajectoryGroup, installed_plugins
@@ -48,9 +47,7 @@ def oracle(base: Path) -> Oracle:
 
 @pytest.fixture(scope="module")
 def start(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    adapter = write_adapter(folder / "adapter", base, seed=5, strength=0.1)
-    return save_start(folder / "checkpoints" / "0000", adapter, step=0, base_model=base)
+    return seeded_start(tmp_path_factory.mktemp("start"), base)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ import httpx
 import psutil
 import pytest
 
-from art_conformance.live_worker import LiveWorker, save_start, working
+from art_conformance.live_worker import LiveWorker, seeded_start, working
 from art_conformance.oracle import oracle_for
 from art_conformance.random_models import write_random_model
-from art_conformance.tiny_model import write_adapter, write_base_model
+from art_conformance.tiny_model import write_base_model
 from art_conformance.training_data import expected_loss, make_groups
 from art_conformance.training_steps import RATE, WEIGHTS, farthest, replies_job, step_job, step_launch
 from art_core import LaunchPlan, TrainingCapability, TrainingLaunch, TrajectoryGroup, installed_plugins
@@ -118,9 +117,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    adapter = write_adapter(folder / "adapter", base, seed=5, strength=0.1)
-    return save_start(folder / "checkpoints" / "0000", adapter, step=0, base_model=base)
+    return seeded_start(tmp_path_factory.mktemp("start"), base)
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +143,11 @@ def processes(worker: LiveWorker) -> list[psutil.Process]:
     return sorted((each for each in found if "--policy" in each.cmdline()), key=lambda each: each.create_time())
 
 
-async def gone(found: list[psutil.Process], limit_s: float = 10) -> float:
-    """Seconds until none of these is there."""
-    began = time.monotonic()
+async def gone(found: list[psutil.Process], limit_s: float = 10) -> None:
+    """Wait until none of these is there."""
     async with asyncio.timeout(limit_s):
         while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in found):
             await asyncio.sleep(0.02)
-    return time.monotonic() - began
 
 
 def jobs(start: Path, groups: list[TrajectoryGroup], folder: Path) -> dict[str, TrainJob]:
@@ -316,18 +311,14 @@ async def test_none_outlives_another(
         assert not list(tmp_path.glob("art-ranks-*"))
 
 
+@pytest.mark.usefixtures("sigint_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 async def test_none_outlives_a_first_that_ends_before_they_have_met(
     base: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     plan = FaultyEngine(tmp_path).launch(step_launch("torch", base, init_args={"ranks": 3}))
     # Without the tether, which would end what is left.
-    # A shell's background job ignores SIGINT, and so would what it starts.
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        first = subprocess.Popen(plan.argv, env={**os.environ, **plan.env}, start_new_session=True)
-    finally:
-        signal.signal(signal.SIGINT, heard)
+    first = subprocess.Popen(plan.argv, env={**os.environ, **plan.env}, start_new_session=True)
     found = [psutil.Process(first.pid)]
     try:
         while len(found) < 3:
@@ -370,8 +361,7 @@ async def test_a_base_that_cannot_be_loaded_is_said_once_and_leaves_nobody(base:
 @pytest.mark.parametrize("engine", ["torchtune", "unsloth"])
 async def test_two_ranks_of_a_library_that_knows_of_none_take_the_step_of_one(engine: str, tmp_path: Path) -> None:
     base = write_random_model(tmp_path / "base", "llama")
-    adapter = write_adapter(tmp_path / "adapter", base, seed=5, strength=0.1)
-    start = save_start(tmp_path / "checkpoints" / "0000", adapter, step=0, base_model=base)
+    start = seeded_start(tmp_path, base)
     groups = make_groups(oracle_for(base), start, turns=2, seed=9)
     made = []
     for count in (1, 2):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -52,13 +51,18 @@ class GradientSteps:
         """A run for each of `steps`, whose rows make one optimizer step together. What the policy says before any of
         them is asked here and now.
         """
-        shares = [self._ranks.share(rows) for rows in steps]
-        prepared = iter(self._prepare(steps, advantages, weights, options, reference))
+        prepared = [
+            [RowTensors.of(row, advantages, weights, self._policy.device) for row in self._ranks.share(rows)]
+            for rows in steps
+        ]
+        if options.precalculate_logprobs:
+            prepared = self._with_logprobs(prepared, steps, RowTensors.with_recalculated)
+        if reference is not None:
+            with self._policy.reference(reference.adapter):
+                prepared = self._with_logprobs(prepared, steps, RowTensors.with_reference)
         return [
-            self._reinforced(
-                rows, list(islice(prepared, len(share))), options, first=index == 0, referred=reference is not None
-            )
-            for index, (rows, share) in enumerate(zip(steps, shares, strict=True))
+            self._reinforced(rows, share, options, first=index == 0, referred=reference is not None)
+            for index, (rows, share) in enumerate(zip(steps, prepared, strict=True))
         ]
 
     def supervised(self, rows: Sequence[PackedRow], learning_rate: float) -> GradientStepRun:
@@ -75,9 +79,7 @@ class GradientSteps:
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
             yield done
-        self._accompany(rows)
-        self._ranks.agree()
-        (loss,) = self._ranks.add([loss])
+        (loss,) = self._summed(rows, [loss])
         norm = self._step(learning_rate)
         yield from range(len(share) + 1, len(rows) + 1)
         yield {"loss/train": loss, "loss/grad_norm": norm, "loss/learning_rate": learning_rate}
@@ -105,9 +107,7 @@ class GradientSteps:
             if loss.kl_policy_ref is not None:
                 sums["loss/kl_policy_ref"] += float(loss.kl_policy_ref)
             yield done
-        self._accompany(rows)
-        self._ranks.agree()
-        totals = self._ranks.add([*sums.values(), *astuple(mismatch)])
+        totals = self._summed(rows, [*sums.values(), *astuple(mismatch)])
         sums, mismatch = dict(zip(_SUMS, totals, strict=False)), Mismatch(*totals[len(_SUMS) :])
         if not referred:
             del sums["loss/kl_policy_ref"]
@@ -122,39 +122,33 @@ class GradientSteps:
             "loss/learning_rate": learning_rate,
         }
 
+    def _with_logprobs(
+        self,
+        prepared: Sequence[Sequence[RowTensors]],
+        steps: Sequence[Sequence[PackedRow]],
+        add: Callable[[RowTensors, Tensor], RowTensors],
+    ) -> list[list[RowTensors]]:
+        """This rank's rows of each step, to which the policy's logprobs [E] as it is now are added."""
+        done = []
+        with torch.no_grad():
+            for share, rows in zip(prepared, steps, strict=True):
+                added = []
+                for row in share:
+                    with self._turn():
+                        added.append(add(row, row.logprobs(self._policy)[0]))
+                self._accompany(rows)
+                done.append(added)
+        return done
+
+    def _summed(self, rows: Sequence[PackedRow], numbers: Sequence[float]) -> list[float]:
+        """After this rank's part of `rows`: the sums of each number over all ranks, once all are through theirs."""
+        self._accompany(rows)
+        self._ranks.agree()
+        return self._ranks.add(numbers)
+
     def _step(self, learning_rate: float) -> float:
         self._ranks.add_gradients(list(self._policy.adapter_parameters().values()))
         return self._optimizer.step(learning_rate)
-
-    def _prepare(
-        self,
-        steps: Sequence[Sequence[PackedRow]],
-        advantages: npt.NDArray[np.float64],
-        weights: npt.NDArray[np.float64],
-        options: TrainOptions,
-        reference: KlReference | None,
-    ) -> list[RowTensors]:
-        """This rank's rows of all `steps`, in order."""
-        mine = [row for rows in steps for row in self._ranks.share(rows)]
-        tensors = [RowTensors.of(row, advantages, weights, self._policy.device) for row in mine]
-        if options.precalculate_logprobs:
-            fresh = self._logprobs(tensors, steps)
-            tensors = [row.with_recalculated(values) for row, values in zip(tensors, fresh, strict=True)]
-        if reference is not None:
-            with self._policy.reference(reference.adapter):
-                known = self._logprobs(tensors, steps)
-            tensors = [row.with_reference(values) for row, values in zip(tensors, known, strict=True)]
-        return tensors
-
-    def _logprobs(self, tensors: Sequence[RowTensors], steps: Sequence[Sequence[PackedRow]]) -> list[Tensor]:
-        result = []
-        with torch.no_grad():
-            for row in tensors:
-                with self._turn():
-                    result.append(row.logprobs(self._policy)[0])
-            for rows in steps:
-                self._accompany(rows)
-        return result
 
     def _accompany(self, rows: Sequence[PackedRow]) -> None:
         """Take part in what the other ranks compute of `rows` after this one's are done, where they can't without."""

@@ -42,9 +42,9 @@ def refuse_unfit(config: TrainingLaunch, *, engine: str, init_args: Collection[s
     """Raise UnknownArgument for one that is not among the engine's `init_args` or the worker's own, and ValueError for
     `ranks` that the devices don't allow.
     """
+    known = (*init_args, *OWN_INIT_ARGS)
     for name in config.init_args:
-        if name not in (*init_args, *OWN_INIT_ARGS):
-            known = (*init_args, *OWN_INIT_ARGS)
+        if name not in known:
             raise UnknownArgument(name, where=f"init_args of the {engine} training engine", known=known)
     ranks_of(config)
 

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _STOP_LIMIT_S = 5.0
 _SEEN_GONE_S = 1.0
 # The signals that ask a worker to leave. Its first rank ends the others.
-FOR_THE_FIRST: Final = (signal.SIGINT, signal.SIGTERM)
+_FOR_THE_FIRST: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class Runner(Protocol):
@@ -46,9 +46,9 @@ class Followers:
         self._count = count
         self._ending = threading.Lock()
         self._stopping = False
-        # The others inherit this: a signal to the whole group would end those that aren't far enough to ignore it, and
-        # nobody would be left to remove the folder. To this process it comes afterwards.
-        signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_FIRST)
+        # The others inherit this, so that a signal to the whole group ends none of them: somebody has to be left to
+        # remove the folder. To this process it comes afterwards.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_FIRST)
         try:
             self.folder = Path(tempfile.mkdtemp(prefix="art-ranks-"))
             self._processes = [
@@ -61,7 +61,7 @@ class Followers:
                 for number in range(1, count)
             ]
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_THE_FIRST)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_FIRST)
         for process in self._processes:
             threading.Thread(target=self._watch, args=(process,), daemon=True).start()
 

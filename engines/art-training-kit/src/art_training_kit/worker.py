@@ -13,14 +13,13 @@ import importlib
 import json
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from art_engine_kit.training_wire import WORKER_TOKEN
 
 from .allocator import keep_freed_memory
-from .rank_processes import FOR_THE_FIRST, Follower, Followers, own_devices
+from .rank_processes import Follower, Followers, own_devices
 
 if TYPE_CHECKING:
     from .policy import PolicyFactory
@@ -108,8 +107,6 @@ async def _serve(arguments: argparse.Namespace, followers: Followers | None) -> 
 
 def _follow(arguments: argparse.Namespace) -> NoReturn:
     """Train what the first rank is given, until that is gone."""
-    for number in FOR_THE_FIRST:
-        signal.signal(number, signal.SIG_IGN)
     os.environ.pop(WORKER_TOKEN, None)
     from .ranks import Ranks
 

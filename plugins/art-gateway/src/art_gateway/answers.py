@@ -20,7 +20,7 @@ from .sse import DONE, EventReader
 _LONGEST_EVENT = 64 * 2**20
 
 
-def normalise_answer(route: Route, endpoint: Endpoint, body: bytes, altered: Sequence[str] = ()) -> bytes:
+def normalise_answer(route: Route, endpoint: Endpoint, body: bytes, altered: Sequence[str]) -> bytes:
     """A whole answer in the one form, to a request that `altered` what was drawn by these of its fields.
 
     Raises ApiError for one that can't be brought into it.
@@ -37,7 +37,7 @@ def normalise_answer(route: Route, endpoint: Endpoint, body: bytes, altered: Seq
 class StreamNormaliser:
     """Brings a stream into the one form, chunk by chunk. `ended` is true once it has said that it is over."""
 
-    def __init__(self, route: Route, endpoint: Endpoint, altered: Sequence[str] = ()) -> None:
+    def __init__(self, route: Route, endpoint: Endpoint, altered: Sequence[str]) -> None:
         self._route, self._endpoint, self._altered = route, endpoint, altered
         self._reader = EventReader()
         self.ended = False
