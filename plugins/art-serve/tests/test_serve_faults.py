@@ -124,23 +124,30 @@ def test_a_database_that_is_gone_for_a_while_loses_nothing(
     serving: Any, own_postgresql: Any, own_tiny_model: Any, tmp_path: Path, away_s: float
 ) -> None:
     with serving(tmp_path / "own", own_tiny_model, database=own_postgresql.new_database()) as server:
-        client = server.client(server.key("acme"))
+        client, not_yet_seen = server.client(server.key("acme")), server.client(server.key("acme"))
         model = client.model()
         server.order(hold_train=True)
         running = client.submit(model)
         client.until(lambda: server.trained("m"))
         own_postgresql.stop()
+        new_model = {"project": "p", "name": "n", "base_model": "tiny"}
+        _is_told_that_the_database_is_gone(client, "POST", "/preview/models", new_model)
+        _is_told_that_the_database_is_gone(not_yet_seen, "GET", f"/preview/models/{model}")
+        _is_told_that_the_database_is_gone(not_yet_seen, "POST", "/chat/completions", {"messages": []})
         server.order()
         client.until(lambda: _served(server, "m") == 1)
-        refused = client.ask("POST", "/preview/models", json={"project": "p", "name": "n", "base_model": "tiny"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "database_unavailable")
-        assert int(refused.headers["Retry-After"]) > 0
         time.sleep(away_s)
         own_postgresql.start()
         jobs = [running, client.until(lambda: _submitted(client, model))]
         assert [client.ended(job)["data"]["step"] for job in jobs] == [1, 2]
         assert server.trained("m") == [1, 2]
         assert client.steps(model) == [0, 1, 2]
+
+
+def _is_told_that_the_database_is_gone(client: Any, method: str, path: str, body: object = None) -> None:
+    refused = client.ask(method, path, json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "database_unavailable")
+    assert int(refused.headers["Retry-After"]) > 0
 
 
 def _submitted(client: Any, model: str) -> str | None:

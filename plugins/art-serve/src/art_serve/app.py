@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.responses import Response
 from starlette.routing import Match, Route, compile_path
 from starlette.types import ASGIApp, Scope
@@ -87,7 +88,9 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
     app.add_exception_handler(Exception, _own_error)
     rate = RequestRate(per_s=service.limits.requests_per_s, burst=service.limits.requests_at_once)
     guarded = RequireKey(app, access=Access(service.transactions), rate=rate)
-    return RequestLog(guarded, figures=figures)
+    # Who asks is looked up before the application is reached, in the same database and with the same ways to fail.
+    answering = ExceptionMiddleware(guarded, handlers={DBAPIError: _database_error, OSError: _disk_error})
+    return RequestLog(answering, figures=figures)
 
 
 class _Application(FastAPI):
