@@ -122,6 +122,7 @@ lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff format --check --quiet . || { echo "Some files are not formatted. Run: make format" >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
+	@$(BIN)/mypy benchmarks --exclude benchmarks/peers
 
 format: $(READY)  ## Format and mend what ruff can
 	@$(BIN)/ruff format .

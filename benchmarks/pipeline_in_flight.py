@@ -103,7 +103,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 def lags(beats: Sequence[tuple[float, float, float]]) -> dict[str, float]:
     """p50, p99 and the longest, and the same of the own part, in milliseconds."""
-    found = {}
+    found: dict[str, float] = {}
     for name, column in (("", 1), ("own_", 2)):
         values = [1000 * beat[column] for beat in beats]
         found |= {f"{name}{share}": quantile(values, q) for share, q in QUANTILES.items()}

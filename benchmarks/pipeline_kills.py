@@ -252,7 +252,8 @@ class Killer:
 
 def last_error(log: str) -> str:
     """The name of the error that ended a run, of those within a group the last."""
-    return (["it said nothing", *re.findall(r"^[ |]*([A-Za-z_.]+): ", log, re.MULTILINE)])[-1]
+    names: list[str] = re.findall(r"^[ |]*([A-Za-z_.]+): ", log, re.MULTILINE)
+    return ["it said nothing", *names][-1]
 
 
 def judge(notes: Notes) -> JSON:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring.machine import machine, versions
-from measuring.peer_environment import peer_python
+from measuring.peer_environment import OPENPIPE, peer_python
 from measuring.simulated_backend import SimulatedBackend
 from rich.console import Console
 from rich.table import Table
@@ -42,9 +42,6 @@ import art
 from art.pipeline_trainer import PipelineTrainer
 from art_core import TrajectoryGroup
 from art_core.history import HISTORY, read_history
-
-#: Its PipelineTrainer imports its LocalBackend, and that one these; its logging, pyarrow.
-PEER = ("openpipe-art", "torch==2.13.0", "transformers", "pyarrow")
 
 
 async def measure(arguments: argparse.Namespace, *, train_s: float, pipeline: bool) -> dict[str, Any]:
@@ -134,7 +131,7 @@ async def main(arguments: argparse.Namespace) -> None:
     where = {"machine": machine(), "versions": versions([], ["art-core"])}
     rows: list[dict[str, Any]] = []
     generate_s = arguments.batch * arguments.rollout_s / arguments.workers
-    peer = None if arguments.without_peers else peer_python("openpipe-art", PEER, python="3.12")
+    peer = None if arguments.without_peers else peer_python(OPENPIPE)
     for share in (1.25, 1.0, 0.5):
         for pipeline in (True, False):
             row = await measure(arguments, train_s=share * generate_s, pipeline=pipeline)

@@ -1,10 +1,20 @@
-"""Forward and backward of LoRA training, in effective tokens a second: `python benchmarks/train_throughput.py`.
+"""Forward and backward of LoRA training, in effective tokens a second, beside transformers with PEFT and TRL.
 
-G completions of R tokens after one prompt of P tokens, LoRA r=8 on all seven projections. "stock" is plain transformers
-and PEFT in micro-batches; "dense" is art-training-kit with prompts that share nothing; "shared" is art-training-kit
-with one shared prompt. Effective tokens are G(P+R) in all three. Each mode runs in a process of its own, so that its
-peak memory is its own. The cap is what matrix products alone would allow: measured GEMM speed over 4 FLOP a parameter
-and token.
+    python benchmarks/train_throughput.py
+    python benchmarks/train_throughput.py --shapes 4096,256,16 --without-peers
+
+LoRA r=8 on all seven projections. A shape is P,R,G, which is G answers of R tokens after one prompt of P tokens, or
+"turns", conversations whose every turn is a sequence of its own.
+
+    plain   transformers and PEFT in micro-batches
+    trl     TRL's GRPOTrainer: its loss and backward pass for a step that it has sampled and scored
+    dense   art-training-kit and engine torch, on sequences of the same lengths that share nothing
+    shared  the same on the sequences as they are, what they share computed once
+
+The peers are given environments of their own, made once, and run in each dtype of `--peer-dtypes`, with freed memory
+kept in the process as ours does; the better one counts. Each mode runs in a process of its own, so that its peak memory
+is its own. Effective tokens are those of all sequences, in every mode. The cap is what matrix products alone would
+allow without sharing: GEMM speed, measured in the same run, over 4 FLOP a parameter and token.
 """
 
 from __future__ import annotations
@@ -17,20 +27,32 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-MODES = ("stock", "dense", "shared")
+from measuring.machine import machine, versions
+from measuring.peer_environment import PLAIN, TRL, peer_python
+from measuring.training_rows import TURNS, sequences_of, sharing_bound, sharing_nothing, total_tokens
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+OURS = ("dense", "shared")
+PEERS = {PLAIN.name: PLAIN, TRL.name: TRL}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHORTEST_ROW = 4096
+# glibc's own variables for what `keep_freed_memory` does in our process.
+KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1)}
 
 
-def measure(
-    mode: str, base: Path, shape: tuple[int, int, int], dtype: str, threads: int, repeats: int
-) -> dict[str, Any]:
-    """Runs in its own process."""
+def vocabulary_of(base: Path) -> range:
+    """The token ids to draw from; the first few of a vocabulary are special."""
+    return range(3, json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
+
+def measure(mode: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ours, in this process."""
     import numpy as np
     import torch
     from peft import LoraConfig, get_peft_model
@@ -46,72 +68,88 @@ def measure(
     from art_training_kit.rows import TokenRow
 
     keep_freed_memory()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    prompt, response, group = shape
-    rng = np.random.default_rng(0)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(device, dtype))
-    model = model.to(device)
-    parameters = sum(p.numel() for p in model.parameters())
-    stock = get_peft_model(model, config)
-    same = rng.integers(3, 49000, prompt)
+    with TemporaryDirectory() as folder:
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        dtype = compute_dtype(device, arguments.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(arguments.base_model, dtype=dtype)
+        parameters = model.num_parameters()
+        get_peft_model(model, config).save_pretrained(folder)
+        del model
+        policy = load_policy(PolicyRequest(arguments.base_model, dtype=arguments.dtype))
+        policy.load_adapter(Path(folder))
+    vocabulary = vocabulary_of(arguments.base_model)
+    sequences = sequences_of(shape, vocabulary)
     rows = [
-        np.concatenate([same if mode == "shared" else rng.integers(3, 49000, prompt), rng.integers(3, 49000, response)])
-        for _ in range(group)
+        TokenRow(
+            each.token_ids,
+            np.arange(each.begin, len(each.token_ids), dtype=np.int32),
+            np.full(len(each.token_ids) - each.begin, np.nan, np.float32),
+            trajectory,
+        )
+        for trajectory, each in enumerate(sequences if mode == "shared" else sharing_nothing(sequences, vocabulary))
     ]
-    step: Callable[[], None]
-    if mode == "stock":
-        ids: Any = torch.from_numpy(np.stack(rows)).to(device)
-
-        def step() -> None:
-            for batch in ids.split(4):
-                logits = stock(input_ids=batch).logits[:, prompt - 1 : -1]
-                chosen = logits.gather(-1, batch[:, prompt:, None]).squeeze(-1)
-                (chosen - logits.logsumexp(-1)).sum().backward()
-            stock.zero_grad(set_to_none=True)
-    else:
-        with TemporaryDirectory() as folder:
-            stock.save_pretrained(folder)
-            del model, stock
-            policy = load_policy(PolicyRequest(base, dtype=dtype))  # type: ignore[arg-type]
-            policy.load_adapter(Path(folder))
-        trained = np.arange(prompt, prompt + response, dtype=np.int32)
-        unknown = np.full(response, np.nan, np.float32)
-        made = [TokenRow(row.astype(np.int32), trained, unknown, i) for i, row in enumerate(rows)]
-        packed = pack_rows(made, max(4096, prompt + response))
-        tensors = [RowTensors.of(row, np.ones(group), np.ones(group), device) for row in packed]
-
-        def step() -> None:
-            for row in tensors:
-                loss: Any = row.loss(policy, TrainOptions())[0].loss
-                loss.backward()
-            for parameter in policy.adapter_parameters().values():
-                parameter.grad = None
-
-    times = []
-    for _ in range(repeats + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        step()
+    packed = pack_rows(rows, max(SHORTEST_ROW, *map(len, rows)))
+    ones = np.ones(len(rows))
+    tensors = [RowTensors.of(row, ones, ones, device) for row in packed]
+    seconds = []
+    for _ in range(arguments.repeats + 1):
+        start = time.perf_counter()
+        for row in tensors:
+            loss: Any = row.loss(policy, TrainOptions())[0].loss
+            loss.backward()
+        for parameter in policy.adapter_parameters().values():
+            parameter.grad = None
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - start, time.process_time() - cpu_start))
-    # The first run takes its memory from the system; the later ones have it.
-    seconds, cpu_seconds = (min(column) for column in zip(*times[1:], strict=True))
+        seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Linux" else 2**30)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
     return {
-        "mode": mode,
-        "tokens_per_s": round(group * (prompt + response) / seconds, 1),
-        "seconds": round(seconds, 3),
-        "cpu_seconds": round(cpu_seconds, 3),
+        # The first pass takes its memory from the system; the later ones have it.
+        "seconds": round(min(seconds[1:]), 3),
         "peak_GiB": round(peak, 2),
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens_computed": sum(map(len, packed)),
         "parameters": parameters,
-        "dtype": str(compute_dtype(device, dtype)).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
     }
+
+
+def measure_apart(mode: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ours, in a process of its own."""
+    command = [sys.executable, __file__, "--mode", mode, "--base-model", str(arguments.base_model), "--shapes", shape]
+    command += ["--dtype", arguments.dtype, "--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
+    return _printed(subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False), mode)
+
+
+def measure_peer(mode: str, shape: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A peer in one dtype, in its own environment and process."""
+    sequences = sequences_of(shape, vocabulary_of(arguments.base_model))
+    settings = {
+        "trainer": mode,
+        "base": str(arguments.base_model),
+        "dtype": dtype,
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+        "micro_batch": arguments.micro_batch,
+        "sequences": [[each.token_ids.tolist(), each.begin] for each in sequences],
+    }
+    finished = subprocess.run(
+        [peer_python(PEERS[mode]), Path(__file__).parent / "peers" / "lora_step.py"],
+        input=json.dumps(settings), env={**os.environ, **KEEP_FREED, "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=3600, check=False,
+    )  # fmt: skip
+    return _printed(finished, mode)
+
+
+def _printed(finished: subprocess.CompletedProcess[str], mode: str) -> dict[str, Any]:
+    if finished.returncode:
+        raise RuntimeError(f"{mode} failed:\n{finished.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return found
 
 
 def gemm_speed(dtype: str, threads: int) -> float:
@@ -134,66 +172,108 @@ def gemm_speed(dtype: str, threads: int) -> float:
     return float(2 * n**3 / best)
 
 
-def main() -> None:
-    """Measure each mode and print a table, or one JSON object."""
+def measure_shape(shape: str, cap_flops: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every mode on one shape. Of a peer's dtypes the faster one counts."""
+    sequences = sequences_of(shape, vocabulary_of(arguments.base_model))
+    results: list[dict[str, Any]] = []
+    for mode in () if arguments.without_peers else PEERS:
+        tried = [measure_peer(mode, shape, dtype, arguments) for dtype in arguments.peer_dtypes]
+        results.append({"mode": mode, **min(tried, key=lambda found: found["seconds"])})
+    results += [{"mode": mode, **measure_apart(mode, shape, arguments)} for mode in OURS]
+    cap = cap_flops / (4 * results[-1]["parameters"])
+    for result in results:
+        result["tokens_per_s"] = round(total_tokens(sequences) / result["seconds"], 1)
+        result["share_of_cap"] = round(result["tokens_per_s"] / cap, 3)
+    by_mode = {result["mode"]: result for result in results}
+    bound = sharing_bound(sequences)
+    gain = by_mode["dense"]["seconds"] / by_mode["shared"]["seconds"]
+    return {
+        "shape": shape,
+        "cap_tokens_per_s": round(cap, 1),
+        "modes": results,
+        "sharing": round(gain, 2),
+        "sharing_bound": round(bound, 2),
+        **{
+            f"{ours}_over_{peer}": round(by_mode[ours]["tokens_per_s"] / by_mode[peer]["tokens_per_s"], 2)
+            for ours in OURS
+            for peer in PEERS
+            if peer in by_mode
+        },
+    }
+
+
+def show(console: Console, report: dict[str, Any]) -> None:
+    """A table of each shape, and what it comes to in words."""
+    for shape in report["shapes"]:
+        title = f"{shape['shape']}: cap {shape['cap_tokens_per_s']:,.0f} tokens/s without sharing"
+        table = Table("mode", "dtype", "tokens/s", "seconds", "peak, GiB", "of the cap", title=title)
+        for each in shape["modes"]:
+            table.add_row(
+                each["mode"], each["dtype"], f"{each['tokens_per_s']:,.0f}", f"{each['seconds']:.2f}",
+                f"{each['peak_GiB']:.2f}", f"{each['share_of_cap']:.0%}",
+            )  # fmt: skip
+        console.print(table)
+        gain, bound = shape["sharing"], shape["sharing_bound"]
+        parts = [f"sharing {gain:.2f}x of at most {bound:.2f}x ({gain / bound:.0%})"]
+        if "dense_over_trl" in shape:
+            parts += [f"{ours} over {peer} {shape[f'{ours}_over_{peer}']:.2f}x" for ours in OURS for peer in PEERS]
+        console.print("; ".join(parts), highlight=False)
+    console.print(f"GEMM {report['gemm_GFLOP_per_s']:,.0f} GFLOP/s on {report['threads']} threads", highlight=False)
+    console.print(f"{report['machine']}\n{report['versions']}", highlight=False)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """A quarter of an hour at the defaults, on two cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", type=Path, help="a folder of weights; SmolLM2-135M-Instruct unless given")
-    parser.add_argument("--shape", default="256,32,8", help="P,R,G")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--shapes", nargs="+", default=["256,32,8", "1024,128,8", TURNS], metavar="P,R,G")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of ours")
+    parser.add_argument("--peer-dtypes", nargs="+", choices=("float32", "bfloat16"), help="both, where bf16 is fast")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences that a peer computes at once")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without-peers", action="store_true", help="make no environments for them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--mode", choices=OURS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    p, r, g = (int(x) for x in arguments.shape.split(","))
-    base = arguments.base_model
-    if base is None:
-        from art_engine_torch.base_model import resolve_base_model
+    for shape in arguments.shapes:
+        try:
+            sequences_of(shape, range(1, 2))
+        except ValueError as error:
+            parser.error(str(error))
+    return arguments
 
-        base = resolve_base_model("smollm2-135m-instruct")
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measure every mode on every shape, and show it."""
+    import torch
+
+    from art_engine_torch.base_model import resolve_base_model
+    from art_training_kit.device_choice import compute_dtype
+
+    if arguments.base_model is None:
+        arguments.base_model = resolve_base_model("smollm2-135m-instruct")
     if arguments.mode:
-        found = measure(arguments.mode, base, (p, r, g), arguments.dtype, arguments.threads, arguments.repeats)
-        print(json.dumps(found))
+        print(json.dumps(measure(arguments.mode, arguments.shapes[0], arguments)))
         return
-    results = []
-    for mode in arguments.modes.split(","):
-        command = [sys.executable, __file__, "--mode", mode, "--base-model", str(base), "--shape", arguments.shape]
-        command += ["--dtype", arguments.dtype, "--threads", str(arguments.threads)]
-        command += ["--repeats", str(arguments.repeats)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=3600)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+    if arguments.peer_dtypes is None:
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        fast = compute_dtype(device, "auto") == torch.bfloat16
+        arguments.peer_dtypes = ["bfloat16", "float32"] if fast else ["float32"]
+    console = Console(stderr=arguments.json)
+    where = {"machine": machine(), "versions": versions([], ["torch", "transformers", "peft", "art-training-kit"])}
     speed = gemm_speed(arguments.dtype, arguments.threads)
-    cap = speed / (4 * results[0]["parameters"])
-    report = {
-        "shape": {"P": p, "R": r, "G": g},
-        "modes": results,
-        "gemm_GFLOP_per_s": round(speed / 1e9, 1),
-        "cap_tokens_per_s": round(cap, 1),
-        "sharing_bound": round(g * (p + r) / (p + g * r), 2),
-        "threads": arguments.threads,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "art-training-kit")},
-    }
+    shapes = [measure_shape(shape, speed, arguments) for shape in track(arguments.shapes, "training", console=console)]
+    report = {**where, "threads": arguments.threads, "gemm_GFLOP_per_s": round(speed / 1e9, 1), "shapes": shapes}
+    if not arguments.without_peers:
+        report["versions"] += (
+            f"; peers: {', '.join(dict.fromkeys(each for peer in PEERS.values() for each in peer.requirements))}"
+        )
     if arguments.json:
         print(json.dumps(report))
-        return
-    first = results[0]
-    print(f"{first['device']}, {arguments.threads} threads, {first['dtype']}; {report['versions']}")
-    print(f"P={p} R={r} G={g}; GEMM {speed / 1e9:.0f} GFLOP/s, cap {cap:.0f} tokens/s without sharing")
-    for result in results:
-        share = result["tokens_per_s"] / cap
-        print(
-            f"{result['mode']:>8}  {result['tokens_per_s']:8.1f} tokens/s  {result['seconds']:7.3f} s"
-            f"  {result['cpu_seconds']:7.3f} CPU s  {result['peak_GiB']:5.2f} GiB  {share:5.0%} of the cap"
-        )
-    by_mode = {result["mode"]: result for result in results}
-    if {"dense", "shared"} <= by_mode.keys():
-        bound = g * (p + r) / (p + g * r)
-        for column in ("seconds", "cpu_seconds"):
-            gain = by_mode["dense"][column] / by_mode["shared"][column]
-            print(f"sharing, by {column}: {gain:.2f}x of at most {bound:.2f}x ({gain / bound:.0%})")
+    else:
+        show(console, report)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

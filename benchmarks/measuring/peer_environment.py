@@ -1,4 +1,4 @@
-"""An environment of its own for a peer that is measured beside us, with what it pins, kept for the next run.
+"""Which peers are measured beside us, and an environment of its own for each, kept for the next run.
 
 Knows uv and where packages come from; knows nothing of what is measured.
 """
@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from art_engine_kit.user_folders import cache_dir
@@ -20,12 +20,30 @@ from art_runtime.environments.install import installer
 _INSTALL_LIMIT_S = 1800.0
 
 
-def peer_python(name: str, requirements: Sequence[str], *, python: str | None = None) -> Path:
-    """The interpreter of an environment with these requirements, which is made where there is none yet.
+@dataclass(frozen=True)
+class Peer:
+    """A package and what is installed with it. `python` is the version that its newest release needs."""
 
-    `python` is the version that the peer's newest release needs; where it isn't found, ours is taken, and with it the
-    newest release that runs on ours. Raises RuntimeError where there is no uv, CalledProcessError when it fails.
+    name: str
+    requirements: tuple[str, ...]
+    python: str | None = None
+
+
+_STOCK = ("transformers==5.24.0", "peft==0.21.2", "torch==2.13.0")
+PLAIN = Peer("plain", _STOCK)
+# Its asynchronous trainer imports aiohttp.
+TRL = Peer("trl", ("trl==1.16.0", "aiohttp", *_STOCK))
+# Its PipelineTrainer imports its LocalBackend, and that one these; its logging, pyarrow.
+OPENPIPE = Peer("openpipe-art", ("openpipe-art", "torch==2.13.0", "transformers", "pyarrow"), python="3.12")
+
+
+def peer_python(peer: Peer) -> Path:
+    """The interpreter of the peer's environment, which is made where there is none yet.
+
+    Where the Python that it needs isn't found, ours is taken, and with it the newest release that runs on ours. Raises
+    RuntimeError where there is no uv, CalledProcessError when it fails.
     """
+    name, requirements, python = peer.name, peer.requirements, peer.python
     uv = installer()
     if uv is None:
         raise RuntimeError("uv, which makes the peers' environments, was not found: make setup")

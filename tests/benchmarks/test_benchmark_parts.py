@@ -13,10 +13,13 @@ from measuring.checklist import Item, NotPossible, Outcome, exit_code, table_of,
 from measuring.http_load import Upstream, ask_for, ask_times, request_bytes
 from measuring.quantiles import quantile
 from measuring.rollout_traffic import wrong_label
+from measuring.training_rows import TURNS, sequences_of, sharing_bound, sharing_nothing, total_tokens
 from publish_latency import STAGES, Watch, optimizer_ends, stages_of, summary
 from rich.console import Console
 
 from art_core import ModelKey, PublicationReceipt
+
+VOCABULARY = range(3, 49000)
 
 
 def answer(version: Any = 3, model: str = "agent@3") -> dict[str, Any]:
@@ -137,3 +140,32 @@ async def test_every_item_has_its_row_whatever_becomes_of_the_one_before() -> No
 async def test_an_item_that_never_ends_has_failed() -> None:
     row = await try_item(Item("engine", "hangs", endless), limit_s=0.01)
     assert (row.outcome, row.said) == (Outcome.FAILED, "TimeoutError")
+
+
+def test_one_prompt_is_shared_as_far_as_the_formula_says() -> None:
+    sequences = sequences_of("256,32,8", VOCABULARY)
+    assert [(len(each.token_ids), each.begin) for each in sequences] == [(288, 256)] * 8
+    assert total_tokens(sequences) == 8 * 288
+    assert sharing_bound(sequences) == pytest.approx(8 * (256 + 32) / (256 + 8 * 32), rel=0.01)
+
+
+def test_turns_share_a_prompt_and_what_stays_of_earlier_turns() -> None:
+    sequences = sequences_of(TURNS, VOCABULARY)
+    assert len(sequences) == 8 * 4
+    assert [len(each.token_ids) for each in sequences[:4]] == [320, 360, 400, 440]
+    assert sharing_bound(sequences) == pytest.approx(total_tokens(sequences) / (256 + 8 * (4 * 64 + 3 * 40)), rel=0.01)
+
+
+def test_what_shares_nothing_is_as_long_and_is_trained_alike() -> None:
+    sequences = sequences_of(TURNS, VOCABULARY)
+    apart = sharing_nothing(sequences, VOCABULARY)
+    assert [(len(each.token_ids), each.begin) for each in apart] == [
+        (len(each.token_ids), each.begin) for each in sequences
+    ]
+    assert sharing_bound(apart) < 1.05
+
+
+@pytest.mark.parametrize("shape", ["256,32", "256,32,0", "a,b,c", ""])
+def test_a_shape_that_is_none_is_refused_in_words(shape: str) -> None:
+    with pytest.raises(ValueError, match=r"P,R,G"):
+        sequences_of(shape, VOCABULARY)

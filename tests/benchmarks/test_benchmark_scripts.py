@@ -135,3 +135,23 @@ def test_serve_polls() -> None:
     assert result["empty"]["count"] == result["full"]["count"] == 40
     assert result["busy"]["polls"]["count"] == result["busy"]["samples"]["count"] > 0
     assert not result["busy"]["errors"], result["busy"]["first_errors"]
+
+
+@pytest.mark.slow
+def test_train_throughput(tiny_base_model: Path) -> None:
+    small = ("--shapes", "16,4,3", "turns", "--repeats", "1", "--threads", "1", "--without-peers")
+    result = run("train_throughput.py", "--base-model", str(tiny_base_model), *small)
+    assert [shape["shape"] for shape in result["shapes"]] == ["16,4,3", "turns"]
+    for shape in result["shapes"]:
+        dense, shared = shape["modes"]
+        assert (dense["mode"], shared["mode"]) == ("dense", "shared")
+        assert dense["tokens_computed"] / shared["tokens_computed"] == pytest.approx(shape["sharing_bound"], rel=0.1)
+
+
+def test_tokenize_pack() -> None:
+    result = run(
+        "tokenize_pack.py", "--groups", "2", "--size", "3", "--turns", "2", "--repeats", "1", "--without-peers"
+    )
+    assert result["ours"]["tokens"] > 0
+    assert 0 < result["ours"]["fill"] <= 1
+    assert not result["peers"]
