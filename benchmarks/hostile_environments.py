@@ -102,6 +102,8 @@ def run(case: Surroundings, scratch: Path) -> Ran:
         for name in SHADOWS:
             (folder / f"{name}.py").write_text("raise SystemExit('a trap')", encoding="utf-8")
     usual = {"PATH": os.environ["PATH"], "HOME": str(home), "ART_CACHE_DIR": str(cache_dir())}
+    # As `make demo` has it: trackers that happen to be installed would write into the folder that it runs in.
+    usual |= {"ART_TRACKIO_MODE": "disabled", "ART_MLFLOW_MODE": "disabled"}
     env = {name: value for name, value in {**usual, **case.env}.items() if value or name not in usual}
     demo = [sys.executable, str(DEMO), "--steps", "1", "--samples", "2", "--path", str(scratch / "run")]
     command = ["bash", "-c", f'{case.shell} "$@"', "bash", *demo] if case.shell else demo

@@ -11,10 +11,11 @@ LoRA r=8 on all seven projections. A shape is P,R,G, which is G answers of R tok
     dense   art-training-kit and engine torch, on sequences of the same lengths that share nothing
     shared  the same on the sequences as they are, what they share computed once
 
-The peers are given environments of their own, made once, and run in each dtype of `--peer-dtypes`, with freed memory
-kept in the process as ours does; the better one counts. Each mode runs in a process of its own, so that its peak memory
-is its own. Effective tokens are those of all sequences, in every mode. The cap is what matrix products alone would
-allow without sharing: GEMM speed, measured in the same run, over 4 FLOP a parameter and token.
+The peers are given environments of their own, made once, and freed memory is kept in their processes as it is in ours.
+Each tries every dtype of `--peer-dtypes` on the first shape and keeps the fastest for the others. Each mode runs in a
+process of its own, so that its peak memory is its own. Effective tokens are those of all sequences, in every mode. The
+cap is what matrix products alone would allow without sharing: GEMM speed, measured in the same run, over 4 FLOP a
+parameter and token.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from measuring.machine import machine, versions
 from measuring.peer_environment import PLAIN, TRL, peer_python
 from measuring.training_rows import TURNS, sequences_of, sharing_bound, sharing_nothing, total_tokens
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 OURS = ("dense", "shared")
@@ -172,15 +172,31 @@ def gemm_speed(dtype: str, threads: int) -> float:
     return float(2 * n**3 / best)
 
 
-def measure_shape(shape: str, cap_flops: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every mode on one shape. Of a peer's dtypes the faster one counts."""
-    sequences = sequences_of(shape, vocabulary_of(arguments.base_model))
-    results: list[dict[str, Any]] = []
+def measure_modes(console: Console, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Every mode on every shape, said as it is measured: by shape, the peers' and ours."""
+    found: dict[str, list[dict[str, Any]]] = {shape: [] for shape in arguments.shapes}
+
+    def tell(shape: str, mode: str, result: dict[str, Any]) -> dict[str, Any]:
+        console.print(f"{shape} {mode}, {result['dtype']}: {result['seconds']:.2f} s", highlight=False)
+        return {"mode": mode, **result}
+
     for mode in () if arguments.without_peers else PEERS:
-        tried = [measure_peer(mode, shape, dtype, arguments) for dtype in arguments.peer_dtypes]
-        results.append({"mode": mode, **min(tried, key=lambda found: found["seconds"])})
-    results += [{"mode": mode, **measure_apart(mode, shape, arguments)} for mode in OURS]
-    cap = cap_flops / (4 * results[-1]["parameters"])
+        dtypes = arguments.peer_dtypes
+        for shape, results in found.items():
+            tried = [tell(shape, mode, measure_peer(mode, shape, dtype, arguments)) for dtype in dtypes]
+            results.append(min(tried, key=lambda result: result["seconds"]))
+            dtypes = [results[-1]["dtype"]]
+    for shape, results in found.items():
+        results += [tell(shape, mode, measure_apart(mode, shape, arguments)) for mode in OURS]
+    return found
+
+
+def compare(
+    shape: str, results: list[dict[str, Any]], gemm_flops: float, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The modes of one shape beside each other."""
+    sequences = sequences_of(shape, vocabulary_of(arguments.base_model))
+    cap = gemm_flops / (4 * results[-1]["parameters"])
     for result in results:
         result["tokens_per_s"] = round(total_tokens(sequences) / result["seconds"], 1)
         result["share_of_cap"] = round(result["tokens_per_s"] / cap, 3)
@@ -223,12 +239,14 @@ def show(console: Console, report: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """A quarter of an hour at the defaults, on two cores."""
+    """A quarter of an hour at the defaults, on two cores with fast bf16."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", type=Path, help="a folder of weights; SmolLM2-135M-Instruct unless given")
     parser.add_argument("--shapes", nargs="+", default=["256,32,8", "1024,128,8", TURNS], metavar="P,R,G")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of ours")
-    parser.add_argument("--peer-dtypes", nargs="+", choices=("float32", "bfloat16"), help="both, where bf16 is fast")
+    parser.add_argument(
+        "--peer-dtypes", nargs="+", choices=("float32", "bfloat16"), help="those to try: both where bf16 is fast"
+    )
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences that a peer computes at once")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -263,7 +281,8 @@ def main(arguments: argparse.Namespace) -> None:
     console = Console(stderr=arguments.json)
     where = {"machine": machine(), "versions": versions([], ["torch", "transformers", "peft", "art-training-kit"])}
     speed = gemm_speed(arguments.dtype, arguments.threads)
-    shapes = [measure_shape(shape, speed, arguments) for shape in track(arguments.shapes, "training", console=console)]
+    found = measure_modes(console, arguments)
+    shapes = [compare(shape, results, speed, arguments) for shape, results in found.items()]
     report = {**where, "threads": arguments.threads, "gemm_GFLOP_per_s": round(speed / 1e9, 1), "shapes": shapes}
     if not arguments.without_peers:
         report["versions"] += (

@@ -133,6 +133,9 @@ def test_the_checkpoint_is_whole_and_its_canary_tells_old_from_new(
             for token, logprob in said.items():
                 assert float(logprobs[token]) == pytest.approx(logprob, abs=1e-5)
         assert max(abs(prompt.expected[t] - (prompt.previous or {})[t]) for t in prompt.expected) > 1e-3
+    # They go on one from another, so that what they share is computed once.
+    (row,) = pack_rows([_probe(prompt.token_ids) for prompt in canary.prompts], 500)
+    assert len(row) < sum(len(prompt.token_ids) for prompt in canary.prompts) / 2
 
 
 def _probe(ids: list[int]) -> Any:

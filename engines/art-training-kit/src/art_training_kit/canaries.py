@@ -21,9 +21,11 @@ from .policy import Policy
 from .rows import Ints, TokenRow
 
 # Few and short: the trainer computes them and the engine answers them while everybody waits for the new step. Enough
-# that what is wrong can be told from how an engine rounds.
+# that what is wrong can be told from how an engine rounds. Those of a stretch go on one from another, a token each, so
+# that the trainer computes what they share once: 24 tokens in place of 65.
 _PROMPTS = 10
-_PROMPT_TOKENS = 6
+_IN_A_STRETCH = 4
+_SHORTEST_TOKENS = 5
 _TOP = 10
 _PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # On SmolLM2 a step at a learning rate of 1e-3 goes by 0.01 nats, at 1e-2 by 0.5, at 0.1 by 9 and at 1e3 by 12 to 22.
@@ -119,16 +121,23 @@ def _half_of_the_threads() -> Iterator[None]:
 
 
 def _choose(rows: Sequence[TokenRow]) -> list[Ints]:
-    """Prompts spread over the rows and within them, each once: right before sampled tokens while there are such."""
+    """Prompts of stretches that are spread over the rows and within them, each prompt once: right before sampled tokens
+    while there are such.
+    """
     spread = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, _PROMPTS).astype(int))]
-    sampled = ((row, int(row.trained[int(part * (len(row.trained) - 1))])) for part in _PARTS for row in spread)
-    others = ((row, 1 + int(part * (len(row) - 2))) for part in _PARTS for row in spread)
+    # As far from each other as so few stretches can be.
+    first = spread[::_IN_A_STRETCH]
+    ordered = first + [row for row in spread if all(row is not each for each in first)]
+    sampled = ((row, int(row.trained[int(part * (len(row.trained) - 1))])) for part in _PARTS for row in ordered)
+    others = ((row, 1 + int(part * (len(row) - 2))) for part in _PARTS for row in ordered)
     prompts: dict[bytes, Ints] = {}
-    for row, end in (*sampled, *others):
-        prompt = row.token_ids[max(0, end - _PROMPT_TOKENS) : end]
-        prompts.setdefault(prompt.tobytes(), prompt)
-        if len(prompts) == _PROMPTS:
-            break
+    for row, place in (*sampled, *others):
+        start = max(0, place - _SHORTEST_TOKENS)
+        for end in range(place, min(place + _IN_A_STRETCH, len(row))):
+            prompt = row.token_ids[start:end]
+            prompts.setdefault(prompt.tobytes(), prompt)
+            if len(prompts) == _PROMPTS:
+                return list(prompts.values())
     return list(prompts.values())
 
 

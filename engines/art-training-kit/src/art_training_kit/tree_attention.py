@@ -28,7 +28,6 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 class TreePlan:
     """What one packed row's attention needs, made once a row and used by every layer."""
 
-    causal: list[tuple[int, int]]
     #: causal blocks of one length that follow each other: where they start, their length, how many they are
     runs: list[tuple[int, int, int]]
     cross: list[tuple[int, int, int, int]]
@@ -38,12 +37,11 @@ class TreePlan:
 def plan_attention(row: PackedRow, device: torch.device) -> TreePlan:
     """Make the plan of a packed row for `device`."""
     if device.type == "cpu":
-        causal = [(a, b) for a, b in row.causal_blocks.tolist()]
-        return TreePlan(causal, _runs(causal), [tuple(c) for c in row.cross_blocks.tolist()])
-    return TreePlan([], [], [], block_mask(row, device))
+        return TreePlan(_runs(row.causal_blocks.tolist()), [tuple(c) for c in row.cross_blocks.tolist()])
+    return TreePlan([], [], block_mask(row, device))
 
 
-def _runs(causal: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+def _runs(causal: list[list[int]]) -> list[tuple[int, int, int]]:
     runs: list[tuple[int, int, int]] = []
     for start, end in causal:
         first, length, count = runs[-1] if runs else (0, 0, 0)
@@ -116,7 +114,8 @@ class _BlockAttention(torch.autograd.Function):
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         log_sum = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         for start, length, count in plan.runs:
-            # Short blocks cost more in calls than in arithmetic, so those of one length are one call.
+            # One call for those of one length: short blocks cost more in calls than in arithmetic, and the kernel
+            # shares out sequences and heads among the cores.
             part = slice(start, start + length * count)
             blocks = (_split(x[0, :, part], count) for x in (query, key, value))
             block, block_sum = _forward(*blocks, 0.0, True, scale=scale)
@@ -140,14 +139,14 @@ class _BlockAttention(torch.autograd.Function):
             torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for x in (query, key, value)
         ]
-        for start, end in ctx.plan.causal:
-            part = slice(start, end)
+        for start, length, count in ctx.plan.runs:
+            part = slice(start, start + length * count)
             blocks = _backward(
-                grad[:, :, part], query[:, :, part], key[:, :, part], value[:, :, part],
-                out[:, :, part], log_sum[:, :, part], 0.0, True, scale=ctx.scale,
+                *(_split(x[0, :, part], count) for x in (grad, query, key, value, out)),
+                _split(log_sum[0, :, part, None], count).squeeze(-1), 0.0, True, scale=ctx.scale,
             )  # fmt: skip
             for whole, block in zip(grads, blocks, strict=True):
-                whole[:, :, part] = block
+                whole[0, :, part] = block.transpose(0, 1).flatten(1, 2)
         for q_start, q_end, k_start, k_end in ctx.plan.cross:
             part, seen = slice(q_start, q_end), slice(k_start, k_end)
             blocks = _backward(
