@@ -26,14 +26,13 @@ import asyncio
 import json
 import math
 import random
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from measuring.machine import machine, versions
-from measuring.peer_environment import OPENPIPE, peer_python
+from measuring.peer_environment import OPENPIPE, peer_python, run_peer
 from measuring.simulated_backend import SimulatedBackend
 from rich.console import Console
 from rich.table import Table
@@ -88,16 +87,9 @@ async def measure(arguments: argparse.Namespace, *, train_s: float, pipeline: bo
     return figures(arguments, backend.spans, backend.sizes, slept, stale=stale, train_s=train_s)
 
 
-def measure_peer(arguments: argparse.Namespace, python: Path, *, train_s: float) -> dict[str, Any]:
+def measure_peer(arguments: argparse.Namespace, *, train_s: float) -> dict[str, Any]:
     """The same run by openpipe-art's PipelineTrainer, and its version."""
-    program = Path(__file__).parent / "peers" / "openpipe_pipeline.py"
-    settings = json.dumps({**vars(arguments), "train_s": train_s})
-    finished = subprocess.run(
-        [python, "-W", "ignore", program, settings], capture_output=True, text=True, timeout=1800, check=False
-    )
-    if finished.returncode:
-        raise RuntimeError(f"openpipe-art failed:\n{finished.stderr[-4000:]}")
-    found = json.loads(finished.stdout)
+    found = run_peer(OPENPIPE, "openpipe_pipeline.py", {**vars(arguments), "train_s": train_s})
     row = figures(arguments, found["spans"], found["sizes"], found["slept"], stale=found["stale"], train_s=train_s)
     return {"version": found["version"], **row}
 
@@ -131,13 +123,14 @@ async def main(arguments: argparse.Namespace) -> None:
     where = {"machine": machine(), "versions": versions([], ["art-core"])}
     rows: list[dict[str, Any]] = []
     generate_s = arguments.batch * arguments.rollout_s / arguments.workers
-    peer = None if arguments.without_peers else peer_python(OPENPIPE)
+    if not arguments.without_peers:
+        peer_python(OPENPIPE)  # made before anything is measured
     for share in (1.25, 1.0, 0.5):
         for pipeline in (True, False):
             row = await measure(arguments, train_s=share * generate_s, pipeline=pipeline)
             rows.append({"loop": "pipeline" if pipeline else "plain", "train_to_generate": share, **row})
-        if peer is not None:
-            row = await asyncio.to_thread(measure_peer, arguments, peer, train_s=share * generate_s)
+        if not arguments.without_peers:
+            row = await asyncio.to_thread(measure_peer, arguments, train_s=share * generate_s)
             rows.append({"loop": f"openpipe-art {row.pop('version')}", "train_to_generate": share, **row})
     if arguments.json:
         print(json.dumps({**where, "results": rows}, indent=1))

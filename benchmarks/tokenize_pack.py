@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from measuring.machine import machine, versions
-from measuring.peer_environment import OPENPIPE, TRL, peer_python
+from measuring.peer_environment import OPENPIPE, TRL, run_peer
 from measuring.step_shapes import SHAPES
 from openai.types.chat.chat_completion import Choice
 from rich.console import Console
@@ -38,7 +37,6 @@ from art_training_kit.tokenize import tokenize_groups
 
 VOCABULARY = 49152
 PEERS = {OPENPIPE.name: OPENPIPE, TRL.name: TRL}
-PEER_PROGRAM = Path(__file__).parent / "peers" / "step_packing.py"
 
 
 def make_step(rng: np.random.Generator, groups: int, size: int, turns: int) -> list[TrajectoryGroup]:
@@ -166,13 +164,7 @@ def measure_peer(name: str, groups: list[TrajectoryGroup], arguments: argparse.N
         "repeats": arguments.repeats,
         "tokenizer": str(resolve_base_model("smollm2-135m-instruct")),
     }
-    finished = subprocess.run(
-        [peer_python(PEERS[name]), "-W", "ignore", PEER_PROGRAM, name],
-        input=json.dumps(settings), capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
-    if finished.returncode:
-        raise RuntimeError(f"{name} failed:\n{finished.stderr[-4000:]}")
-    found = json.loads(finished.stdout.splitlines()[-1])
+    found = run_peer(PEERS[name], "step_packing.py", settings, name)
     return {
         "version": found["version"],
         "tokens": found["tokens"],

@@ -28,22 +28,38 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from measuring.machine import machine, versions
-from measuring.peer_environment import PLAIN, TRL, peer_python
-from measuring.training_rows import TURNS, sequences_of, sharing_bound, sharing_nothing, total_tokens
+from measuring.peer_environment import PLAIN, TRL, printed_object, run_peer
+from measuring.training_rows import (
+    TURNS,
+    TrainedSequence,
+    sequences_of,
+    sharing_bound,
+    sharing_nothing,
+    total_tokens,
+)
 from rich.console import Console
 from rich.table import Table
 
+from art_engine_kit.base_shapes import SEVEN_PROJECTIONS
+
 OURS = ("dense", "shared")
 PEERS = {PLAIN.name: PLAIN, TRL.name: TRL}
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA: Mapping[str, Any] = {
+    "r": 8,
+    "lora_alpha": 16,
+    "target_modules": list(SEVEN_PROJECTIONS),
+    "task_type": "CAUSAL_LM",
+}
 SHORTEST_ROW = 4096
-# glibc's own variables for what `keep_freed_memory` does in our process.
-KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1)}
+# glibc's own variables for what `keep_freed_memory` does in our process, at the most that each may be.
+KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+Steps = Mapping[str, list[TrainedSequence]]  # by shape
 
 
 def vocabulary_of(base: Path) -> range:
@@ -61,7 +77,7 @@ def measure(mode: str, shape: str, arguments: argparse.Namespace) -> dict[str, A
     from art_engine_kit.train_options import TrainOptions
     from art_engine_torch.training.policy import load_policy
     from art_training_kit.allocator import keep_freed_memory
-    from art_training_kit.device_choice import compute_dtype
+    from art_training_kit.device_choice import compute_device, compute_dtype
     from art_training_kit.packing import pack_rows
     from art_training_kit.policy import PolicyRequest
     from art_training_kit.row_tensors import RowTensors
@@ -70,13 +86,12 @@ def measure(mode: str, shape: str, arguments: argparse.Namespace) -> dict[str, A
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = compute_device("auto")
     with TemporaryDirectory() as folder:
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
         dtype = compute_dtype(device, arguments.dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.base_model, dtype=dtype)
         parameters = model.num_parameters()
-        get_peft_model(model, config).save_pretrained(folder)
+        get_peft_model(model, LoraConfig(**LORA)).save_pretrained(folder)
         del model
         policy = load_policy(PolicyRequest(arguments.base_model, dtype=arguments.dtype))
         policy.load_adapter(Path(folder))
@@ -122,14 +137,16 @@ def measure_apart(mode: str, shape: str, arguments: argparse.Namespace) -> dict[
     """Ours, in a process of its own."""
     command = [sys.executable, __file__, "--mode", mode, "--base-model", str(arguments.base_model), "--shapes", shape]
     command += ["--dtype", arguments.dtype, "--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
-    return _printed(subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False), mode)
+    return printed_object(subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False), mode)
 
 
-def measure_peer(mode: str, shape: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_peer(
+    mode: str, sequences: list[TrainedSequence], dtype: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """A peer in one dtype, in its own environment and process."""
-    sequences = sequences_of(shape, vocabulary_of(arguments.base_model))
     settings = {
         "trainer": mode,
+        "lora": LORA,
         "base": str(arguments.base_model),
         "dtype": dtype,
         "threads": arguments.threads,
@@ -137,29 +154,17 @@ def measure_peer(mode: str, shape: str, dtype: str, arguments: argparse.Namespac
         "micro_batch": arguments.micro_batch,
         "sequences": [[each.token_ids.tolist(), each.begin] for each in sequences],
     }
-    finished = subprocess.run(
-        [peer_python(PEERS[mode]), Path(__file__).parent / "peers" / "lora_step.py"],
-        input=json.dumps(settings), env={**os.environ, **KEEP_FREED, "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=3600, check=False,
-    )  # fmt: skip
-    return _printed(finished, mode)
-
-
-def _printed(finished: subprocess.CompletedProcess[str], mode: str) -> dict[str, Any]:
-    if finished.returncode:
-        raise RuntimeError(f"{mode} failed:\n{finished.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    return found
+    return run_peer(PEERS[mode], "lora_step.py", settings, env={**KEEP_FREED, "HF_HUB_OFFLINE": "1"})
 
 
 def gemm_speed(dtype: str, threads: int) -> float:
     """FLOP a second of a large matrix product, the best of several."""
     import torch
 
-    from art_training_kit.device_choice import compute_dtype
+    from art_training_kit.device_choice import compute_device, compute_dtype
 
     torch.set_num_threads(threads)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = compute_device("auto")
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(compute_dtype(device, dtype))
     best = float("inf")
@@ -172,9 +177,9 @@ def gemm_speed(dtype: str, threads: int) -> float:
     return float(2 * n**3 / best)
 
 
-def measure_modes(console: Console, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def measure_modes(console: Console, steps: Steps, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Every mode on every shape, said as it is measured: by shape, the peers' and ours."""
-    found: dict[str, list[dict[str, Any]]] = {shape: [] for shape in arguments.shapes}
+    found: dict[str, list[dict[str, Any]]] = {shape: [] for shape in steps}
 
     def tell(shape: str, mode: str, result: dict[str, Any]) -> dict[str, Any]:
         console.print(f"{shape} {mode}, {result['dtype']}: {result['seconds']:.2f} s", highlight=False)
@@ -183,7 +188,7 @@ def measure_modes(console: Console, arguments: argparse.Namespace) -> dict[str, 
     for mode in () if arguments.without_peers else PEERS:
         dtypes = arguments.peer_dtypes
         for shape, results in found.items():
-            tried = [tell(shape, mode, measure_peer(mode, shape, dtype, arguments)) for dtype in dtypes]
+            tried = [tell(shape, mode, measure_peer(mode, steps[shape], dtype, arguments)) for dtype in dtypes]
             results.append(min(tried, key=lambda result: result["seconds"]))
             dtypes = [results[-1]["dtype"]]
     for shape, results in found.items():
@@ -192,10 +197,9 @@ def measure_modes(console: Console, arguments: argparse.Namespace) -> dict[str, 
 
 
 def compare(
-    shape: str, results: list[dict[str, Any]], gemm_flops: float, arguments: argparse.Namespace
+    shape: str, sequences: list[TrainedSequence], results: list[dict[str, Any]], gemm_flops: float
 ) -> dict[str, Any]:
     """The modes of one shape beside each other."""
-    sequences = sequences_of(shape, vocabulary_of(arguments.base_model))
     cap = gemm_flops / (4 * results[-1]["parameters"])
     for result in results:
         result["tokens_per_s"] = round(total_tokens(sequences) / result["seconds"], 1)
@@ -267,7 +271,7 @@ def main(arguments: argparse.Namespace) -> None:
     import torch
 
     from art_engine_torch.base_model import resolve_base_model
-    from art_training_kit.device_choice import compute_dtype
+    from art_training_kit.device_choice import compute_device, compute_dtype
 
     if arguments.base_model is None:
         arguments.base_model = resolve_base_model("smollm2-135m-instruct")
@@ -275,14 +279,16 @@ def main(arguments: argparse.Namespace) -> None:
         print(json.dumps(measure(arguments.mode, arguments.shapes[0], arguments)))
         return
     if arguments.peer_dtypes is None:
-        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        device = compute_device("auto")
         fast = compute_dtype(device, "auto") == torch.bfloat16
         arguments.peer_dtypes = ["bfloat16", "float32"] if fast else ["float32"]
     console = Console(stderr=arguments.json)
     where = {"machine": machine(), "versions": versions([], ["torch", "transformers", "peft", "art-training-kit"])}
     speed = gemm_speed(arguments.dtype, arguments.threads)
-    found = measure_modes(console, arguments)
-    shapes = [compare(shape, results, speed, arguments) for shape, results in found.items()]
+    vocabulary = vocabulary_of(arguments.base_model)
+    steps = {shape: sequences_of(shape, vocabulary) for shape in arguments.shapes}
+    found = measure_modes(console, steps, arguments)
+    shapes = [compare(shape, steps[shape], results, speed) for shape, results in found.items()]
     report = {**where, "threads": arguments.threads, "gemm_GFLOP_per_s": round(speed / 1e9, 1), "shapes": shapes}
     if not arguments.without_peers:
         report["versions"] += (

@@ -1,23 +1,28 @@
-"""Which peers are measured beside us, and an environment of its own for each, kept for the next run.
+"""Which peers are measured beside us: an environment of its own for each, kept for the next run, and what runs in it.
 
-Knows uv and where packages come from; knows nothing of what is measured.
+Knows uv, where packages come from, and that a program prints one JSON object; knows nothing of what is measured.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from art_engine_kit.user_folders import cache_dir
 from art_runtime.environments.indexes import uv_settings
 from art_runtime.environments.install import installer
 
 _INSTALL_LIMIT_S = 1800.0
+_RUN_LIMIT_S = 3600.0
+_PROGRAMS = Path(__file__).parents[1] / "peers"
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,29 @@ PLAIN = Peer("plain", _STOCK)
 TRL = Peer("trl", ("trl==1.16.0", "aiohttp", *_STOCK))
 # Its PipelineTrainer imports its LocalBackend, and that one these; its logging, pyarrow.
 OPENPIPE = Peer("openpipe-art", ("openpipe-art", "torch==2.13.0", "transformers", "pyarrow"), python="3.12")
+
+
+def run_peer(
+    peer: Peer, program: str, settings: Mapping[str, Any], *arguments: str, env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What a program of `benchmarks/peers` prints, run in the peer's environment with `settings` on its standard input.
+
+    `env` is added to ours. Raises RuntimeError with the end of what it said when it fails, and as `peer_python` does.
+    """
+    finished = subprocess.run(
+        [peer_python(peer), "-W", "ignore", _PROGRAMS / program, *arguments],
+        input=json.dumps(settings), env={**os.environ, **(env or {})},
+        capture_output=True, text=True, timeout=_RUN_LIMIT_S, check=False,
+    )  # fmt: skip
+    return printed_object(finished, peer.name)
+
+
+def printed_object(finished: subprocess.CompletedProcess[str], name: str) -> dict[str, Any]:
+    """The JSON object on the last line of what a program printed. Raises RuntimeError when it failed."""
+    if finished.returncode:
+        raise RuntimeError(f"{name} failed:\n{finished.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return found
 
 
 def peer_python(peer: Peer) -> Path:

@@ -1,9 +1,9 @@
 """openpipe-art's PipelineTrainer on the simulated engine and trainer of pipeline_overlap.py.
 
-Runs in an environment that has openpipe-art and nothing of ours, as `python openpipe_pipeline.py SETTINGS`, where the
-settings are that benchmark's as JSON; prints one JSON object: when each step began and ended, of how many groups it
-was, how long each rollout slept, and how many groups were discarded. Knows openpipe-art's public calls, and the private
-names that its backends must have.
+Runs in an environment that has openpipe-art and nothing of ours, with that benchmark's settings as JSON on its standard
+input; prints one JSON object: when each step began and ended, of how many groups it was, how long each rollout slept,
+and how many groups were discarded. Knows openpipe-art's public calls, and the private names that its backends must
+have.
 """
 
 import asyncio
@@ -113,5 +113,5 @@ async def run(given, folder):
 
 if __name__ == "__main__":
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(run(json.loads(sys.argv[1]), folder))
+        found = asyncio.run(run(json.load(sys.stdin), folder))
     print(json.dumps(found))

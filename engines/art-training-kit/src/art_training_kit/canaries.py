@@ -126,8 +126,7 @@ def _choose(rows: Sequence[TokenRow]) -> list[Ints]:
     """
     spread = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, _PROMPTS).astype(int))]
     # As far from each other as so few stretches can be.
-    first = spread[::_IN_A_STRETCH]
-    ordered = first + [row for row in spread if all(row is not each for each in first)]
+    ordered = spread[::_IN_A_STRETCH] + [row for i, row in enumerate(spread) if i % _IN_A_STRETCH]
     sampled = ((row, int(row.trained[int(part * (len(row.trained) - 1))])) for part in _PARTS for row in ordered)
     others = ((row, 1 + int(part * (len(row) - 2))) for part in _PARTS for row in ordered)
     prompts: dict[bytes, Ints] = {}

@@ -83,13 +83,14 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _HttpError(app))
-    app.add_exception_handler(DBAPIError, _database_error)
-    app.add_exception_handler(OSError, _disk_error)
+    failures = {DBAPIError: _database_error, OSError: _disk_error}
+    for error, handler in failures.items():
+        app.add_exception_handler(error, handler)
     app.add_exception_handler(Exception, _own_error)
     rate = RequestRate(per_s=service.limits.requests_per_s, burst=service.limits.requests_at_once)
     guarded = RequireKey(app, access=Access(service.transactions), rate=rate)
     # Who asks is looked up before the application is reached, in the same database and with the same ways to fail.
-    answering = ExceptionMiddleware(guarded, handlers={DBAPIError: _database_error, OSError: _disk_error})
+    answering = ExceptionMiddleware(guarded, handlers=failures)
     return RequestLog(answering, figures=figures)
 
 
