@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib.util
 import re
 from dataclasses import replace
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +129,13 @@ def test_sleep_is_declared_for_cuda_alone() -> None:
     for engine in (cpu, VllmInferenceEngine()):
         with pytest.raises(UnsupportedCapability, match="art-engine-torch"):
             engine.sleep()
-    assert InferenceCapability.BASE_BESIDE_ADAPTERS not in cpu.capabilities
-    assert InferenceCapability.BASE_BESIDE_ADAPTERS in cuda.capabilities
+
+
+def test_vllm_finds_its_platform_beside_its_server() -> None:
+    [found] = distributions(path=[str(FOLDER)])
+    [entry] = found.entry_points.select(group="vllm.platform_plugins")
+    source = ast.parse((FOLDER / f"{entry.module}.py").read_text(encoding="utf-8"))
+    assert entry.attr in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
 
 
 async def answer_of(path: str, authorization: str | None, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -49,6 +49,9 @@ class TestVllmServes(OnACpu, ServedWeights):
             assert answer.status_code == 401, f"{path} is open to everyone on this machine"
         assert (await live.client.get("/health", headers={"Authorization": ""})).status_code == 200
 
+    async def test_lora_is_computed_by_adapter(self, live: LiveEngine) -> None:
+        assert "Using PunicaWrapperByAdapter" in live.process.log_file.read_text(encoding="utf-8")
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)

@@ -16,10 +16,10 @@ EVERYWHERE: Final = frozenset(
         InferenceCapability.PAUSE,
     }
 )
-# The CPU build computes a base request that shares a batch with adapter requests as if it had the adapter, and it
-# answers /sleep with 200 without giving anything back; so neither is declared there.
+# The CPU build answers /sleep with 200 without giving anything back. What makes base requests right there beside
+# adapters' is `in_environment/art_vllm_lora.py`.
 BY_FLAVOUR: Final[Mapping[Flavour, frozenset[InferenceCapability]]] = {
-    "cpu": EVERYWHERE | {InferenceCapability.CONCURRENT_TRAINING},
+    "cpu": EVERYWHERE | {InferenceCapability.BASE_BESIDE_ADAPTERS, InferenceCapability.CONCURRENT_TRAINING},
     "cuda": EVERYWHERE | {InferenceCapability.BASE_BESIDE_ADAPTERS, InferenceCapability.SLEEP},
 }
 OWN_SERVER: Final = (
