@@ -1,4 +1,7 @@
-"""Every distribution as a wheel, and a clean environment that pip fills from them; made once a session."""
+"""Every distribution as a wheel, and a clean environment that is filled from them; made once a session.
+
+By uv where it is there, as in `make setup`, and else by pip.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from art_runtime.environments.indexes import uv_settings
+
 ROOT = Path(__file__).parents[2]
 PROJECTS = [
     ROOT,
     *sorted(p.parent for pattern in ("engines/*", "plugins/*") for p in ROOT.glob(f"{pattern}/pyproject.toml")),
     ROOT / "conformance_tests",
 ]
+UV = Path(sys.executable).with_name("uv")
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,23 @@ class Environment:
 
     def build(self, *projects: Path) -> None:
         """Put the projects' wheels beside the others."""
-        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(self.wheels)]
-        subprocess.run([*command, *map(str, projects)], check=True, timeout=900)
+        for project in projects:
+            if UV.exists():
+                _uv("build", "--wheel", "--out-dir", str(self.wheels), str(project))
+            else:
+                options = ["--quiet", "--no-deps", "--wheel-dir", str(self.wheels)]
+                subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(project)], check=True, timeout=300)
 
     def install(self, *requirements: str) -> None:
         """Install from the wheels, and from the index what they need."""
         # Versions seen to work together, as `make setup` takes them; above all it keeps torch the CPU's.
-        options = ["--quiet", "--disable-pip-version-check", "--find-links", str(self.wheels)]
-        constraint = ["--constraint", str(ROOT / "constraints.txt")]
-        python = self.folder / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", *options, *constraint, *requirements], check=True, timeout=1500)
+        options = ["--find-links", str(self.wheels), "--constraint", str(ROOT / "constraints.txt"), *requirements]
+        python = str(self.folder / "bin" / "python")
+        if UV.exists():
+            _uv("pip", "install", "--python", python, *options)
+        else:
+            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, *options], check=True, timeout=1500)
 
     def run(self, *command: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command of this environment in a folder outside the checkout."""
@@ -46,6 +59,13 @@ class Environment:
         path = f"{self.folder / 'bin'}{os.pathsep}{kept['PATH']}"
         env = {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
         return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def _uv(*words: str) -> None:
+    """Run uv, which looks where pip looks."""
+    indexes, variables = uv_settings()
+    env = {**os.environ, **variables}
+    subprocess.run([UV, *words, *indexes, "--quiet"], check=True, timeout=1500, env=env)
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +89,9 @@ def environment(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Envir
 def environment_for() -> type[Environment]:
     """What `environment` is, for an environment of a test's own."""
     return Environment
+
+
+@pytest.fixture(scope="session")
+def mypy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all that is checked, since most of the work is what they import."""
+    return tmp_path_factory.mktemp("mypy")

@@ -35,12 +35,6 @@ def pages() -> Any:
     return module
 
 
-@pytest.fixture(scope="module")
-def mypy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for both, since most of the work is what they import."""
-    return tmp_path_factory.mktemp("mypy")
-
-
 def package_of(name: str) -> Path:
     return PROJECTS / f"art-engine-{name}" / f"art_engine_{name}"
 

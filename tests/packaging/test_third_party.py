@@ -74,10 +74,18 @@ def test_the_lines_that_matter_are_marked_and_few(projects: Path, name: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
-def test_what_the_kit_writes_is_typed(projects: Path, name: str) -> None:
-    # One cache for all, since most of the work is what they import.
-    cache = str(projects / ".mypy_cache")
-    command = [sys.executable, "-m", "mypy", "--strict", "--python-version", "3.11", "--cache-dir", cache, "."]
+def test_what_the_kit_writes_is_typed(projects: Path, mypy_cache: Path, name: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--python-version",
+        "3.11",
+        "--cache-dir",
+        str(mypy_cache),
+        ".",
+    ]
     checked = subprocess.run(command, cwd=projects / name, capture_output=True, text=True, timeout=280, check=False)
     assert checked.returncode == 0, checked.stdout
 
