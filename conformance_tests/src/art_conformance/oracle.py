@@ -6,6 +6,7 @@ use it fail and say so.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -51,9 +52,7 @@ class Oracle:
         if self._base.config.hidden_size <= _TINY:
             # On a busy machine several threads wait for each other far longer than so little work takes.
             torch.set_num_threads(1)
-        self._with_adapters: Any = None
-        self._names: dict[Path, str] = {}
-        self._active: Path | None = None
+        self._adapted: dict[Path, Any] = {}
 
     def next_logprobs(self, ids: Sequence[int], adapter: Path | None = None) -> NDArray[np.float32]:
         """Logprobs of every next token after each of `ids`: shape (len(ids), vocabulary), natural logarithm."""
@@ -99,26 +98,19 @@ class Oracle:
 
     def _model(self, adapter: Path | None) -> Any:
         if adapter is None:
-            if self._with_adapters is None:
-                return self._base
-            return self._without
+            return self._base
+        if adapter not in self._adapted:
+            self._adapted[adapter] = self.with_adapter(adapter).eval()
+        return self._adapted[adapter]
+
+    def with_adapter(self, adapter: Path, *, is_trainable: bool = False) -> Any:
+        """A model of its own with an adapter. The base's weights are shared: a model that holds many adapters takes
+        longer over each further one.
+        """
         from peft import PeftModel
 
-        if adapter not in self._names:
-            name = f"a{len(self._names)}"
-            if self._with_adapters is None:
-                self._with_adapters = PeftModel.from_pretrained(self._base, adapter, adapter_name=name).eval()
-            else:
-                self._with_adapters.load_adapter(adapter, adapter_name=name)
-            self._names[adapter] = name
-        if self._active != adapter:
-            self._with_adapters.set_adapter(self._names[adapter])
-            self._active = adapter
-        return self._with_adapters
-
-    def _without(self, **inputs: Any) -> Any:
-        with self._with_adapters.disable_adapter():
-            return self._with_adapters(**inputs)
+        shared = {id(parameter): parameter for parameter in self._base.parameters()}
+        return PeftModel.from_pretrained(copy.deepcopy(self._base, shared), adapter, is_trainable=is_trainable)
 
 
 @functools.cache
