@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .serving import Sample
 
 _TINY = 256
+# Adapters that are kept loaded; a suite holds its answers against hundreds, and against few at a time.
+_HELD = 32
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,12 @@ class Oracle:
         if self._base.config.hidden_size <= _TINY:
             # On a busy machine several threads wait for each other far longer than so little work takes.
             torch.set_num_threads(1)
-        self._adapted: dict[Path, Any] = {}
+        self._adapted = functools.lru_cache(_HELD)(self.with_adapter)
 
     def next_logprobs(self, ids: Sequence[int], adapter: Path | None = None) -> NDArray[np.float32]:
         """Logprobs of every next token after each of `ids`: shape (len(ids), vocabulary), natural logarithm."""
         with self._torch.inference_mode():
             logits = self._model(adapter)(input_ids=self._torch.tensor([list(ids)])).logits[0].float()
-            result: NDArray[np.float32] = self._torch.log_softmax(logits, -1).numpy()
-        return result
-
-    def after(self, rows: Sequence[Sequence[int]], adapter: Path | None = None) -> NDArray[np.float32]:
-        """Logprobs of the next token after each of several sequences of one length: shape (len(rows), vocabulary)."""
-        with self._torch.inference_mode():
-            ids = self._torch.tensor([list(row) for row in rows])
-            logits = self._model(adapter)(input_ids=ids).logits[:, -1].float()
             result: NDArray[np.float32] = self._torch.log_softmax(logits, -1).numpy()
         return result
 
@@ -97,11 +91,7 @@ class Oracle:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _model(self, adapter: Path | None) -> Any:
-        if adapter is None:
-            return self._base
-        if adapter not in self._adapted:
-            self._adapted[adapter] = self.with_adapter(adapter).eval()
-        return self._adapted[adapter]
+        return self._base if adapter is None else self._adapted(adapter)
 
     def with_adapter(self, adapter: Path, *, is_trainable: bool = False) -> Any:
         """A model of its own with an adapter. The base's weights are shared: a model that holds many adapters takes
@@ -110,7 +100,7 @@ class Oracle:
         from peft import PeftModel
 
         shared = {id(parameter): parameter for parameter in self._base.parameters()}
-        return PeftModel.from_pretrained(copy.deepcopy(self._base, shared), adapter, is_trainable=is_trainable)
+        return PeftModel.from_pretrained(copy.deepcopy(self._base, shared), adapter, is_trainable=is_trainable).eval()
 
 
 @functools.cache

@@ -23,7 +23,7 @@ def train_step(base: Path, start: Path, folder: Path, rows: Sequence[Row], rate:
     """
     import torch
 
-    model = oracle_for(base).with_adapter(start, is_trainable=True).eval()
+    model = oracle_for(base).with_adapter(start, is_trainable=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.1)
     count = sum(len(ids) for _, ids, _ in rows)
