@@ -6,6 +6,7 @@ use it fail and say so.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .serving import Sample
 
 _TINY = 256
+# Adapters that are kept loaded; a suite holds its answers against hundreds, and against few at a time.
+_HELD = 32
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,12 @@ class Oracle:
         if self._base.config.hidden_size <= _TINY:
             # On a busy machine several threads wait for each other far longer than so little work takes.
             torch.set_num_threads(1)
-        self._with_adapters: Any = None
-        self._names: dict[Path, str] = {}
-        self._active: Path | None = None
+        self._adapted = functools.lru_cache(_HELD)(self.with_adapter)
 
     def next_logprobs(self, ids: Sequence[int], adapter: Path | None = None) -> NDArray[np.float32]:
         """Logprobs of every next token after each of `ids`: shape (len(ids), vocabulary), natural logarithm."""
         with self._torch.inference_mode():
             logits = self._model(adapter)(input_ids=self._torch.tensor([list(ids)])).logits[0].float()
-            result: NDArray[np.float32] = self._torch.log_softmax(logits, -1).numpy()
-        return result
-
-    def after(self, rows: Sequence[Sequence[int]], adapter: Path | None = None) -> NDArray[np.float32]:
-        """Logprobs of the next token after each of several sequences of one length: shape (len(rows), vocabulary)."""
-        with self._torch.inference_mode():
-            ids = self._torch.tensor([list(row) for row in rows])
-            logits = self._model(adapter)(input_ids=ids).logits[:, -1].float()
             result: NDArray[np.float32] = self._torch.log_softmax(logits, -1).numpy()
         return result
 
@@ -98,27 +91,16 @@ class Oracle:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _model(self, adapter: Path | None) -> Any:
-        if adapter is None:
-            if self._with_adapters is None:
-                return self._base
-            return self._without
+        return self._base if adapter is None else self._adapted(adapter)
+
+    def with_adapter(self, adapter: Path, *, is_trainable: bool = False) -> Any:
+        """A model of its own with an adapter. The base's weights are shared: a model that holds many adapters takes
+        longer over each further one.
+        """
         from peft import PeftModel
 
-        if adapter not in self._names:
-            name = f"a{len(self._names)}"
-            if self._with_adapters is None:
-                self._with_adapters = PeftModel.from_pretrained(self._base, adapter, adapter_name=name).eval()
-            else:
-                self._with_adapters.load_adapter(adapter, adapter_name=name)
-            self._names[adapter] = name
-        if self._active != adapter:
-            self._with_adapters.set_adapter(self._names[adapter])
-            self._active = adapter
-        return self._with_adapters
-
-    def _without(self, **inputs: Any) -> Any:
-        with self._with_adapters.disable_adapter():
-            return self._with_adapters(**inputs)
+        shared = {id(parameter): parameter for parameter in self._base.parameters()}
+        return PeftModel.from_pretrained(copy.deepcopy(self._base, shared), adapter, is_trainable=is_trainable).eval()
 
 
 @functools.cache

@@ -55,6 +55,7 @@ from art_engine_kit.train_options import TrainOptions
 
 from .oracle import Oracle, oracle_for
 from .reference_publisher import ReferencePublisher
+from .reference_sampler import Rows
 from .reference_trainer import Row, train_step
 from .tiny_model import write_adapter
 
@@ -241,12 +242,15 @@ class ReferenceBackend:
         prompt = oracle.chat_ids(body["messages"], body.get("tools"))
         rows: list[list[int]] = [[] for _ in range(count)]
         logprobs: list[list[float]] = [[] for _ in range(count)]
+        growing = Rows(prompt, count)
         for _ in range(body.get("max_tokens") or 16):
-            tables = oracle.after([[*prompt, *ids] for ids in rows], served.adapters[step]).astype(np.float64)
-            for table, ids, values in zip(tables, rows, logprobs, strict=True):
+            for table, ids, values in zip(
+                growing.logprobs(served.base, served.adapters[step]), rows, logprobs, strict=True
+            ):
                 chances = np.exp(table / max(float(body.get("temperature", 1.0)), 1e-4))
                 ids.append(int(rng.choice(len(chances), p=chances / chances.sum())))
                 values.append(float(table[ids[-1]]))
+            growing.append([ids[-1] for ids in rows])
             await asyncio.sleep(0)
         end = oracle.tokenizer.eos_token_id
         choices = []

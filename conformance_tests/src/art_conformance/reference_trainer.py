@@ -11,7 +11,7 @@ from typing import Any
 
 from art_engine_kit.canary import CANARY, Canary, CanaryPrompt
 
-from .oracle import Oracle
+from .oracle import oracle_for
 
 Row = tuple[list[int], list[int], float]
 
@@ -22,13 +22,8 @@ def train_step(base: Path, start: Path, folder: Path, rows: Sequence[Row], rate:
     The loss is the mean over sampled tokens of -A log π.
     """
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    loader: Any = AutoModelForCausalLM
-    model: Any = PeftModel.from_pretrained(
-        loader.from_pretrained(base, dtype=torch.float32), start, is_trainable=True
-    ).eval()
+    model = oracle_for(base).with_adapter(start, is_trainable=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.1)
     count = sum(len(ids) for _, ids, _ in rows)
@@ -39,11 +34,14 @@ def train_step(base: Path, start: Path, folder: Path, rows: Sequence[Row], rate:
         loss: Any = -(advantage * chosen).sum() / count
         loss.backward()
         total += float(loss.detach())
+    asked = [[*prompt, *ids[:2]] for prompt, ids, _ in rows[:2]]
+    previous = [_next_logprobs(model, ids) for ids in asked]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, 0.1))
     optimizer.step()
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
-    (folder / CANARY).write_text(_canary(base, start, folder, rows).model_dump_json(), encoding="utf-8")
+    canary = Canary(prompts=[_canary_prompt(model, *prompt) for prompt in zip(asked, previous, strict=True)])
+    (folder / CANARY).write_text(canary.model_dump_json(), encoding="utf-8")
     return {
         "loss/train": total,
         "loss/grad_norm": norm,
@@ -53,17 +51,19 @@ def train_step(base: Path, start: Path, folder: Path, rows: Sequence[Row], rate:
     }
 
 
-def _canary(base: Path, start: Path, folder: Path, rows: Sequence[Row]) -> Canary:
-    oracle, prompts = Oracle(base), []
-    for prompt, ids, _ in rows[:2]:
-        asked = [*prompt, *ids[:2]]
-        now, then = oracle.next_logprobs(asked, folder)[-1], oracle.next_logprobs(asked, start)[-1]
-        top = [int(token) for token in now.argsort()[-10:]]
-        prompts.append(
-            CanaryPrompt(
-                token_ids=asked,
-                expected={token: float(now[token]) for token in top},
-                previous={token: float(then[token]) for token in top},
-            )
-        )
-    return Canary(prompts=prompts)
+def _canary_prompt(model: Any, ids: list[int], then: Any) -> CanaryPrompt:
+    """What the trained model says next after `ids`, where the one before said `then`."""
+    now = _next_logprobs(model, ids)
+    top = [int(token) for token in now.argsort()[-10:]]
+    return CanaryPrompt(
+        token_ids=ids,
+        expected={token: float(now[token]) for token in top},
+        previous={token: float(then[token]) for token in top},
+    )
+
+
+def _next_logprobs(model: Any, ids: list[int]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1].float(), -1).numpy()
