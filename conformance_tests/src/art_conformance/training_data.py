@@ -102,6 +102,11 @@ def rows_of(trajectory: Trajectory) -> list[tuple[list[int], list[int]]]:
     return [(list(c.prompt_token_ids), list(c.token_ids)) for c in trajectory.choices()]  # type: ignore[attr-defined]
 
 
+def sampled_tokens(groups: Sequence[TrajectoryGroup]) -> int:
+    """How many tokens were sampled in all."""
+    return sum(len(ids) for group in groups for trajectory in group for _, ids in rows_of(trajectory))
+
+
 def expected_loss(oracle: Oracle, policy: Path | None, groups: Sequence[TrajectoryGroup]) -> float:
     """The CISPO loss of a step taken on policy, in one gradient step.
 

@@ -151,3 +151,10 @@ def assert_same_weights(one: Path, other: Path, *, within: float = 0.0) -> None:
     assert before.keys() == after.keys()
     for name, values in before.items():
         np.testing.assert_allclose(after[name], values, rtol=0, atol=within, err_msg=name)
+
+
+def assert_same_step(one: tuple[TrainJob, JobEnded], other: tuple[TrainJob, JobEnded]) -> None:
+    """Fail unless two jobs that were done took one and the same step, but for rounding."""
+    (first, ended), (second, then) = one, other
+    assert then.metrics["loss/train"] == pytest.approx(ended.metrics["loss/train"], abs=1e-4)
+    assert_same_weights(first.destination, second.destination, within=1e-5)

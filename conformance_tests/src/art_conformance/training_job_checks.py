@@ -19,11 +19,12 @@ from .oracle import Oracle
 from .requirements import MUST, check
 from .serving import port_for_a_server
 from .tiny_model import write_adapter
-from .training_data import gain, make_groups, rows_of, shared_tokens
+from .training_data import gain, make_groups, sampled_tokens, shared_tokens
 from .training_engine_suite import (
     RATE,
     TrainingEngineSuite,
     adapter_weights,
+    assert_same_step,
     assert_same_weights,
 )
 
@@ -66,8 +67,7 @@ class TrainingJobChecks(TrainingEngineSuite):
         assert steps
         assert [event.index for event in steps] == list(range(steps[0].total))
         assert started.num_sequences > 0
-        trained = sum(len(ids) for group in groups for trajectory in group for _, ids in rows_of(trajectory))
-        assert started.trained_tokens == trained
+        assert started.trained_tokens == sampled_tokens(groups)
         for name in ("loss/train", "loss/grad_norm", "loss/learning_rate", "data/step_num_gradient_steps"):
             assert np.isfinite(events[-1].metrics.get(name, np.nan)), f"{name} is {events[-1].metrics.get(name)}"
         assert events[-1].metrics["loss/grad_norm"] > 0
@@ -139,12 +139,15 @@ class TrainingJobChecks(TrainingEngineSuite):
     )
     async def test_turns(self, worker: LiveWorker, job: Any, start: Path, oracle: Oracle) -> None:
         groups = make_groups(oracle, start, turns=3, seed=3)
-        await self.assert_loss(worker, job, groups, start, oracle)
+        started, *_ = await self.assert_loss(worker, job, groups, start, oracle)
+        assert isinstance(started, JobStarted)
+        assert started.trained_tokens == sampled_tokens(groups)
 
     @check("TRN-109", MUST, "Sampled tokens are taken by their ids, whatever the text beside them reads.", live=True)
     async def test_ids_not_text(self, worker: LiveWorker, job: Any, start: Path, oracle: Oracle) -> None:
-        groups = make_groups(oracle, start, seed=4, text="something else entirely, of another length")
-        await self.assert_loss(worker, job, groups, start, oracle)
+        texts = {"own": None, "other": "something else entirely, of another length"}
+        jobs = [job(make_groups(oracle, start, seed=4, text=text), name=name) for name, text in texts.items()]
+        assert_same_step(*[(wanted, await worker.train(wanted)) for wanted in jobs])
 
     @check(
         "TRN-110", MUST, "A step makes well rewarded tokens likelier and badly rewarded ones less likely.", live=True
@@ -164,11 +167,12 @@ class TrainingJobChecks(TrainingEngineSuite):
         live=True,
     )
     async def test_start_is_obeyed(self, worker: LiveWorker, job: Any, groups: list[TrajectoryGroup]) -> None:
-        first, second = job(groups, name="a"), job(groups, name="b")
+        first, again = job(groups, name="a"), job(groups, name="b")
         one = await worker.train(first)
-        two = await worker.train(second)
-        assert one.metrics["loss/train"] == pytest.approx(two.metrics["loss/train"], abs=1e-4)
-        assert_same_weights(first.destination, second.destination, within=1e-5)
+        assert_same_step((first, one), (again, await worker.train(again)))
+        await worker.train(job(groups, step=2, name="a", start=first.destination))
+        back = job(groups, step=3, name="a")
+        assert_same_step((first, one), (back, await worker.train(back)))
 
     @check(
         *("TRN-112", MUST, "A step taken by a new worker is the one that the old worker would have taken."),

@@ -11,10 +11,7 @@ from art_core.errors import UnknownArgument
 
 from .plans import check_devices, check_interpreter, check_plan_is_pure, check_secret, words_of
 from .requirements import MUST, check
-from .training_engine_suite import (
-    TOKEN,
-    TrainingEngineSuite,
-)
+from .training_engine_suite import TrainingEngineSuite
 
 
 class TrainingPlanChecks(TrainingEngineSuite):
@@ -31,7 +28,7 @@ class TrainingPlanChecks(TrainingEngineSuite):
 
     @check("TRN-002", MUST, "The worker's token travels in the plan's secret_env only, and no repr shows it.")
     def test_plan_holds_no_secret(self, engine: TrainingEngine, launch: TrainingLaunch) -> None:
-        check_secret(engine.launch(launch), TOKEN)
+        check_secret(engine.launch(launch), launch.token)
 
     @check("TRN-003", MUST, "The plan names the host, the port and the folder of weights.")
     def test_plan_names_its_address(self, engine: TrainingEngine, launch: TrainingLaunch) -> None:
