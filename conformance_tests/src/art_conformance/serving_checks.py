@@ -111,7 +111,9 @@ class ServingChecks(LiveEngineSuite):
             newer = await live.chat(new, messages=ASK, max_tokens=16, n=2)
             answers = await gather_limited(*asking)
             await unloading
-        self.assert_answers_as(oracle, [s for found in answers for s in found], adapters[ONE], "a request in flight")
+        in_flight = [sample for found in answers for sample in found]
+        assert_whole(in_flight, "a request in flight")
+        self.assert_answers_as(oracle, in_flight, adapters[ONE], "a request in flight")
         self.assert_answers_as(oracle, newer, adapters[TWO], "a request after the load")
         await live.unload(new)
 
@@ -185,6 +187,7 @@ class ServingChecks(LiveEngineSuite):
                 task.cancel()
             await asyncio.gather(*going, return_exceptions=True)
             [found] = await gather_limited(staying)
+        assert_whole(found, "another's request")
         self.assert_answers_as(oracle, found, adapters[TWO], "another's request")
 
     @check(
@@ -217,6 +220,7 @@ class ServingChecks(LiveEngineSuite):
             finally:
                 await resume()
             found_before, found_during = await gather_limited(before, during)
+        assert_whole([*found_before, *found_during], "a request that had to wait")
         self.assert_answers_as(oracle, found_before, adapters[ONE], "a request in flight at the pause")
         self.assert_answers_as(oracle, found_during, adapters[TWO], "a request made in the pause")
 
@@ -256,3 +260,9 @@ class ServingChecks(LiveEngineSuite):
             ended = await live.process.stop()
         # A server that had to be killed ends with -9 (or 137 from the shell's view of it).
         assert ended.code not in (-9, 137), f"it had to be killed after {plan.stop_timeout_s:g} s: {ended.last_lines}"
+
+
+def assert_whole(samples: list[Sample], what: str) -> None:
+    """Fail when one was ended by anything else than the model or its limit: what it has may still be right."""
+    reasons = {sample.finish_reason for sample in samples}
+    assert reasons <= {"stop", "length"}, f"{what} was cut short: finish_reason {reasons}"
