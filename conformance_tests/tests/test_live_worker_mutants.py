@@ -21,7 +21,7 @@ import pytest_asyncio
 
 from art_conformance import TrainingEngineConformance, training_job_checks
 from art_conformance.live_worker import JobRefused, LiveWorker, save_start, start_worker
-from art_conformance.oracle import Oracle
+from art_conformance.oracle import oracle_for
 from art_conformance.requirements import checks_of
 from art_conformance.serving import port_for_a_server
 from art_conformance.tiny_model import write_adapter
@@ -91,8 +91,7 @@ async def failing(
     async def new_worker(*_: Any) -> AsyncIterator[LiveWorker]:
         yield await second()
 
-    # One of its own: each adapter that an oracle has seen makes the next one slower.
-    oracle = Oracle(launch.base_model)
+    oracle = oracle_for(launch.base_model)
     facts = {"engine": engine, "launch": launch, "start": start, "conformance_model": launch.base_model}
     facts |= {"oracle": oracle, "groups": make_groups(oracle, start)}
     first = spoiled(engine, worker.launch, worker.process, worker.client)
