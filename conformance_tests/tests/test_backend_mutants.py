@@ -380,6 +380,7 @@ def test_every_check_has_a_mutant() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_the_sound_backend_meets_every_check(not_met_by_reference: Any) -> None:
     assert not_met_by_reference(KeepsArtifacts).keys() == set()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -234,26 +235,32 @@ MUTANTS: dict[str, type[ReferenceBackend]] = {
 }
 
 
-async def first_for_all(self: Any, member: Any, connection: Any) -> None:
-    """A server that came back is given the first adapter's weights under each name, and isn't asked for its canary."""
+# Loaded by the local backend's host as a plugin. The others of its kind, engines and workers, know no replicas.
+FIRST_FOR_ALL = """
+from art_backend_local.servers.replicas import Replicas
+
+art_api = 1
+
+async def restore(self, member, connection):
+    # A server that came back is given the first adapter's weights under each name, and isn't asked for its canary.
     first = next(iter(self._held.values()))
     for adapter, held in self._held.items():
         await connection.load(adapter, first.folder, held.fingerprint)
     member.connection = connection
-    member.restarts += 1
     for adapter in self._held:
         for tenant in self._tenants:
             tenant.restored(adapter)
     self._some_up.set()
 
-
-# The check that must notice → how a server of the local backend is given its adapters again.
-RESTORED_WRONG = {"PUB-020": first_for_all}
+Replicas._restore = restore
+"""
+# The check that must notice → what spoils the local backend.
+LOCAL_MUTANTS = {"PUB-020": FIRST_FOR_ALL}
 
 
 def test_every_check_has_a_mutant() -> None:
     ids = {requirement.id for requirement in requirements_of("PublicationConformance")}
-    assert ids == MUTANTS.keys() | RESTORED_WRONG.keys()
+    assert ids == MUTANTS.keys() | LOCAL_MUTANTS.keys()
 
 
 @pytest.mark.slow
@@ -267,20 +274,23 @@ def test_exactly_the_check_notices(not_met_by_reference: Any, id: str) -> None:
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("id", [None, *RESTORED_WRONG])
-def test_exactly_the_check_notices_a_server_that_came_back_wrong(
-    not_met: Any, monkeypatch: pytest.MonkeyPatch, own_tiny_model: Path, id: str | None
+@pytest.mark.parametrize("ids", [set(), *({id} for id in LOCAL_MUTANTS)], ids=["sound", *LOCAL_MUTANTS])
+def test_exactly_the_check_notices_a_spoiled_local_backend(
+    not_met: Any, monkeypatch: pytest.MonkeyPatch, own_tiny_model: Path, tmp_path: Path, ids: set[str]
 ) -> None:
     from art_backend_local import LocalBackend
-    from art_backend_local.servers.replicas import Replicas
 
-    if id is not None:
-        monkeypatch.setattr(Replicas, "_restore", RESTORED_WRONG[id])
+    for id in ids:
+        (tmp_path / "spoiling-0.1.dist-info").mkdir()
+        (tmp_path / "spoiling-0.1.dist-info" / "METADATA").write_text("Name: spoiling\nVersion: 0.1\n")
+        (tmp_path / "spoiling-0.1.dist-info" / "entry_points.txt").write_text("[art]\nspoiling = spoiling\n")
+        (tmp_path / "spoiling.py").write_text(LOCAL_MUTANTS[id])
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
     engines = {"inference_engine": "torch", "training_engine": "torch"}
     open_backend = partial(LocalBackend, in_process=True, max_adapters=64, show_progress=False, **engines)
     command = command_of(instantiate(installed_plugins().inference_engine("torch")), own_tiny_model)
     found = not_met(lambda folder: open_backend(path=folder), inference_command=command)
-    assert found.keys() == ({id} if id else set())
+    assert found.keys() == ids
 
 
 class DrainsBeforeItPublishes(ReferenceBackend):

@@ -259,7 +259,7 @@ class BackendConformance(SupervisedChecks, LeaseChecks, BackendSuite):
             found = await other.ask(n=4, max_tokens=24)
             assert {version_of(sample) for sample in found} == {got}
             self.assert_answers_as(oracle, found, await agent.folder(step), [None, await agent.folder(3 - step)])
-        result = await other.train()
+        result = await other.train(learning_rate=SMALL_RATE)
         assert result.step == got + 1
 
     @check(
@@ -390,7 +390,7 @@ class BackendConformance(SupervisedChecks, LeaseChecks, BackendSuite):
             found = await again.ask(n=4)
             assert {version_of(sample) for sample in found} == {1}
             self.assert_answers_as(oracle, found, saved, [None])
-            assert (await again.train()).step == 2
+            assert (await again.train(learning_rate=SMALL_RATE)).step == 2
 
     @check("BCK-031", SHOULD, "A save_checkpoint=False step is published like any other.", live=True)
     async def test_unsaved_step(self, agent: Agent) -> None:

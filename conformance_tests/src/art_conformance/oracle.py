@@ -80,6 +80,13 @@ class Oracle:
             true += self.logprobs(sample.prompt_ids, sample.ids, adapter).tolist()
         return agreement(said, true)
 
+    def apart(self, samples: Sequence[Sample], adapter: Path | None, other: Path | None) -> float:
+        """By how many nats a token two adapters differ in what they say of samples, on the mean."""
+        each = [
+            self.logprobs(s.prompt_ids, s.ids, adapter) - self.logprobs(s.prompt_ids, s.ids, other) for s in samples
+        ]
+        return float(np.abs(np.concatenate(each)).mean())
+
     def chat_ids(self, messages: list[Any], tools: list[Any] | None = None) -> list[int]:
         """The prompt's token ids by the model's own chat template, generation prompt included."""
         text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)

@@ -17,7 +17,7 @@ import pytest
 
 from art_core import ArtError, BackendCapability, CheckpointRef, ModelKey
 
-from .agents import RATE, Agent, version_of
+from .agents import RATE, SMALL_RATE, Agent, version_of
 from .backend_fixtures import BackendSuite, NewAgent
 from .oracle import Oracle
 from .recorder import STEP, TRAINING
@@ -312,7 +312,7 @@ class PublicationConformance(BackendSuite):
             found = await _answered(asked)
             assert {version_of(sample) for sample in found} == {version}
             self.assert_answers_as(oracle, found, folder)
-        assert (await agent.train()).step == 2
+        assert (await agent.train(learning_rate=SMALL_RATE)).step == 2
 
     async def _refused(
         self, agent: Agent, oracle: Oracle, kind: str, spoil: Callable[[CheckpointRef], Any], step: int = 1
