@@ -33,6 +33,8 @@ TESTED_ENGINES := vllm sglang torchtune unsloth
 APT_GET := DEBIAN_FRONTEND=noninteractive apt-get --yes --quiet --no-install-recommends
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Modules are compiled once, not by each of the processes that a test starts, even where whoever calls make keeps no bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup engines postgresql demo test test-without-engines test-all test-fast test-openai2 test-verifiers lint format reference names mutants wheels conformance foreign-engines benchmarks gpu-check clean
 

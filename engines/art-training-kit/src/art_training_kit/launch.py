@@ -106,8 +106,13 @@ def worker_plan(
 def brought(package: str) -> dict[str, str]:
     """The variables with which `BRINGING_WORKER` finds the kits and `package` where they are installed here."""
     folders = {name: str(_folder_of(name)) for name in (*KITS, package)}
-    # Nothing else that the client's process imports may reach the environment.
-    return {"PYTHONPATH": "", "ART_BROUGHT_PACKAGES": json.dumps(folders)}
+    return {
+        # Nothing else that the client's process imports may reach the environment.
+        "PYTHONPATH": "",
+        # Its modules are compiled once, not at every start, even where the client's process keeps no bytecode.
+        "PYTHONDONTWRITEBYTECODE": "",
+        "ART_BROUGHT_PACKAGES": json.dumps(folders),
+    }
 
 
 def _folder_of(package: str) -> Path:
