@@ -88,7 +88,7 @@ def not_met(tmp_path: Path, own_tiny_model: Path) -> NotMet:
 @pytest.fixture
 def not_met_by_reference(not_met: NotMet) -> NotMet:
     """The same of a kind of reference backend, without the check that needs a server to kill."""
-    import httpx
+    from art_conformance.reference_backend import transport_to
 
     def run(kind: Callable[[Path], Any], **settings: Any) -> dict[str, str]:
         opened: list[Any] = []
@@ -97,12 +97,7 @@ def not_met_by_reference(not_met: NotMet) -> NotMet:
             opened.append(kind(folder))
             return opened[-1]
 
-        async def handle(request: httpx.Request) -> httpx.Response:
-            # Keys are the backends' own; a wrong one must be refused by whichever is asked.
-            key = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            return await next((each for each in opened if each.key == key), opened[-1]).handle(request)
-
-        found = not_met(open_backend, transport=httpx.MockTransport(handle), **settings)
+        found = not_met(open_backend, transport=transport_to(opened), **settings)
         if not settings.get("only"):
             assert "inference_command" in found.pop("PUB-020")
         return found

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from art_conformance import BackendConformance, PublicationConformance
-from art_conformance.reference_backend import ReferenceBackend
+from art_conformance.reference_backend import ReferenceBackend, transport_to
 
 
 class _Reference:
@@ -32,12 +32,7 @@ class _Reference:
     @pytest.fixture(scope="class")
     @classmethod
     def transport(cls, opened: list[ReferenceBackend]) -> httpx.AsyncBaseTransport:
-        async def handle(request: httpx.Request) -> httpx.Response:
-            # Keys are the backends' own, so the one that a request is for is found by its key.
-            key = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            return await next((each for each in opened if each.key == key), opened[-1]).handle(request)
-
-        return httpx.MockTransport(handle)
+        return transport_to(opened)
 
 
 class TestReferencePublication(_Reference, PublicationConformance):

@@ -5,6 +5,7 @@ By uv where it is there, as in `make setup`, and else by pip.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -63,9 +64,13 @@ class Environment:
 
 def _uv(*words: str) -> None:
     """Run uv, which looks where pip looks."""
-    indexes, variables = uv_settings()
+    indexes, variables = _where_pip_looks()
     env = {**os.environ, **variables}
     subprocess.run([UV, *words, *indexes, "--quiet"], check=True, timeout=1500, env=env)
+
+
+# Asking pip is a process of its own, and there are twenty wheels.
+_where_pip_looks = functools.cache(uv_settings)
 
 
 @pytest.fixture(scope="session")

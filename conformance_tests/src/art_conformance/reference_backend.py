@@ -388,3 +388,13 @@ def trained_rows(groups: Sequence[TrajectoryGroup]) -> list[Row]:
 
 def _error(status: int, message: str) -> httpx.Response:
     return httpx.Response(status, json={"error": {"message": message}})
+
+
+def transport_to(opened: Sequence[ReferenceBackend]) -> httpx.MockTransport:
+    """What agents of several reference backends ask through: each by its key; a wrong one the newest refuses."""
+
+    async def handle(request: httpx.Request) -> httpx.Response:
+        key = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        return await next((each for each in opened if each.key == key), opened[-1]).handle(request)
+
+    return httpx.MockTransport(handle)

@@ -129,6 +129,8 @@ def test_sleep_is_declared_for_cuda_alone() -> None:
     for engine in (cpu, VllmInferenceEngine()):
         with pytest.raises(UnsupportedCapability, match="art-engine-torch"):
             engine.sleep()
+    assert InferenceCapability.BASE_BESIDE_ADAPTERS in cpu.capabilities
+    assert InferenceCapability.BASE_BESIDE_ADAPTERS in cuda.capabilities
 
 
 def test_vllm_finds_its_platform_beside_its_server() -> None:

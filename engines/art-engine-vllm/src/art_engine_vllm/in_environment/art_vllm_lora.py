@@ -38,7 +38,10 @@ def add_product(output: torch.Tensor, rows: Rows, inputs: torch.Tensor, weight: 
 
 
 class PunicaWrapperByAdapter(PunicaWrapperCPU):  # type: ignore[misc]
-    """See `vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase`. Matrices are stacked as [slots, 1, out, in]."""
+    """See `vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase`. Matrices are stacked as [slots, 1, out, in].
+
+    vLLM asks for the embedding's and the head's at every step, whether an adapter has any or zeros stand there.
+    """
 
     def update_metadata(self, *arguments: Any, **settings: Any) -> None:
         """Take note of which rows of the coming batches have which adapter."""
