@@ -84,9 +84,11 @@ class Followers:
         """End this process and the other ranks at once: nothing half-made is kept of a job, whenever it ends."""
         with self._ending:
             if not self._stopping:
-                for reason in self._ends() or [why]:
-                    _log.critical("%s. This worker ends; nothing of a job under way is kept", reason)
+                reasons = self._ends() or [why]
+                # First, since what the others have to say of this would be said after it.
                 self._end(0.0)
+                for reason in reasons:
+                    _log.critical("%s. This worker ends; nothing of a job under way is kept", reason)
                 os._exit(1)
         # The process is about to end anyhow, and politely.
         threading.Event().wait()
@@ -116,21 +118,22 @@ class Followers:
         self.lost("a rank ended")
 
     def _ends(self) -> list[str]:
-        """How those ended that have. Who loses a connection to one may see it before its process is gone."""
+        """How those ended that have, in their last words where they had any. Who loses a connection to one may see it
+        before its process is gone.
+        """
         deadline = time.monotonic() + _SEEN_GONE_S
-        while not (gone := [each for each in self._processes if each.poll() is not None]):
-            if time.monotonic() > deadline:
-                break
+        while all(each.poll() is None for each in self._processes) and time.monotonic() < deadline:
             time.sleep(0.02)
-        return [
-            f"rank {1 + self._processes.index(each)} of {self._count} (process {each.pid})"
-            + (
-                f" was ended by signal {-each.returncode}"
-                if each.returncode < 0
-                else f" ended with exit code {each.returncode}"
-            )
-            for each in gone
-        ]
+        ends = []
+        for number, process in enumerate(self._processes, start=1):
+            try:
+                ends.append(_last_words(self.folder, number).read_text("utf-8"))
+            except FileNotFoundError:
+                code = process.returncode
+                if code is not None:
+                    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                    ends.append(f"rank {number} of {self._count} (process {process.pid}) {how}")
+        return ends
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,10 @@ class _Leading:
 class Follower:
     """This process as a further rank, whose jobs come by its standard input. It ends when that does."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, number: int, folder: Path) -> None:
+        self._number = number
         self._folder = folder
+        self._first = os.getppid()
         self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         # In a thread, since a rank that computes or waits for the others must end as well.
         threading.Thread(target=self._hear, daemon=True).start()
@@ -163,9 +168,15 @@ class Follower:
             self._heard.get()
 
     def lost(self, why: str) -> NoReturn:
-        """End this process, since another rank is gone."""
+        """End this process, since another rank is gone or this one can't go on."""
         _log.critical("%s. It ends", why)
-        self._leave(1)
+        if os.getppid() != self._first:
+            self._leave(1)
+        # What every rank then says of the connections that it lost is longer than the end of a log that anybody is
+        # shown, so the first repeats this at the very end.
+        with contextlib.suppress(OSError):
+            _last_words(self._folder, self._number).write_text(why.partition("\n")[0], "utf-8")
+        os._exit(1)
 
     def _hear(self) -> None:
         for line in sys.stdin.buffer:
@@ -176,6 +187,10 @@ class Follower:
         # The first rank may have had no time to.
         shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(code)
+
+
+def _last_words(folder: Path, number: int) -> Path:
+    return folder / f"last-words-{number}"
 
 
 def own_devices(environment: Mapping[str, str], number: int, count: int) -> dict[str, str]:

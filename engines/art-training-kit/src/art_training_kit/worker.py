@@ -110,7 +110,7 @@ def _follow(arguments: argparse.Namespace) -> NoReturn:
     os.environ.pop(WORKER_TOKEN, None)
     from .ranks import Ranks
 
-    follower = Follower(arguments.meeting)
+    follower = Follower(arguments.rank, arguments.meeting)
     try:
         ranks = Ranks.meet(arguments.rank, arguments.ranks, arguments.meeting, follower.lost)
     except Exception as error:
