@@ -127,7 +127,7 @@ class Followers:
         ends = []
         for number, process in enumerate(self._processes, start=1):
             try:
-                ends.append(_last_words(self.folder, number).read_text("utf-8"))
+                ends.append(_last_words(self.folder, number).read_text(encoding="utf-8"))
             except FileNotFoundError:
                 code = process.returncode
                 if code is not None:
@@ -175,7 +175,7 @@ class Follower:
         # What every rank then says of the connections that it lost is longer than the end of a log that anybody is
         # shown, so the first repeats this at the very end.
         with contextlib.suppress(OSError):
-            _last_words(self._folder, self._number).write_text(why.partition("\n")[0], "utf-8")
+            _last_words(self._folder, self._number).write_text(why.partition("\n")[0], encoding="utf-8")
         os._exit(1)
 
     def _hear(self) -> None:
