@@ -49,6 +49,8 @@ def test_on_a_cpu() -> None:
     assert words.startswith("/env/bin/python ")
     assert "serve /models/base --host 127.0.0.1 --port 4711 --served-model-name base --enable-lora" in words
     assert "--kv-cache-memory-bytes" in words
+    assert "--block-size 32" in words
+    assert "--block-size 64" in launched(engine_args={"block_size": 64})[0]
     assert "--enable-sleep-mode" not in words
     assert env["CUDA_VISIBLE_DEVICES"] == ""
     assert env["VLLM_HOST_IP"] == "127.0.0.1"

@@ -49,6 +49,16 @@ class TestVllmServes(OnACpu, ServedWeights):
             assert answer.status_code == 401, f"{path} is open to everyone on this machine"
         assert (await live.client.get("/health", headers={"Authorization": ""})).status_code == 200
 
+    async def test_a_short_prompt_is_computed_once_for_all_who_ask_it(self, live: LiveEngine) -> None:
+        async def kept() -> float:
+            lines = (await live.client.get("/metrics")).text.splitlines()
+            return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+        before = await kept()
+        body = {"model": live.launch.served_name, "prompt": [*range(1000, 1080)], "max_tokens": 1, "n": 8}
+        (await live.post("/v1/completions", body)).raise_for_status()
+        assert await kept() - before >= 7 * 64
+
     async def test_lora_is_computed_by_adapter(self, live: LiveEngine) -> None:
         assert "Using PunicaWrapperByAdapter" in live.process.log_file.read_text(encoding="utf-8")
 

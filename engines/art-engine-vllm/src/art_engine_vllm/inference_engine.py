@@ -22,6 +22,9 @@ WHERE: Final = "engine_args of the vllm inference engine"
 # vLLM lays its buffers out for one of these ranks; an adapter of a lower rank fits too.
 RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 CPU_KV_CACHE_BYTES: Final = 2 * 2**30
+# vLLM keeps whole blocks of a prompt for who asks it next. On a CPU it takes blocks of 128, and so computes every
+# shorter prompt anew for each rollout of its group.
+CPU_BLOCK_TOKENS: Final = 32
 # What the launch itself decides, by the name a user would give, and how.
 DECIDED: Final[Mapping[str, str]] = {
     "model": "It is the model's base_model.",
@@ -111,7 +114,7 @@ def _chosen(config: InferenceLaunch, given: Mapping[str, Any]) -> dict[str, Any]
         "disable_uvicorn_access_log": True,
     }
     if not config.devices:
-        return options | {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+        return options | {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "block_size": CPU_BLOCK_TOKENS}
     if len(config.devices) > 1 and not any(
         name in given for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     ):
