@@ -38,7 +38,7 @@ class EngineSettings:
     max_model_len: int | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     auto_install: bool = False
-    api_key: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+    api_key: str = field(default_factory=lambda: f"art-{secrets.token_urlsafe(24)}", repr=False)
 
     @property
     def chosen_dtype(self) -> str:

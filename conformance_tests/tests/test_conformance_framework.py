@@ -107,6 +107,7 @@ def test_a_known_failure_is_reported_with_its_reason_and_is_not_conformant(pytes
     result.stdout.fnmatch_lines(["*no ceiling until 1.0*"])
 
 
+@pytest.mark.slow
 def test_a_known_failure_that_passes_fails_the_run(pytester: pytest.Pytester) -> None:
     result, report = run(pytester, "    known_failures = {'PLG-007': 'no ceiling until 1.0'}\n")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -140,6 +141,7 @@ def test_what_was_not_run_does_not_count(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*incomplete (1 met, 13 not run)*"])
 
 
+@pytest.mark.slow
 def test_the_report_has_a_line_for_what_is_not_met_and_with_v_for_everything(pytester: pytest.Pytester) -> None:
     result, _ = run(pytester, "")
     lines = section(result, "ART conformance")

@@ -132,6 +132,7 @@ def test_every_check_that_starts_nothing_has_a_mutant() -> None:
     assert still == MUTANTS.keys()
 
 
+@pytest.mark.slow
 def test_the_sound_engine_meets_every_check(pytester: pytest.Pytester) -> None:
     assert failing(pytester, "    pass\n") == set()
 
@@ -142,6 +143,7 @@ def test_exactly_the_check_notices(pytester: pytest.Pytester, id: str) -> None:
     assert failing(pytester, MUTANTS[id]) == {id}
 
 
+@pytest.mark.slow
 def test_outcomes_come_back_from_other_processes(pytester: pytest.Pytester) -> None:
     assert failing(pytester, MUTANTS["INF-014"], "-n", "1", "--dist", "loadgroup") == {"INF-014"}
 

@@ -114,6 +114,7 @@ def test_nothing_is_lost_when_a_pipelines_worker_and_client_are_killed() -> None
     assert result["steps"] > 1
 
 
+@pytest.mark.slow
 def test_the_loop_beside_the_longer_of_its_parts() -> None:
     small = ("--steps", "4", "--warm", "1", "--batch", "4", "--workers", "4", "--rollout-s", "0.05")
     result = run("pipeline_overlap.py", *small, "--without-peers")
@@ -122,6 +123,7 @@ def test_the_loop_beside_the_longer_of_its_parts() -> None:
     assert all(row["step_s"] > 0.99 * row["train_s"] for row in result["results"]), "two steps trained at once"
 
 
+@pytest.mark.slow
 def test_thousands_in_flight() -> None:
     result = run("pipeline_in_flight.py", "--in-flight", "40", "--steps", "3", "--batch", "20", "--step-s", "0.1")
     assert (result["in_flight"], result["steps"]) == (40, 3)
@@ -148,6 +150,7 @@ def test_train_throughput(tiny_base_model: Path) -> None:
         assert dense["tokens_computed"] / shared["tokens_computed"] == pytest.approx(shape["sharing_bound"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_tokenize_pack() -> None:
     result = run(
         "tokenize_pack.py", "--groups", "2", "--size", "3", "--turns", "2", "--repeats", "1", "--without-peers"

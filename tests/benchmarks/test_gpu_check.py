@@ -33,6 +33,7 @@ def run(tiny_base_model: Path, tmp_path: Path) -> GpuRun:
     )
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_and_exits_with_2() -> None:
     finished = subprocess.run(
         [sys.executable, gpu_check.__file__],

@@ -92,6 +92,7 @@ class Cycle:
         self.itself = self
 
 
+@pytest.mark.slow
 async def test_what_gatherings_leave_in_cycles_goes_too(monkeypatch):
     monkeypatch.setattr("art.collector.YOUNG_PASSES_BEFORE_A_FULL_ONE", 20)
     left, kept = [], []

@@ -54,6 +54,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_client_is_kept_over_several_event_loops(endpoint, way):
     said = await run(
@@ -67,6 +68,7 @@ async def test_a_client_is_kept_over_several_event_loops(endpoint, way):
     assert said == ["Hello."] * 3
 
 
+@pytest.mark.slow
 async def test_a_client_is_used_by_several_event_loops_at_once(endpoint):
     code = """
         client = model.openai_client()
@@ -196,18 +198,21 @@ def slow_endpoint(endpoint):
     return endpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 async def test_requests_beyond_the_limit_of_open_files_wait(slow_endpoint, way):
     assert await run(MANY, slow_endpoint.url, 200, 200, WAYS[way], 600) == ["600"]
     assert 50 < slow_endpoint.most_at_once < 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 async def test_the_soft_limit_of_open_files_is_raised(many_files, slow_endpoint, way):
     assert await run(MANY, slow_endpoint.url, 100, 2000, WAYS[way], 600) == ["600"]
     assert slow_endpoint.most_at_once > 200
 
 
+@pytest.mark.slow
 async def test_that_files_are_short_is_said_once(slow_endpoint):
     code = MANY.replace('simplefilter("ignore"', 'simplefilter("default"').replace("import art", "")
     head = "import sys; sys.stderr = sys.stdout\n"

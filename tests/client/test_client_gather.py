@@ -312,6 +312,7 @@ async def test_no_description_shows_no_bar(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 async def test_ten_thousand_groups():
     groups = await art.gather_trajectory_groups(
         (art.TrajectoryGroup([rollout(i, metrics={"m": 1})]) for i in range(10_000)), pbar_desc="gather"

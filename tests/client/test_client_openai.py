@@ -303,6 +303,7 @@ async def test_a_cancelled_request_gives_its_connection_up(client, endpoint):
     assert len(endpoint.connections) == 2
 
 
+@pytest.mark.slow
 async def test_two_thousand_requests_at_once(many_files, client, endpoint):
     waiting, everyone = 0, asyncio.Event()
 
@@ -336,6 +337,7 @@ async def test_what_is_missing_is_named():
         art.Model(name="m", project="p", inference_base_url="http://127.0.0.1:1/v1").openai_client()
 
 
+@pytest.mark.slow
 async def test_several_event_loops_and_no_leftovers(endpoint):
     """A script may call asyncio.run twice with one model; nothing is said about unclosed connections."""
     code = textwrap.dedent(f"""

@@ -39,6 +39,7 @@ CODE = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_nothing_of_what_processes_log_and_merge_at_once_is_dropped(tmp_path: Path) -> None:
     running = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", CODE, str(tmp_path), str(n), str(TIMES)])

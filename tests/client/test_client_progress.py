@@ -10,6 +10,8 @@ import sys
 import termios
 import textwrap
 
+import pytest
+
 import art
 from art import progress
 
@@ -24,6 +26,7 @@ GATHER = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_bar_is_drawn_over_and_over():
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
@@ -40,6 +43,7 @@ def test_on_a_terminal_the_bar_is_drawn_over_and_over():
     assert b"play: 100%" in shown.split(b"\r")[-2]
 
 
+@pytest.mark.slow
 def test_in_a_log_a_short_gathering_is_one_line():
     done = subprocess.run([sys.executable, "-c", GATHER], capture_output=True, text=True, timeout=60, check=True)
     (line,) = done.stderr.splitlines()
@@ -48,6 +52,7 @@ def test_in_a_log_a_short_gathering_is_one_line():
     assert "\r" not in done.stderr
 
 
+@pytest.mark.slow
 async def test_in_a_log_a_long_gathering_says_now_and_then_how_far_it_is(capsys, monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.1)
 

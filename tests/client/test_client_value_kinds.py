@@ -544,6 +544,7 @@ ANYTHING = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(sorted(PLACES)), value=ANYTHING)
 def test_anything_anywhere_is_kept_the_same_or_named(tmp_path_factory, place, value):

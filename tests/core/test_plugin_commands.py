@@ -56,6 +56,7 @@ def test_no_plugins(plugin_site: Any) -> None:
     assert json.loads(plugin_site.art("plugins", "--json").stdout) == []
 
 
+@pytest.mark.slow
 def test_good_plugins_are_listed_checked_and_shown(plugin_site: Any) -> None:
     plugin_site.install("art-acme", ACME)
     listed = plugin_site.art("plugins")
@@ -90,6 +91,7 @@ def test_good_plugins_are_listed_checked_and_shown(plugin_site: Any) -> None:
     assert plugin_site.art("acme").stdout == "acme's own command\n"
 
 
+@pytest.mark.slow
 def test_bad_plugins_are_listed_with_their_reasons_and_check_exits_with_1(plugin_site: Any) -> None:
     install_bad_ones(plugin_site)
     plugin_site.install("art-acme", ACME)
@@ -128,6 +130,7 @@ def test_showing_an_unknown_plugin_lists_those_there_are(plugin_site: Any) -> No
     assert shown.stderr == "No plugin is called 'acne'. Did you mean 'acme'? Installed: acme.\n"
 
 
+@pytest.mark.slow
 def test_a_plugin_whose_commands_fail_leaves_the_command_to_others(plugin_site: Any) -> None:
     plugin_site.install("art-acme", ACME)
     failing = """
@@ -181,6 +184,7 @@ TALKATIVE = """
 )
 
 
+@pytest.mark.slow
 def test_what_a_plugin_prints_while_it_is_loaded_is_no_part_of_the_answer(plugin_site: Any) -> None:
     plugin_site.install("art-acme", TALKATIVE)
     listed = plugin_site.art("plugins", "--json")

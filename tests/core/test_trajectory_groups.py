@@ -140,6 +140,7 @@ async def test_an_attempt_cancelled_by_its_own_doing_is_one_exception_and_no_mor
     assert [e.type for e in group.exceptions] == ["CancelledError"]
 
 
+@pytest.mark.slow
 async def test_attempts_cancelled_before_they_began_are_closed() -> None:
     async def gather() -> TrajectoryGroup:
         return await TrajectoryGroup([rollout(1), rollout(2)])

@@ -101,6 +101,7 @@ def plain(value: Any) -> Any:
     return (type(value).__name__, value.isoformat() if isinstance(value, datetime) else repr(value))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(groups=st.lists(GROUPS, max_size=2))
 def test_a_job_file_gives_back_every_group(groups: list[TrajectoryGroup], tmp_path_factory: Any) -> None:

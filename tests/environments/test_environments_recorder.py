@@ -89,6 +89,7 @@ async def test_a_refusal_reaches_the_agent_as_it_came_and_nothing_is_kept(endpoi
         assert recorder.close("s") == []
 
 
+@pytest.mark.slow
 async def test_an_endpoint_that_is_gone_is_said(model: art.Model) -> None:
     model.inference_base_url = "http://127.0.0.1:9/v1"
     async with CompletionRecorder() as recorder, agent_of(recorder, model) as agent:

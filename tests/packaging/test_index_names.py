@@ -82,6 +82,7 @@ def write_wheel(folder: Path, name: str, summary: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_names_that_nobody_has_or_we_have_are_fine(
     index: Index, names: Callable[[], subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_names_that_nobody_has_or_we_have_are_fine(
     assert {"art-core", "art-engine-kit", "art-backend-local", "art-backend-serverless"} <= lines.keys()
 
 
+@pytest.mark.slow
 def test_a_strangers_is_named_and_never_run(
     index: Index, names: Callable[[], subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_strangers_is_named_and_never_run(
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_an_index_that_cannot_be_asked_is_no_good_news(
     index: Index, names: Callable[[], subprocess.CompletedProcess[str]]
 ) -> None:

@@ -235,6 +235,7 @@ def test_no_module_imports_a_package_that_holds_it() -> None:
         assert not above, f"{module} imports {', '.join(above)}, which is made of it"
 
 
+@pytest.mark.slow
 def test_no_exception_is_passed_over() -> None:
     for file in python_files():
         for node in ast.walk(tree_of(file)):

@@ -97,7 +97,8 @@ class ServedWeights:
             served_name="base",
             host="127.0.0.1",
             port=port_for_a_server(),
-            api_key="sk-served-7c1",
+            # Begins as an option does.
+            api_key="-served-7c1",
             python=interpreter_of(request.config, installed_plugins().inference_engine, engine.name, cls.flavour),
             max_model_len=1024,
             dtype="float32",

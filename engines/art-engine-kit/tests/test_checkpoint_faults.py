@@ -120,6 +120,7 @@ def test_a_writer_killed_at_any_sync_leaves_the_whole_checkpoint_or_none(tmp_pat
         assert list((tmp_path / str(moment)).iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_random_moments_leaves_whole_checkpoints_or_none(tmp_path: Path) -> None:
     chance = random.Random(20)
     next_step = 1

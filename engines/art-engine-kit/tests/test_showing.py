@@ -31,6 +31,7 @@ WAIT = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_in_a_log_a_line_comes_now_and_then_and_the_inner_wait_is_what_is_said() -> None:
     done = subprocess.run([sys.executable, "-c", WAIT], capture_output=True, text=True, timeout=60, check=True)
     *lines, sentence = done.stderr.splitlines()
@@ -44,6 +45,7 @@ def test_in_a_log_a_line_comes_now_and_then_and_the_inner_wait_is_what_is_said()
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_line_is_live_and_goes_away() -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))

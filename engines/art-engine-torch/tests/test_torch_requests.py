@@ -93,6 +93,7 @@ async def test_others_are_answered_while_a_template_never_ends(http: httpx.Async
     await endless
 
 
+@pytest.mark.slow
 async def test_a_template_of_a_request_needs_the_servers_trust(tiny_model: Callable[[str], Path], serving: Any) -> None:
     with serving(tiny_model("llama-tied"), trust_templates=False) as running:
         async with httpx.AsyncClient(base_url=running.url, headers=running.headers, timeout=60) as http:
@@ -102,6 +103,7 @@ async def test_a_template_of_a_request_needs_the_servers_trust(tiny_model: Calla
             await answered(http, **chat())
 
 
+@pytest.mark.slow
 async def test_a_prompt_process_that_is_killed_is_started_anew(http: httpx.AsyncClient, server: Any) -> None:
     alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
     writing = [p for p in alive if "art_engine_torch.server.prompt_process" in p.cmdline()]
@@ -240,6 +242,7 @@ async def test_the_bytes_of_tokens_are_their_own_everywhere(http: httpx.AsyncCli
         assert [entry["bytes"] for entry in streamed[choice["index"]]] == said
 
 
+@pytest.mark.slow
 async def test_a_step_that_fails_ends_the_requests_in_it_and_nothing_else(
     tiny_model: Callable[[str], Path], serving: Any
 ) -> None:
@@ -286,6 +289,7 @@ ANYTHING = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_every_field_of_a_request_is_read_or_refused(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([ChatRequest, CompletionRequest]))

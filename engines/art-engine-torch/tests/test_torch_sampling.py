@@ -51,6 +51,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: torch.Tensor) -> No
     assert_follows(frequencies(logits, top_p=0.7), expected)
 
 
+@pytest.mark.slow
 def test_top_p_looks_beyond_its_first_window() -> None:
     flat = torch.zeros(5000)  # 0.9 of a flat distribution is 4500 tokens, far more than the window
     rows = flat.expand(3000, -1).contiguous()

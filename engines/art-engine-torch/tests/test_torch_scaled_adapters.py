@@ -57,6 +57,7 @@ def base(tiny_model: Callable[[str], Path]) -> Path:
 # served
 
 
+@pytest.mark.slow
 def test_the_server_computes_each_as_peft_does_all_in_one_batch_and_in_the_handed_form(
     base: Path, adapter_maker: Callable[..., Path], reference: Any, tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_what_the_policy_saves_is_the_same_adapter_to_peft(base: Path, adapter: 
     assert after["lora_dropout"] == 0.0
 
 
+@pytest.mark.slow
 def test_one_adapter_after_another_each_with_a_shape_of_its_own(
     base: Path, adapter_maker: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def check_against(logprobs: torch.Tensor, prompt: np.ndarray, update: SequenceUp
     assert torch.allclose(torch.tensor(update.logprobs, dtype=torch.float64), expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_logprobs_of_sampled_tokens_equal_transformers(
@@ -104,6 +105,7 @@ def test_logprobs_of_sampled_tokens_equal_transformers(
             check_against(reference(base, folder, [*prompt.tolist(), *update.tokens]), prompt, update)
 
 
+@pytest.mark.slow
 def test_adapters_and_the_base_share_a_batch_without_mixing(
     tiny_model: Callable[[str], Path], tiny_adapters: list[Path], reference: Any
 ) -> None:
@@ -135,6 +137,7 @@ def test_samples_of_one_prompt_compute_it_once(tiny_model: Callable[[str], Path]
     assert len({tuple(update.tokens) for update in news}) > 1
 
 
+@pytest.mark.slow
 def test_a_growing_conversation_computes_only_what_is_new(tiny_model: Callable[[str], Path], reference: Any) -> None:
     base = tiny_model("llama-tied")
     scheduler = scheduler_for(base)
@@ -162,6 +165,7 @@ def test_prompts_with_a_common_start_compute_it_once(tiny_model: Callable[[str],
     assert scheduler.counters.prompt_tokens == 160 + 6 * 10
 
 
+@pytest.mark.slow
 def test_sequences_that_give_way_go_on_where_they_were(tiny_model: Callable[[str], Path], reference: Any) -> None:
     base = tiny_model("llama-tied")
     # Room for one sequence of full length, or four short ones: growing past 256 tokens makes others give way.
@@ -179,6 +183,7 @@ def test_sequences_that_give_way_go_on_where_they_were(tiny_model: Callable[[str
         check_against(reference(base, None, [*prompt.tolist(), *news[0].tokens]), prompt, news[0])
 
 
+@pytest.mark.slow
 def test_memory_given_back_in_the_middle_loses_nothing(tiny_model: Callable[[str], Path], reference: Any) -> None:
     base = tiny_model("qwen3")
     scheduler = scheduler_for(base)
@@ -194,6 +199,7 @@ def test_memory_given_back_in_the_middle_loses_nothing(tiny_model: Callable[[str
         check_against(reference(base, None, [*prompt.tolist(), *update.tokens]), prompt, update)
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_tokens_whatever_else_runs(tiny_model: Callable[[str], Path]) -> None:
     base = tiny_model("llama-tied")
     alone: list[SequenceUpdate] = []
@@ -210,6 +216,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_runs(tiny_model: Callable[[s
     assert np.mean(np.array(alone[0].tokens[:10]) == np.array(crowded[0].tokens[:10])) >= 0.9
 
 
+@pytest.mark.slow
 def test_removed_requests_end_and_leave_the_others_alone(tiny_model: Callable[[str], Path]) -> None:
     scheduler = scheduler_for(tiny_model("llama-tied"), max_sequences=3)
     gone: list[SequenceUpdate] = []
@@ -226,6 +233,7 @@ def test_removed_requests_end_and_leave_the_others_alone(tiny_model: Callable[[s
     assert scheduler.running == scheduler.waiting == 0
 
 
+@pytest.mark.slow
 def test_an_unloaded_adapter_serves_its_running_requests_to_the_end(
     tiny_model: Callable[[str], Path], tiny_adapters: list[Path], reference: Any
 ) -> None:
@@ -242,6 +250,7 @@ def test_an_unloaded_adapter_serves_its_running_requests_to_the_end(
     assert scheduler.prefix_bytes == 0  # nothing of it is kept
 
 
+@pytest.mark.slow
 def test_logits_that_are_not_finite_end_only_their_own_request(
     tiny_model: Callable[[str], Path], tiny_adapters: list[Path], reference: Any
 ) -> None:
@@ -269,6 +278,7 @@ def test_logits_that_are_not_finite_end_only_their_own_request(
     assert all(update.finished == "length" for update in later)
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_likeliest_and_reports_the_alternatives(
     tiny_model: Callable[[str], Path], reference: Any
 ) -> None:
@@ -301,6 +311,7 @@ def test_a_context_beyond_the_models_own_is_refused(tiny_model: Callable[[str], 
         Decoder.load(tiny_model("llama-tied"), CPU, torch.float32, 4096)
 
 
+@pytest.mark.slow
 def test_a_cache_too_small_for_one_sequence_is_refused(tiny_model: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="--kv-cache-gb"):
         scheduler_for(tiny_model("llama-tied"), cache_tokens=1000)
@@ -341,6 +352,7 @@ def test_questions_for_one_token_leave_half_of_a_step_to_older_prompts(tiny_mode
     assert [update.finished for update in long] == ["length"]
 
 
+@pytest.mark.slow
 def test_prompts_of_one_length_under_several_adapters_are_computed_beside_each_other(
     tiny_model: Callable[[str], Path], tiny_adapters: list[Path], reference: Any
 ) -> None:

@@ -381,6 +381,7 @@ async def test_many_requests_at_once_all_get_their_own_answer(http: httpx.AsyncC
         assert [choice["prompt_token_ids"] for choice in answer["choices"]] == [prompt, prompt]
 
 
+@pytest.mark.slow
 async def test_an_engine_that_fails_says_so_and_is_not_healthy(tiny_model: Callable[[str], Path], serving: Any) -> None:
     with serving(tiny_model("llama-tied")) as running:
         headers = {"Authorization": f"Bearer {KEY}"}
@@ -393,6 +394,7 @@ async def test_an_engine_that_fails_says_so_and_is_not_healthy(tiny_model: Calla
         assert running.failures
 
 
+@pytest.mark.slow
 async def test_a_server_that_stops_ends_its_requests(tiny_model: Callable[[str], Path], serving: Any) -> None:
     with serving(tiny_model("llama-tied")) as running:
         headers = {"Authorization": f"Bearer {KEY}"}

@@ -88,6 +88,7 @@ async def closing(http: httpx.AsyncClient) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 async def test_a_required_call_is_made_in_a_hundred_of_a_hundred_tries(http: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": "Say yes."}]
     choices = await answered(
@@ -226,6 +227,7 @@ def test_a_changed_row_is_drawn_from_and_its_logprob_is_the_rows_own(filters: di
     assert drawn.logprobs == pytest.approx([float(own[token]) for token in drawn.tokens], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_min_p_looks_as_far_as_it_must() -> None:
     flat = torch.zeros(3000)
     flat[2000:] = -10.0
@@ -236,6 +238,7 @@ def test_min_p_looks_as_far_as_it_must() -> None:
     assert len(set(drawn.tokens)) > 1000
 
 
+@pytest.mark.slow
 async def test_penalties_reach_the_draw(http: httpx.AsyncClient) -> None:
     free = chat(temperature=0, max_tokens=60, return_token_ids=True, ignore_eos=True)
     for penalty in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 5.0}):

@@ -154,6 +154,7 @@ def test_saved_adapters_load_in_stock_peft_and_here_again(base: Path, tmp_path: 
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_references_are_the_base_or_another_adapter_and_then_gone(base: Path, tmp_path: Path) -> None:
     trained, other = adapter(base, tmp_path / "a"), adapter(base, tmp_path / "b", seed=2)
     policy = load_policy(PolicyRequest(base, dtype="float32"))

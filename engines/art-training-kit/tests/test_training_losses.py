@@ -95,6 +95,7 @@ def cases(draw: st.DrawFn) -> Any:
     return new, old, a, w, seq, sampled, ref, options
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(cases())
 def test_every_option_against_the_oracle(case: Any) -> None:

@@ -49,6 +49,7 @@ def cramped(small_policy: Make) -> Make:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -76,6 +77,7 @@ def test_rows_half_as_long_are_tried_and_the_step_is_the_same(
     assert ended.metrics["loss/grad_norm"] == pytest.approx(wanted["loss/grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_either_way_ends_in_words_and_the_next_job_works(
     cramped: Make, job: Make, checkpoints: Path
 ) -> None:
@@ -100,6 +102,7 @@ def test_what_does_not_fit_either_way_ends_in_words_and_the_next_job_works(
     assert run(trainer, job(1))["data/step_num_gradient_steps"] >= 1
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_shorter_are_not_tried_again(cramped: Make, job: Make, make_groups: Make) -> None:
     policy, seen = cramped(1, torch.OutOfMemoryError(WORDS))
     longest = max(known_lengths(make_groups(1)) or [])

@@ -44,6 +44,7 @@ def visible(row: PackedRow) -> Any:
     return seen
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(steps(), st.integers(0, 60))
 def test_every_sequence_can_be_read_back_exactly_once(rows: list[TokenRow], spare: int) -> None:

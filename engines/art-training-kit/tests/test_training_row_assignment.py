@@ -43,6 +43,7 @@ def packed(rows: Rows, order: Order, assigned: list[Any]) -> list[Rows]:
     return [[rows[order.permutation[position]] for position in members] for members in assigned]
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(token_rows(), st.integers(0, 60))
 def test_every_row_is_in_one_packed_row_and_none_is_too_long(rows: Rows, spare: int) -> None:
@@ -119,6 +120,7 @@ def test_a_group_is_split_only_where_a_row_would_be_missing() -> None:
     assert len(assign_rows(order, 700)) == 3
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_repeated_in_as_few_rows_as_its_answers_need() -> None:
     rng = np.random.default_rng(0)
     rows: Rows = []
@@ -156,6 +158,7 @@ def test_few_packed_rows_are_of_much_the_same_length(count: int) -> None:
     assert min(lengths) > 0.7 * max(lengths)
 
 
+@pytest.mark.slow
 @example(rows=[[0], [0, 1], [0, 1, 2]])
 @example(rows=[[5, 5], [5, 5], [5, 5]])
 @settings(max_examples=60)

@@ -257,6 +257,7 @@ def test_learning_rate_multiplier_counts_trajectories(small_policy: Make, job: M
     assert metrics["loss/learning_rate"] == pytest.approx(1e-2 * metrics["data/step_num_trajectories_trained"])
 
 
+@pytest.mark.slow
 def test_plot_is_written_beside_the_checkpoints(small_policy: Make, job: Make, checkpoints: Path) -> None:
     run(Trainer(small_policy()), job(1, plot_tensors=True))
     assert (checkpoints.parent / "plots" / "step-0001.png").read_bytes().startswith(b"\x89PNG")

@@ -114,6 +114,7 @@ class Slow:
             time.sleep(0.2)
 
 
+@pytest.mark.slow
 async def test_whoever_hears_of_the_end_may_send_the_next_job(body: Make) -> None:
     async with serving(Worker(Slow, "secret")) as client:
         await ready(client)

@@ -77,6 +77,7 @@ async def served_by(client, name="m"):
 # what is taken
 
 
+@pytest.mark.slow
 async def test_an_ordinary_adapter_with_dropout_starts_a_model_and_says_so(
     backend, make_policy, make_adapter, groups, client, checkpoints
 ):
@@ -206,6 +207,7 @@ async def test_another_shape_than_the_latest_checkpoint_has_is_refused_at_regist
 # what servers are handed
 
 
+@pytest.mark.slow
 async def test_an_adapter_with_scales_of_its_own_is_handed_over_as_peft_computes_it(
     backend, make_policy, make_adapter, client, checkpoints
 ):
@@ -261,6 +263,7 @@ async def test_a_plain_adapter_is_handed_over_itself(backend, policy, groups, ch
     assert not (checkpoints(backend).parent / "served").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_copied_out_with_whichever_file_it_has(make_adapter, tmp_path):
     old = as_torch_file(make_adapter("old"))
     for folder, name in ((make_adapter("new"), WEIGHTS), (old, "adapter_model.bin")):

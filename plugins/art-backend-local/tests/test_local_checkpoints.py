@@ -19,6 +19,7 @@ from art_core.errors import (
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
+@pytest.mark.slow
 async def test_a_step_that_is_only_on_disk_is_loaded_when_asked_for(backend, policy, groups, client, said_by_engine):
     asked = client(await backend.register(policy))
     for _ in range(5):
@@ -88,6 +89,7 @@ async def test_a_step_that_is_being_deleted_is_nobodys_any_more(
     assert await backend.list_steps(policy) == [1, 2, 3, 5]
 
 
+@pytest.mark.slow
 async def test_the_engine_being_full_of_leased_steps_is_an_error_that_says_so(
     fake_engines, new_backend, policy, groups, tmp_path
 ):
@@ -147,6 +149,7 @@ async def test_a_forked_step_is_served_at_once_by_a_registered_model(backend, ma
     assert backend.inference_name(new) == "new@1"
 
 
+@pytest.mark.slow
 async def test_a_corrupt_checkpoint_is_named_and_the_last_good_one_used(
     policy, groups, client, fake_engines, new_backend, tmp_path, checkpoints
 ):

@@ -42,6 +42,7 @@ def begun(backend, policy, groups, tell, said_by_engine):
     return begin
 
 
+@pytest.mark.slow
 async def test_nobody_is_served_by_a_step_that_is_loaded_and_not_yet_saved(
     backend, policy, groups, client, tell, begun
 ):
@@ -181,6 +182,7 @@ async def test_an_engine_that_does_not_load_it_early_is_asked_again_and_its_reas
     assert await asked.served_by() == ("m@1", -1.5)
 
 
+@pytest.mark.slow
 async def test_an_engine_that_takes_turns_with_training_is_not_told_early(
     tell, new_backend, tmp_path, policy, groups, client
 ):

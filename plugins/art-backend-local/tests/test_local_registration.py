@@ -29,6 +29,7 @@ from art_engine_kit.lora_shape import LoraShape
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
+@pytest.mark.slow
 async def test_registering_again_changes_nothing_and_another_client_setting_is_refused(backend, policy, make_policy):
     first = await backend.register(policy)
     assert await backend.register(policy) == first
@@ -46,6 +47,7 @@ async def test_two_models_share_one_engine(backend, make_policy, groups, client)
     assert len(list((backend.path / "logs").glob("inference-*"))) == 1
 
 
+@pytest.mark.slow
 async def test_more_models_than_places_take_turns(new_backend, make_policy, groups, client, tmp_path):
     """Twenty models in four places: whose name nobody asks for gives up its place, and gets one when it is asked."""
     async with new_backend(tmp_path / "art", max_adapters=4) as backend:
@@ -61,6 +63,7 @@ async def test_more_models_than_places_take_turns(new_backend, make_policy, grou
         assert at_once == [(f"m{i}@2", -1.75) if i == 3 else (f"m{i}@0", -1.0) for i in range(20)]
 
 
+@pytest.mark.slow
 async def test_a_place_that_is_in_use_is_not_taken(new_backend, make_policy, groups, client, tmp_path):
     async with new_backend(tmp_path / "art", max_adapters=2) as backend:
         one, two, three = make_policy("one"), make_policy("two"), make_policy("three")
@@ -167,6 +170,7 @@ async def test_a_base_model_that_is_not_there(backend, make_policy):
         await backend.register(make_policy(base_model="no-such-model"))
 
 
+@pytest.mark.slow
 async def test_without_a_training_engine_models_are_served_and_training_names_the_pip_line(
     fake_engines, new_backend, policy, groups, client, tmp_path, monkeypatch
 ):
@@ -180,6 +184,7 @@ async def test_without_a_training_engine_models_are_served_and_training_names_th
             await backend.train(policy, groups)
 
 
+@pytest.mark.slow
 async def test_engines_are_chosen_from_what_is_installed_and_said_once(
     fake_engines, new_backend, policy, make_policy, tmp_path, capsys, monkeypatch
 ):
@@ -198,6 +203,7 @@ async def test_engines_are_chosen_from_what_is_installed_and_said_once(
         new_backend(tmp_path / "b", inference_engine="fakes")
 
 
+@pytest.mark.slow
 async def test_sampling_before_registration_is_over_or_without_the_key_is_refused(backend, policy, client):
     registration = await backend.register(policy)
     bad = SimpleNamespace(inference_base_url=registration.inference_base_url, inference_api_key="wrong")

@@ -41,6 +41,7 @@ def chat(index):
 
 
 class TestOnTheFakeEngines:
+    @pytest.mark.slow
     async def test_an_engine_that_does_not_declare_it_is_refused_before_anything_is_trained(self, backend, policy):
         assert BackendCapability.SFT not in backend.capabilities
         await backend.register(policy)
@@ -66,6 +67,7 @@ class TestOnTheFakeEngines:
         with pytest.raises(error, match=re.escape(said)):
             await new_backend(tmp_path).train_sft(policy, [chat(i) for i in range(4)], **options)
 
+    @pytest.mark.slow
     async def test_no_trajectories_are_an_error(self, new_backend, tmp_path, policy):
         with pytest.raises(ValueError, match="there are no trajectories to train on"):
             await new_backend(tmp_path).train_sft(policy, [])

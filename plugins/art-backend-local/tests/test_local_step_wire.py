@@ -137,6 +137,7 @@ async def test_work_is_followed_to_its_result_or_its_error():
     assert [event["n"] for event in seen] == [1, 2]
 
 
+@pytest.mark.slow
 async def test_a_worker_that_only_says_that_it_is_there_is_ended(tmp_path, fake_engines, monkeypatch):
     monkeypatch.setattr(training_worker, "SILENCE_LIMIT_S", 0.5)
     fake_engines(only_alive=True)

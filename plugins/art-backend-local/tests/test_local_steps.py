@@ -32,6 +32,7 @@ def test_train_shows_every_option_with_its_default():
     assert options == {name: field.default for name, field in TrainOptions.model_fields.items()}
 
 
+@pytest.mark.slow
 async def test_a_step_is_trained_saved_verified_and_served(backend, policy, groups, client, recorder, checkpoints):
     assert isinstance(backend, Backend)
     registration = await backend.register(policy)
@@ -65,6 +66,7 @@ def sampled(*lengths):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("told", "config", "words"),
     [
@@ -84,6 +86,7 @@ async def test_a_limit_that_leaves_out_everything_is_refused_before_the_step(
     assert recorder.calls == []
 
 
+@pytest.mark.slow
 async def test_a_limit_that_leaves_out_some_is_warned_of_and_the_step_goes_on(backend, policy):
     await backend.register(policy)
     with pytest.warns(RuntimeWarning, match="2 of 3 trajectories are longer than packed_sequence_length=6 and"):
@@ -111,6 +114,7 @@ async def test_a_request_in_flight_stays_on_its_step(backend, policy, groups, cl
     assert (answer.model, answer.choices[0].logprobs.content[0].logprob) == ("m@0", -1.0)
 
 
+@pytest.mark.slow
 async def test_whatever_waits_says_for_what(fake_engines, new_backend, tmp_path, policy, groups, capsys, monkeypatch):
     monkeypatch.setattr(showing, "PLAIN_EVERY_S", 0.02)
     said = ""
@@ -138,6 +142,7 @@ async def test_whatever_waits_says_for_what(fake_engines, new_backend, tmp_path,
     assert f"Closing: waiting for the host of {backend.path} to end: " in said
 
 
+@pytest.mark.slow
 async def test_an_engine_that_cannot_work_beside_training_waits(
     fake_engines, new_backend, tmp_path, policy, groups, client, said_by_engine
 ):
@@ -329,6 +334,7 @@ async def test_an_engine_that_serves_the_old_weights_under_the_new_name_is_found
     assert (result.step, await asked.served_by()) == (2, ("m@2", -1.5))
 
 
+@pytest.mark.slow
 async def test_an_engine_that_refuses_to_load_leaves_the_step_for_later(backend, policy, groups, client, fake_engines):
     asked = client(await backend.register(policy))
     fake_engines(refuse_load=True)

@@ -58,6 +58,7 @@ def test_pauses_grow_and_differ_from_one_client_to_the_next() -> None:
     assert max(longest) <= patience.longest_pause_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [429, 503])
 async def test_retry_after_is_kept_to(cloud: Any, serverless: Any, model: Any, groups: Any, code: int) -> None:
     busy_until = asyncio.get_running_loop().time() + 0.5
@@ -156,6 +157,7 @@ async def test_pages_that_come_twice_count_once(cloud: Any, serverless: Any, mod
     assert result.metrics["data/step_num_gradient_steps"] == 2
 
 
+@pytest.mark.slow
 async def test_a_slow_service_is_waited_for(cloud: Any, serverless: Any, model: Any, groups: Any) -> None:
     async def slowly(asked: Any) -> Any:
         await asyncio.sleep(0.3)
@@ -166,6 +168,7 @@ async def test_a_slow_service_is_waited_for(cloud: Any, serverless: Any, model: 
     assert (await serverless.train(model, groups)).step == 1
 
 
+@pytest.mark.slow
 async def test_a_service_that_comes_back_is_met_again(cloud: Any, serverless: Any, model: Any, groups: Any) -> None:
     server = cloud.server
     cloud.scripts.append([])
@@ -183,6 +186,7 @@ async def test_a_service_that_comes_back_is_met_again(cloud: Any, serverless: An
         cloud.drop()
 
 
+@pytest.mark.slow
 async def test_a_service_that_never_was_there_is_said_so_soon(patience: Any) -> None:
     backend = ServerlessBackend("k", "http://127.0.0.1:9/v1", patience=patience, show_progress=False)
     with pytest.raises(ServiceUnreachable, match="can't be reached"):

@@ -42,6 +42,7 @@ def instead(cloud: Any, happening: str) -> Callable[[Any], Any]:
     return answer
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(losses=LOSSES, happenings=HAPPENINGS, ends_well=st.booleans())
 def test_whatever_happens_on_the_way(

@@ -276,6 +276,7 @@ async def test_a_request_waits_while_the_engine_restarts(stage: Any) -> None:
     assert (await asking)[0] == 200
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 async def test_no_body_whatever_is_answered_with_500(stage: Any, content: bytes) -> None:

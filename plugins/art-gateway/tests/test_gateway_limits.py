@@ -26,6 +26,7 @@ def limits() -> GatewayLimits:
     return GatewayLimits(request_s=0.5, route_s=0.5, connect_s=0.5, answer_s=0.5, reader_s=0.5)
 
 
+@pytest.mark.slow
 async def test_an_engine_that_does_not_answer(stage: Any) -> None:
     stage.upstream.gate.clear()
     status, body, _ = await stage.chat()
@@ -33,6 +34,7 @@ async def test_an_engine_that_does_not_answer(stage: Any) -> None:
     await stage.settled()
 
 
+@pytest.mark.slow
 async def test_an_engine_that_does_not_end_its_stream(stage: Any) -> None:
     stage.upstream.gate.clear()
     request = {"model": "agent", "messages": [], "stream": True}
@@ -43,6 +45,7 @@ async def test_an_engine_that_does_not_end_its_stream(stage: Any) -> None:
     await stage.settled()
 
 
+@pytest.mark.slow
 async def test_a_route_that_does_not_come(stage: Any) -> None:
     stage.routes.wait = asyncio.Event()
     status, body, headers = await stage.chat()
@@ -50,6 +53,7 @@ async def test_a_route_that_does_not_come(stage: Any) -> None:
     assert headers["retry-after"] == "10"
 
 
+@pytest.mark.slow
 async def test_a_client_that_does_not_send_its_body(stage: Any) -> None:
     address = urlsplit(stage.url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
@@ -60,6 +64,7 @@ async def test_a_client_that_does_not_send_its_body(stage: Any) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 async def test_a_client_that_does_not_read_its_answer_lets_its_step_go(stage: Any) -> None:
     async def stream() -> AsyncIterator[bytes]:
         chunk = {"choices": [{"index": 0, "delta": {"content": "x" * 100_000}, "token_ids": [1]}]}
@@ -107,6 +112,7 @@ def test_the_file_limit_is_raised_to_what_is_allowed() -> None:
     assert allowed == raise_file_limit()
 
 
+@pytest.mark.slow
 async def test_connections_beyond_what_files_allow_wait_for_those_before() -> None:
     served, open_now, most = 0, 0, 0
 
@@ -151,6 +157,7 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[3]), **SERVER_OPTIONS)
 """
 
 
+@pytest.mark.slow
 async def test_a_gateway_with_few_files_answers_all_the_same(stage: Any, unused_tcp_port: int) -> None:
     """Its connections to the engine are fewer than there are requests; the others wait."""
     folder = str(Path(__file__).parent)

@@ -128,6 +128,7 @@ async def _asked_and_killed(stage: Any) -> AsyncIterator[asyncio.Task[Any]]:
         server.stdout.close()
 
 
+@pytest.mark.slow
 async def test_an_engine_killed_before_it_answers_and_not_back_is_a_503(stage: Any) -> None:
     async with _asked_and_killed(stage) as asking:
         pass

@@ -67,6 +67,7 @@ def doctor(tmp_path: Path) -> Doctor:
     return run
 
 
+@pytest.mark.slow
 def test_everything_is_looked_at_and_what_is_wrong_decides_the_exit_code(doctor: Doctor) -> None:
     found = doctor()
     assert list(dict.fromkeys(each["about"] for each in found.findings)) == TOPICS
@@ -74,6 +75,7 @@ def test_everything_is_looked_at_and_what_is_wrong_decides_the_exit_code(doctor:
     assert all(each["mend"] for each in found.findings if each["state"] == "wrong")
 
 
+@pytest.mark.slow
 def test_it_is_printed_with_the_line_that_mends(tmp_path: Path) -> None:
     env = {**os.environ, "SSL_CERT_FILE": "/no/such.pem", "TERM": "dumb"}
     command = [str(Path(sys.executable).with_name("art")), "doctor"]
@@ -86,6 +88,7 @@ def test_it_is_printed_with_the_line_that_mends(tmp_path: Path) -> None:
     assert "wrong, " in lines[-1]
 
 
+@pytest.mark.slow
 def test_files_that_hide_modules_are_named(doctor: Doctor, tmp_path: Path) -> None:
     here = tmp_path / "here"
     for name in ("logging.py", "numpy/__init__.py", "mine.py", "data/readme.txt", "queue/notes.txt", "a-b.py"):
@@ -97,6 +100,7 @@ def test_files_that_hide_modules_are_named(doctor: Doctor, tmp_path: Path) -> No
     assert found.code == 1
 
 
+@pytest.mark.slow
 def test_a_checkout_hides_nothing(doctor: Doctor) -> None:
     assert doctor(cwd=Path(__file__).parents[3]).about("shadowing files", "ok")
 
@@ -127,6 +131,7 @@ def test_what_variables_do(
     assert words in " ".join(f"{each['says']} {each['mend']}" for each in found), found
 
 
+@pytest.mark.slow
 def test_limits(doctor: Doctor) -> None:
     (few,) = doctor(limit=(resource.RLIMIT_NOFILE, 100)).about("limits", "wrong")
     assert few["says"] == "100 open files, at most 100"
@@ -135,6 +140,7 @@ def test_limits(doctor: Doctor) -> None:
     assert "ulimit -f unlimited" in small["mend"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(AS_A_USER) and shutil.which("setpriv") is None, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(doctor: Doctor, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
@@ -142,6 +148,7 @@ def test_a_folder_that_cannot_be_written(doctor: Doctor, tmp_path: Path) -> None
     assert "can't be written" in doctor(cwd=kept, who=AS_A_USER).about("folders", "note")[-1]["says"]
 
 
+@pytest.mark.slow
 def test_a_working_folder_that_was_deleted(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -159,6 +166,7 @@ def nvidia_smi(folder: Path, script: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_hidden_and_a_driver_that_does_not_answer(doctor: Doctor, tmp_path: Path) -> None:
     listing = 'case "$1" in -L) echo "GPU 0: H100";; *) echo "0, GPU-1, H100, 81559";; esac'
     path = nvidia_smi(tmp_path / "good", listing)
@@ -204,6 +212,7 @@ def test_an_engine_without_its_environment_says_the_line_that_makes_it(doctor: D
     assert "isn't made yet" in notes["vllm"]["says"]
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_itself_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> list[Finding]:
         raise OSError("no such device")

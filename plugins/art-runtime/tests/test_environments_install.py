@@ -70,6 +70,7 @@ def environment(module: ModuleType) -> EngineEnvironment:
     return environment_for(SPEC)
 
 
+@pytest.mark.slow
 def test_installed_once_then_found(environment: EngineEnvironment) -> None:
     python = install(environment)
     assert python_for(SPEC) == str(python)
@@ -93,6 +94,7 @@ def test_made_anew_leaves_one(environment: EngineEnvironment) -> None:
     assert [folder.name for folder in environment.folder.glob("venv-*")] == [second.parents[1].name]
 
 
+@pytest.mark.slow
 def test_a_failure_says_why_and_leaves_nothing(module: ModuleType) -> None:
     module.ENVIRONMENT = flavours("/no/such/wheel-1.0-py3-none-any.whl")
     environment = environment_for(SPEC)
@@ -103,6 +105,7 @@ def test_a_failure_says_why_and_leaves_nothing(module: ModuleType) -> None:
     assert not list(environment.folder.glob("venv-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("disk_bytes", "said"),
     [
@@ -220,6 +223,7 @@ def test_without_uv_pip_does_it(environment: EngineEnvironment, monkeypatch: pyt
     subprocess.run([str(python), "-c", "import art_tiny_7c1"], check=True, env={**os.environ, "PYTHONPATH": ""})
 
 
+@pytest.mark.slow
 def test_art_engines(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     class Plugin:
         art_api = 1

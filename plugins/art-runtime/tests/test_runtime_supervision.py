@@ -52,6 +52,7 @@ async def test_a_server_is_ready_then_stops(tmp_path: Path) -> None:
     assert (await server.stop()) == ended
 
 
+@pytest.mark.slow
 async def test_waiting_is_shown(tmp_path: Path) -> None:
     port = free_port()
     seen: list[StartProgress] = []
@@ -99,6 +100,7 @@ async def test_death_is_noticed_though_a_stranger_on_the_port_keeps_silent(tmp_p
             await SupervisedProcess.start(plan, port=port, log_file=tmp_path / "log")
 
 
+@pytest.mark.slow
 async def test_a_server_that_never_gets_ready_is_ended(tmp_path: Path) -> None:
     port = free_port()
     plan = _plan(port, ready_after=600.0, ready_timeout_s=0.5)
@@ -109,6 +111,7 @@ async def test_a_server_that_never_gets_ready_is_ended(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", port))
 
 
+@pytest.mark.slow
 async def test_a_cancelled_start_leaves_nothing_running(tmp_path: Path) -> None:
     port = free_port()
     before = {process.pid for process in psutil.Process().children(recursive=True)}
@@ -121,6 +124,7 @@ async def test_a_cancelled_start_leaves_nothing_running(tmp_path: Path) -> None:
     assert {process.pid for process in psutil.Process().children(recursive=True)} == before
 
 
+@pytest.mark.slow
 async def test_a_stranger_on_the_port_is_not_taken_for_our_server(tmp_path: Path) -> None:
     class Stranger(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

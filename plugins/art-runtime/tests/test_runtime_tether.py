@@ -72,6 +72,7 @@ def _family(tmp_path: Path, manners: str, stop_timeout_s: float) -> tuple[Child,
     return child, _wait_for(tmp_path / "pids")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("manners", "stop_timeout_s"), [("polite", 20.0), ("stubborn", 0.5)])
 def test_a_killed_owner_takes_the_whole_tree_with_it(
     tmp_path: Path, kill_later: list[int], manners: str, stop_timeout_s: float
@@ -215,6 +216,7 @@ def test_an_end_that_comes_at_once_is_not_lost(delay_s: float) -> None:
     child.let_go()
 
 
+@pytest.mark.slow
 def test_a_detached_program_outlives_its_owner_and_can_be_stopped(tmp_path: Path, kill_later: list[int]) -> None:
     program = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(300)"
     script = (

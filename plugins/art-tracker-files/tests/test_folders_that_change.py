@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from art_core import Trajectory, TrajectoryGroup
 from art_tracker_files.trajectory_files import add_trajectories, read_files
 
@@ -18,6 +20,7 @@ for number in range(1_000_000):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_while_folders_in_it_come_and_go(tmp_path):
     add_trajectories(tmp_path / "kept" / "0001.parquet", [TrajectoryGroup([Trajectory(reward=1.0)])])
     process = subprocess.Popen([sys.executable, "-c", CHURN, str(tmp_path)], stdout=subprocess.PIPE)

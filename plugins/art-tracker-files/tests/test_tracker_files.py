@@ -239,6 +239,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_the_old_files(tmp_path):
     """A file size limit makes the kernel refuse the write half-way, as a full disk does."""
     script = FULL_DISK.format(tests=str(Path(__file__).parent), path=str(tmp_path), limit=2000)
@@ -319,6 +320,7 @@ TRAJECTORIES = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.lists(TRAJECTORIES, max_size=3), st.lists(TEXT, max_size=2)), max_size=3))
 def test_any_groups_come_back(tmp_path_factory, drawn):

@@ -194,6 +194,7 @@ def ended(**settings):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_process_waits_for_what_is_queued():
     assert ended(limit=50, takes=0.1).stdout.split() == ["0", "1", "2", "closed"]
 

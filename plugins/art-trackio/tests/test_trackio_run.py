@@ -105,6 +105,7 @@ def losses(logs):
     return [(row["step"], row["loss/train"], row["train/reward"]) for row in logs if "loss/train" in row]
 
 
+@pytest.mark.slow
 def test_metrics_tables_and_adapters_are_read_back_as_they_were_logged(tmp_path):
     logged(tmp_path)
     found = read(tmp_path)
@@ -156,6 +157,7 @@ def test_what_is_written_when_a_process_is_killed_is_kept_and_the_next_goes_on_w
         assert [step for step, *_ in losses(found["logs"][name])] == list(range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("report", "variables", "reports"),
     [("", {}, True), ("tracker-files", {}, False), ("", {"ART_TRACKIO_MODE": "disabled"}, False)],
@@ -165,6 +167,7 @@ def test_when_it_reports(tmp_path, report, variables, reports):
     assert (tmp_path / "trackio" / "shop.db").exists() is reports
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_said_and_costs_nothing_else(tmp_path):
     (tmp_path / "trackio").write_text("a file where the folder would be")
     said = logged(tmp_path)

@@ -87,6 +87,7 @@ def logged(folder, **settings):
     return said
 
 
+@pytest.mark.slow
 def test_metrics_tables_and_adapters_are_read_back_as_they_were_logged(tmp_path, run_files):
     logged(tmp_path, report="", WANDB_MODE="offline")
     (run,) = run_files.run_folders(tmp_path)
@@ -146,6 +147,7 @@ def test_what_is_in_the_file_when_a_process_is_killed_is_kept_and_the_next_goes_
     assert ids == {"agent"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("report", "variables", "folders"),
     [

@@ -100,7 +100,8 @@ class SglangInferenceEngine(OpenAIServerEngine):
             env=env,
             secret_env={KEY_VARIABLE: config.api_key},
             ready_timeout_s=900.0 if config.devices else 600.0,
-            stop_timeout_s=30.0,
+            # Beside other work its own processes take half a minute to let go of each other.
+            stop_timeout_s=60.0,
         )
 
     def prepare_request(self, endpoint: Endpoint, body: JSON, adapter: str | None) -> JSON:

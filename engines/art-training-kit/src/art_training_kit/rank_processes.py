@@ -175,7 +175,10 @@ class Follower:
         # What every rank then says of the connections that it lost is longer than the end of a log that anybody is
         # shown, so the first repeats this at the very end.
         with contextlib.suppress(OSError):
-            _last_words(self._folder, self._number).write_text(why.partition("\n")[0], encoding="utf-8")
+            said = _last_words(self._folder, self._number)
+            written = said.with_suffix(".new")
+            written.write_text(why.partition("\n")[0], encoding="utf-8")
+            written.replace(said)
         os._exit(1)
 
     def _hear(self) -> None:

@@ -111,5 +111,6 @@ if __name__ == "__main__":
     _say_context_as_others_do()
     sys.argv[1:] = _with_dtype(sys.argv[1:])
     if os.environ.get(KEY_VARIABLE):
-        sys.argv += ["--api-key", os.environ[KEY_VARIABLE]]
+        # In one word, since a key may begin with a dash.
+        sys.argv.append(f"--api-key={os.environ[KEY_VARIABLE]}")
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)

@@ -84,7 +84,8 @@ class StartedServer:
         self._cores = cores
         self._log_file = log_file
         self._report = report
-        self._api_key = secrets.token_urlsafe(24)
+        # One that begins with a dash is an option to a server that is given it on a command line of its own.
+        self._api_key = f"art-{secrets.token_urlsafe(24)}"
         self._process: SupervisedProcess | None = None
         self._connection: EngineConnection | None = None
         self._deaths: list[float] = []
