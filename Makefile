@@ -94,7 +94,7 @@ test-all: $(READY) $(OPENAI2_READY) lint engines postgresql  ## And every broken
 	@$(MAKE) --no-print-directory test-verifiers ARGS='-m ""'
 	@$(PYTEST) $(ARGS)
 
-test-fast: $(READY)  ## The tests that need no weights and no servers, and half a second at most: a minute and a half
+test-fast: $(READY)  ## The tests that need no weights and no servers, and half a second at most: two minutes
 	@$(PYTEST) $(IN_TWO) -m "not slow" $(ARGS)
 
 $(OPENAI2_READY): pyproject.toml
