@@ -100,8 +100,9 @@ class SglangInferenceEngine(OpenAIServerEngine):
             env=env,
             secret_env={KEY_VARIABLE: config.api_key},
             ready_timeout_s=900.0 if config.devices else 600.0,
-            # Beside other work its own processes take half a minute to let go of each other.
-            stop_timeout_s=60.0,
+            # Beside other work its own processes take half a minute to let go of each other; the host, which stops its
+            # servers before it ends, has 45 seconds itself.
+            stop_timeout_s=40.0,
         )
 
     def prepare_request(self, endpoint: Endpoint, body: JSON, adapter: str | None) -> JSON:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, Protocol
 
+from art_core.atomic_files import write_atomically
 from art_engine_kit.training_wire import TrainEvent, TrainJob
 
 _log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class Followers:
             try:
                 ends.append(_last_words(self.folder, number).read_text(encoding="utf-8"))
             except FileNotFoundError:
-                code = process.returncode
+                code = process.poll()
                 if code is not None:
                     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
                     ends.append(f"rank {number} of {self._count} (process {process.pid}) {how}")
@@ -175,10 +176,7 @@ class Follower:
         # What every rank then says of the connections that it lost is longer than the end of a log that anybody is
         # shown, so the first repeats this at the very end.
         with contextlib.suppress(OSError):
-            said = _last_words(self._folder, self._number)
-            written = said.with_suffix(".new")
-            written.write_text(why.partition("\n")[0], encoding="utf-8")
-            written.replace(said)
+            write_atomically(_last_words(self._folder, self._number), why.partition("\n")[0].encode())
         os._exit(1)
 
     def _hear(self) -> None:
