@@ -98,5 +98,6 @@ def environment_for() -> type[Environment]:
 
 @pytest.fixture(scope="session")
 def mypy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all that is checked, since most of the work is what they import."""
-    return tmp_path_factory.mktemp("mypy")
+    """One for all that is checked, by every pytest worker, since most of the work is what they import."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mypy"

@@ -86,7 +86,6 @@ def outside(environment: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("name", "verdict"), [("llamacpp", CellVerdict.CONFORMANT), ("transformers", CellVerdict.NOT_CONFORMANT)]

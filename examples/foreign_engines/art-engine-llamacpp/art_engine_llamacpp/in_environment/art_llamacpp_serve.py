@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aiohttp import ClientSession, ClientTimeout, web
+from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 from art_llamacpp_gguf import Base, write_adapter, write_base
 from art_llamacpp_process import Llama, Refused
 from art_llamacpp_requests import JSON, Asked, Ids, choice_of
@@ -42,7 +42,10 @@ class Front:
         """Everything that is there while it serves."""
         with tempfile.TemporaryDirectory(prefix="art-llamacpp-") as folder:
             self.folder = Path(folder)
-            async with ClientSession(timeout=ClientTimeout(total=ANSWER_LIMIT_S)) as self.session:
+            # llama.cpp may close a kept connection at the moment that it is used again.
+            connector = TCPConnector(force_close=True, limit=0)
+            timeout = ClientTimeout(total=ANSWER_LIMIT_S)
+            async with ClientSession(connector=connector, timeout=timeout) as self.session:
                 exact = self.options.dtype == "float32"
                 await asyncio.to_thread(write_base, self.base, self.folder / "base.gguf", exact=exact)
                 self.newest = await self._start({})
