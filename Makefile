@@ -130,8 +130,9 @@ format: $(READY)  ## Format and mend what ruff can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-reference: $(READY)  ## Make the reference of hooks and protocols in docs/ of their docstrings, and the page of what holds each promise
+reference: $(READY)  ## Make the reference of hooks and protocols in docs/ of their docstrings, and the pages of requirements and of what holds each promise
 	@$(BIN)/python tests/docs/interface_reference.py
+	@$(BIN)/python tests/docs/requirements_page.py
 	@$(BIN)/python tests/docs/traceability.py
 
 names: $(READY)  ## Ask the package index whether the names of our distributions are free or ours

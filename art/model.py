@@ -34,6 +34,7 @@ from art_core.errors import CheckpointInUse, NotRegistered, UnknownArgument
 from art_core.history import HISTORY
 
 from .best_step import best_step
+from .deprecation import deprecated
 from .dev import InternalModelConfig, read_internal_config
 from .leave_out import without_unsound
 from .metrics import trajectory_metrics, warn_of_left_out, warn_of_non_finite, with_sections, without_unsound_metrics
@@ -46,8 +47,7 @@ from .train_config import TrainConfig, TrainSFTConfig
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-DEPRECATED_TRAIN = """model.train() is deprecated: training is started through the backend, and logging is explicit.
-Instead of
+INSTEAD_OF_TRAIN = """Training is started through the backend, and logging is explicit. Instead of
 
     await model.train(groups, config=art.TrainConfig(learning_rate=1e-5))
 
@@ -353,7 +353,7 @@ class TrainableModel(Model):
         verbose: bool = False,
     ) -> None:
         """Deprecated: does `backend.train`, then `model.log` with split "train"."""
-        warnings.warn(DEPRECATED_TRAIN, DeprecationWarning, stacklevel=2)
+        deprecated("model.train()", instead=INSTEAD_OF_TRAIN, removed_in="1.0")
         groups = list(trajectory_groups)
         arguments = (config or TrainConfig()).as_arguments() | ({"verbose": True} if verbose else {})
         result = await self.backend().train(self, groups, **arguments)

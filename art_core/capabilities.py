@@ -44,7 +44,6 @@ class TrainingCapability(Capability):
     PREFIX_SHARING = "prefix_sharing", "A prefix that several trajectories of a step share is computed once."
     KL_REFERENCE = "kl_reference", "A KL penalty towards the base model or towards another adapter."
     EXACT_RESUME = "exact_resume", "The optimizer's state is restored too: the next loss is as if nothing had stopped."
-    SLEEP = "sleep", "Device memory can be given back between jobs without leaving the process."
     SFT = "sft", "Supervised jobs: trains on the replies of conversations, a batch at a time."
 
 
@@ -65,6 +64,7 @@ class BackendCapability(Capability):
         "save_checkpoint=True keeps the step's adapter folder on this machine; with False the folder goes once a later"
         " step is served in its place. Either way the step is published.",
     )
+    PUBLICATION_HOOKS = "publication_hooks", "Plugins hear of a step before it is served to anybody, and may refuse it."
     CHECKPOINTS_AS_ARTIFACTS = "checkpoints_as_artifacts", "Steps' adapters are kept remotely and deployed from there."
 
 

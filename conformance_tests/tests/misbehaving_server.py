@@ -6,9 +6,11 @@ changes before the server starts, and none of the checks.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,6 +24,7 @@ from starlette.responses import Response
 from art_engine_torch.names import API_KEY_VARIABLE
 from art_engine_torch.server import __main__ as process
 from art_engine_torch.server import completions
+from art_engine_torch.server.api_answers import AnswerForm
 from art_engine_torch.server.api_bodies import read_body
 from art_engine_torch.server.api_errors import ApiError
 from art_engine_torch.server.app import InferenceApp
@@ -29,7 +32,7 @@ from art_engine_torch.server.completions import CompletionHandlers
 from art_engine_torch.server.engine import InferenceEngineThread
 from art_engine_torch.server.generation import GenerationRequest, Sequence
 from art_engine_torch.server.lora_batch import LoraAdapter
-from art_engine_torch.server.lora_files import AdapterMissing
+from art_engine_torch.server.lora_files import AdapterMissing, AdapterRefused
 
 JSON = dict[str, Any]
 # More whole answers at once than any check asks for that isn't about a batch of adapters.
@@ -254,12 +257,13 @@ def unloading_ends_streams() -> None:
 
 
 def loses_places_under_load() -> None:
-    """An adapter that is unloaded while something is answered leaves its place taken."""
+    """Adapters that are unloaded while something is answered leave their places taken, but for the first six."""
     sound = InferenceEngineThread.unload_adapter
+    numbers = itertools.count()
 
     def unload(self: InferenceEngineThread, name: str) -> None:
         sound(self, name)
-        if self.scheduler.running or self.scheduler.waiting:
+        if (self.scheduler.running or self.scheduler.waiting) and next(numbers) >= 6:
             self._max_adapters -= 1
 
     patch.object(InferenceEngineThread, "unload_adapter", unload).start()
@@ -284,6 +288,67 @@ def forgets_adapters_in_sleep() -> None:
         return sound(self)
 
     patch.object(InferenceEngineThread, "sleep", sleep).start()
+
+
+def says_when_in_words() -> None:
+    """The time of an answer is a string."""
+    _changing_answers(lambda answer: {**answer, "created": str(answer["created"])})
+
+
+def gives_each_chunk_an_id() -> None:
+    """No two answers and no two chunks have the same id."""
+    numbers = itertools.count()
+    _changing_answers(lambda answer: {**answer, "id": f"{answer['id']}-{next(numbers)}"})
+
+
+def _changing_answers(change: Callable[[JSON], JSON]) -> None:
+    """What answers and chunks have beside their choices is as `change` makes it."""
+    sound = AnswerForm.envelope
+
+    def envelope(self: AnswerForm, *, chunk: bool) -> JSON:
+        return change(sound(self, chunk=chunk))
+
+    patch.object(AnswerForm, "envelope", envelope).start()
+
+
+def forgets_what_is_loaded_again() -> None:
+    """An adapter that is loaded a second time, from where it came, is gone."""
+    sound = InferenceEngineThread.load_adapter
+
+    def load(self: InferenceEngineThread, name: str, folder: Path) -> LoraAdapter:
+        if name in self.adapter_names() and Path(self.adapter(name).path) == folder:
+            self.unload_adapter(name)
+            raise AdapterRefused(f"An adapter named {name!r} was already loaded.")
+        return sound(self, name, folder)
+
+    patch.object(InferenceEngineThread, "load_adapter", load).start()
+
+
+def cuts_long_names() -> None:
+    """An adapter is known by the first 255 characters of its name."""
+    sound = InferenceEngineThread.load_adapter
+
+    def load(self: InferenceEngineThread, name: str, folder: Path) -> LoraAdapter:
+        return sound(self, name[:255], folder)
+
+    patch.object(InferenceEngineThread, "load_adapter", load).start()
+
+
+def mixes_loads_up() -> None:
+    """Of adapters that are loaded at once, each gets the weights of the first."""
+    sound = InferenceEngineThread.load_adapter
+    under_way: list[Path] = []
+
+    def load(self: InferenceEngineThread, name: str, folder: Path) -> LoraAdapter:
+        under_way.append(folder)
+        first = under_way[0]
+        time.sleep(0.1)  # whoever asks at once has asked by then
+        try:
+            return sound(self, name, first)
+        finally:
+            under_way.remove(folder)
+
+    patch.object(InferenceEngineThread, "load_adapter", load).start()
 
 
 def logs_its_key() -> None:

@@ -23,7 +23,7 @@ from art_conformance.catalogue import requirements_of
 from art_conformance.reference_backend import ReferenceBackend, ReferenceStep, ServedModel
 from art_conformance.tiny_model import write_adapter
 from art_core import ArtError, BackendCapability, LocalTrainResult, ModelKey, Registration, SavedStep, announce
-from art_core.errors import InvalidName
+from art_engine_kit.checkpoint_folder import whole_steps
 from art_engine_kit.sft_options import SftOptions
 
 
@@ -174,12 +174,11 @@ class ListsNewestFirst(ReferenceBackend):
         return (await super().list_steps(model))[::-1]
 
 
-class TakesAnyName(ReferenceBackend):
+class TakesAStepForAName(ReferenceBackend):
+    """Leaves out what follows an @, and serves the model under what is left."""
+
     async def register(self, model: Any) -> Registration:
-        try:
-            return await super().register(model)
-        except InvalidName:
-            return await super().register(replace(model, name="clean", project="clean"))
+        return await super().register(replace(model, name=model.name.partition("@")[0]))
 
 
 class InventsBase(ReferenceBackend):
@@ -334,6 +333,59 @@ class AnnouncesTwice(ReferenceBackend):
         return result
 
 
+class DeletedComesBack(ReferenceBackend):
+    """Deletes by putting aside, and takes what it finds there for the model's own when it is opened again."""
+
+    async def delete_checkpoints(self, model: Any, steps: Any) -> list[int]:
+        kept, aside = whole_steps(self._served(model).checkpoints), self._aside(model)
+        for step in kept.keys() & set(steps):
+            shutil.copytree(kept[step], aside / kept[step].name, dirs_exist_ok=True)
+        return await super().delete_checkpoints(model, steps)
+
+    async def register(self, model: Any) -> Registration:
+        key = ModelKey(model.project, model.name)
+        if key not in self.models and self._aside(model).exists():
+            shutil.copytree(self._aside(model), self._folder(key), dirs_exist_ok=True)
+        return await super().register(model)
+
+    def _aside(self, model: Any) -> Path:
+        return self.path / "deleted" / model.project / model.name
+
+
+class DeletesWhatIsGone(ReferenceBackend):
+    """Says of each step that it was asked for that it was deleted."""
+
+    async def delete_checkpoints(self, model: Any, steps: Any) -> list[int]:
+        await super().delete_checkpoints(model, steps)
+        return sorted(set(steps))
+
+
+class KeepsWhatWasCancelled(ReferenceBackend):
+    """A training that is cancelled leaves its step behind, though nobody will serve it."""
+
+    def step(self, served: ServedModel, step: int, *given: Any) -> ReferenceStep:
+        class Step(ReferenceStep):
+            async def train_and_save(self) -> SavedStep[LocalTrainResult]:
+                try:
+                    return await super().train_and_save()
+                except asyncio.CancelledError:
+                    self.backend.copy(served, step, served.ref(step - 1).path)
+                    raise
+
+        return Step(**vars(super().step(served, step, *given)))
+
+
+class ShortensNames(ReferenceBackend):
+    """A name has room for a hundred characters; whatever follows is left out."""
+
+    async def register(self, model: Any) -> Registration:
+        ModelKey(model.project, model.name)
+        return await super().register(replace(model, name=model.name[:100]))
+
+    def _served(self, model: Any) -> ServedModel:
+        return super()._served(replace(model, name=model.name[:100]))
+
+
 # The check that must notice → the reference backend, broken.
 MUTANTS: dict[str, type[ReferenceBackend]] = {
     "BCK-001": NamedBadly,
@@ -348,7 +400,7 @@ MUTANTS: dict[str, type[ReferenceBackend]] = {
     "BCK-010": NeedsSomethingToTrain,
     "BCK-011": TrainsStrangers,
     "BCK-013": ListsNewestFirst,
-    "BCK-014": TakesAnyName,
+    "BCK-014": TakesAStepForAName,
     "BCK-015": InventsBase,
     "BCK-016": ForgetsProject,
     "BCK-017": CountsTwoAsOne,
@@ -369,10 +421,14 @@ MUTANTS: dict[str, type[ReferenceBackend]] = {
     "BCK-035": TakesAnyBatchSize,
     "BCK-036": AnnouncesTwice,
     "BCK-037": OneArtifact,
+    "BCK-038": DeletedComesBack,
+    "BCK-039": DeletesWhatIsGone,
+    "BCK-040": KeepsWhatWasCancelled,
+    "BCK-041": ShortensNames,
 }
 # The check whose mutant cannot but fail others too → which, since:
-# PublicationConformance asks the same of a step's hooks.
-IMPLIED = {"BCK-036": {"PUB-014"}}
+# PublicationConformance asks the same of a step's hooks, and opens a backend again, as any order does.
+IMPLIED = {"BCK-030": {"BCK-038", "PUB-021"}, "BCK-036": {"PUB-014"}}
 
 
 def test_every_check_has_a_mutant() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from art_conformance import MUST, SHOULD, check
+from art_conformance import MUST, SHOULD, check, faults
 from art_conformance.catalogue import REVISION, requirements
 from art_conformance.requirements import checks_of
 from art_conformance.serving import LiveEngine, event_lines
@@ -26,7 +28,16 @@ OPTIONS = ("-p", "no:cacheprovider", "-W", "default", "-o", "asyncio_default_fix
 
 
 def run(pytester: pytest.Pytester, body: str, *arguments: str) -> tuple[pytest.RunResult, dict[str, Any]]:
-    """Run checks on the installed plugin `torch`, changed by `body`, and give the report of its only suite."""
+    """Run checks on the installed plugin `sound`, changed by `body`, and give the report of its only suite."""
+    write(pytester, body)
+    report = pytester.path / "report.json"
+    result = pytester.runpytest(*OPTIONS, f"--conformance-report={report}", *arguments)
+    content = json.loads(report.read_text()) if report.exists() else []
+    return result, (content[0] if content else {})
+
+
+def write(pytester: pytest.Pytester, body: str) -> None:
+    """A test file of checks on the installed plugin `sound`."""
     pytester.makepyfile(
         "import pytest\n"
         "from art_conformance import PluginConformance\n"
@@ -41,10 +52,6 @@ def run(pytester: pytest.Pytester, body: str, *arguments: str) -> tuple[pytest.R
         "        return dict(heavy_by_module=[], heavy_by_factory=[], environment=[], folder=False, signals=False)\n"
         + body
     )
-    report = pytester.path / "report.json"
-    result = pytester.runpytest(*OPTIONS, f"--conformance-report={report}", *arguments)
-    content = json.loads(report.read_text()) if report.exists() else []
-    return result, (content[0] if content else {})
 
 
 def outcome_of(report: dict[str, Any], id: str) -> str:
@@ -81,6 +88,14 @@ def install_plugin(
     pytester.syspathinsert(site)
 
 
+def install_package(pytester: pytest.Pytester, name: str) -> None:
+    """Make the installed module of a plugin a package with a marker of types, which is all that it lacked."""
+    module = pytester.path / "site" / f"{name}_plugin.py"
+    (package := module.with_suffix("")).mkdir()
+    shutil.move(module, package / "__init__.py")
+    (package / "py.typed").touch()
+
+
 def test_a_should_that_is_not_met_fails_nothing_and_is_reported(pytester: pytest.Pytester) -> None:
     result, report = run(pytester, "")
     assert result.ret == pytest.ExitCode.OK
@@ -108,10 +123,22 @@ def test_a_known_failure_is_reported_with_its_reason_and_is_not_conformant(pytes
 
 
 @pytest.mark.slow
-def test_a_known_failure_that_passes_fails_the_run(pytester: pytest.Pytester) -> None:
-    result, report = run(pytester, "    known_failures = {'PLG-007': 'no ceiling until 1.0'}\n")
+@pytest.mark.parametrize("id", ["PLG-007", "PLG-014"])
+def test_a_known_failure_that_passes_fails_the_run_whatever_its_level(pytester: pytest.Pytester, id: str) -> None:
+    install_package(pytester, "sound")
+    result, report = run(pytester, f"    known_failures = {{{id!r}: 'not before 1.0'}}\n")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    assert outcome_of(report, "PLG-007") == "NOT MET"
+    result.assert_outcomes(passed=13, failed=1)
+    assert outcome_of(report, id) == "unexpected pass"
+    assert (report["conformant"], report["verdict"]) == (False, "NOT conformant")
+
+
+def test_who_has_a_known_failure_of_a_should_is_not_conformant_either(pytester: pytest.Pytester) -> None:
+    result, report = run(pytester, "    known_failures = {'PLG-014': 'it is a single file'}\n")
+    assert result.ret == pytest.ExitCode.OK
+    assert outcome_of(report, "PLG-014") == "known failure"
+    assert (report["conformant"], report["verdict"]) == (False, "NOT conformant")
+    result.stdout.fnmatch_lines(["*TestMine: NOT conformant (13 met, 1 known failure)", "*it is a single file*"])
 
 
 @pytest.mark.parametrize("known", ["{'PLG-999': 'why'}", "{'PLG-007': ' '}"])
@@ -126,11 +153,142 @@ def test_a_check_cannot_be_replaced(pytester: pytest.Pytester) -> None:
     result.stderr.fnmatch_lines(["*overrides test_declares_api, the check of PLG-002*"])
 
 
-def test_a_missing_prerequisite_is_a_failure(pytester: pytest.Pytester) -> None:
-    body = "    @pytest.fixture(scope='class')\n    @classmethod\n    def info(cls):\n        pytest.skip('not here')\n"
-    result, report = run(pytester, body)
+FAILING = """
+    @pytest.fixture(scope='class')
+    @classmethod
+    def info(cls):
+        {raising}
+"""
+
+
+@pytest.mark.parametrize(
+    ("raising", "said"),
+    [
+        ("pytest.skip('not here')", "not here"),
+        (
+            "from art_conformance import oracle; from pathlib import Path; import sys; sys.modules['torch'] = None;"
+            " oracle.oracle_for(Path('nowhere'))",
+            "torch is missing: pip install 'art-conformance",
+        ),
+        (
+            "from art_runtime.environments import python_for; from art_core import installed_plugins;"
+            " python_for(installed_plugins().inference_engine('sglang'))",
+            "art engines install sglang",
+        ),
+    ],
+    ids=["skipped", "no oracle", "no environment"],
+)
+def test_a_missing_prerequisite_is_untestable_and_never_a_pass(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, raising: str, said: str
+) -> None:
+    monkeypatch.setenv("ART_CACHE_DIR", str(pytester.path / "cache"))
+    result, report = run(pytester, FAILING.format(raising=raising))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    assert outcome_of(report, "PLG-001") == "NOT MET"
+    assert outcome_of(report, "PLG-001") == "untestable"
+    assert (report["conformant"], report["verdict"]) == (False, "untestable")
+    result.stdout.fnmatch_lines(["*TestMine: untestable (12 met, 1 NOT MET, 1 untestable)", f"*{said}*"])
+
+
+ENOSPC = "OSError(28, 'No space left on device')"
+
+
+@pytest.mark.parametrize(
+    ("raising", "outcome"),
+    [
+        ("raise MemoryError", "fault of the machine"),
+        (f"raise {ENOSPC}", "fault of the machine"),
+        (f"raise RuntimeError('it was not written') from {ENOSPC}", "fault of the machine"),
+        ("raise OSError(13, 'Permission denied')", "NOT MET"),
+        ("raise RuntimeError('MemoryError: No space left on device')", "NOT MET"),
+        (f"\n        try: raise {ENOSPC}\n        except OSError: assert False", "NOT MET"),
+    ],
+)
+def test_what_the_machine_did_is_told_from_what_the_subject_did_by_the_kind_of_its_error(
+    pytester: pytest.Pytester, raising: str, outcome: str
+) -> None:
+    result, report = run(pytester, FAILING.format(raising=raising))
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert outcome_of(report, "PLG-001") == outcome
+    assert report["verdict"] == ("fault of the machine" if outcome != "NOT MET" else "NOT conformant")
+    result.stdout.fnmatch_lines([f"*PLG-001*MUST*{outcome}*"])
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_machine_is_no_known_failure_and_no_unmet_should(pytester: pytest.Pytester) -> None:
+    body = FAILING.format(raising="raise MemoryError")
+    _, report = run(pytester, f"    known_failures = {{'PLG-001': 'not yet'}}\n{body}")
+    assert outcome_of(report, "PLG-001") == "fault of the machine"
+    spoiling = "def pytest_runtest_call(item):\n    if item.name == 'test_is_typed': raise MemoryError\n"
+    pytester.makeconftest(spoiling)
+    result, report = run(pytester, "")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert outcome_of(report, "PLG-014") == "fault of the machine"
+    assert report["verdict"] == "conformant"
+
+
+OUT_OF_MEMORY = """
+from pathlib import Path
+from art_conformance import faults
+
+counter = Path(__file__).with_name("counter")
+
+def pytest_sessionstart():
+    faults.OOM_COUNTERS[:] = [counter]
+    counter.write_text("oom_kill 3")
+
+def pytest_runtest_call(item):
+    if item.name == "test_declares_api":
+        counter.write_text("low 0\\noom_kill 4")
+    if item.name in ("test_declares_api", "test_hooks_exist"):
+        assert False, "the server was ended by SIGKILL"
+"""
+
+
+def test_a_check_during_which_the_kernel_ended_a_process_for_memory_says_nothing(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "OOM_COUNTERS", [])
+    pytester.makeconftest(OUT_OF_MEMORY)
+    _, report = run(pytester, "")
+    failed = {entry["id"]: entry["outcome"] for entry in report["checks"] if entry["level"] == "MUST"}
+    assert failed.pop("PLG-002") == "fault of the machine"
+    assert sorted(set(failed.values())) == ["NOT MET", "met"]
+
+
+def test_a_disk_that_is_full_is_nobodys_fault(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "FULL_BYTES", 2**80)
+    _, report = run(pytester, FAILING.format(raising="assert False"))
+    assert outcome_of(report, "PLG-001") == "fault of the machine"
+
+
+STARTED = """import asyncio, sys
+        from pathlib import Path
+        from art_core import LaunchPlan
+        from art_runtime import SupervisedProcess
+        listen = "import socket; socket.socket().bind(('127.0.0.1', {port}))"
+        plan = LaunchPlan(argv=(sys.executable, '-c', listen + '; raise SystemExit(3)'))
+        asyncio.run(SupervisedProcess.start(plan, port={port}, log_file=Path('log')))"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("taken", "outcome"), [(True, "fault of the machine"), (False, "NOT MET")])
+def test_a_port_that_another_process_holds_is_a_fault_of_the_machine_and_any_other_end_of_a_server_is_not(
+    pytester: pytest.Pytester, taken: bool, outcome: str
+) -> None:
+    with socket.socket() as here:
+        here.bind(("127.0.0.1", 0))
+        port = here.getsockname()[1]
+        if taken:
+            here.listen()
+        else:
+            here.close()
+        write(pytester, FAILING.format(raising=STARTED.format(port=port)))
+        file = pytester.path / "report.json"
+        # In a process of its own, which is younger than the one that listens.
+        result = pytester.runpytest_subprocess(*OPTIONS, f"--conformance-report={file}", "-k", "test_is_active")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    (report,) = json.loads(file.read_text(encoding="utf-8"))
+    assert outcome_of(report, "PLG-001") == outcome
 
 
 def test_what_was_not_run_does_not_count(pytester: pytest.Pytester) -> None:

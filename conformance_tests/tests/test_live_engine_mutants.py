@@ -114,6 +114,11 @@ def _keep_last_message(request: JSON) -> None:
         request["messages"] = request["messages"][-1:]
 
 
+def _plain_letters(request: JSON) -> None:
+    for message in request.get("messages", ()):
+        message["content"] = message["content"].encode("ascii", "replace").decode("ascii")
+
+
 def _anonymous_tools(request: JSON) -> None:
     for tool in request.get("tools", ()):
         tool["function"]["name"] = "tool"
@@ -156,6 +161,12 @@ MUTANTS: dict[str, Callable[[], TorchInferenceEngine]] = {
     "INF-130": PauseDoesNothing,
     "INF-131": lambda: FaultyServer("forgets_adapters_in_sleep"),
     "INF-132": lambda: FaultyServer("base_goes_with_an_adapter"),
+    "INF-133": lambda: FaultyServer("says_when_in_words"),
+    "INF-134": lambda: FaultyServer("forgets_what_is_loaded_again"),
+    "INF-135": lambda: FaultyServer("cuts_long_names"),
+    "INF-136": lambda: FaultyServer("mixes_loads_up"),
+    "INF-137": lambda: FaultyRequests(_plain_letters),
+    "INF-138": lambda: FaultyServer("gives_each_chunk_an_id"),
     "INF-140": lambda: FaultyServer("logs_its_key"),
     "INF-141": lambda: FaultyServer("ignores_sigterm", stop_timeout_s=3.0),
 }

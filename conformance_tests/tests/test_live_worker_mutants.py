@@ -126,10 +126,19 @@ async def test_the_sound_engine_meets_every_check(sound: LiveWorker, start: Path
 
 
 @against_every_check
-async def test_an_engine_that_declares_less_and_refuses_the_rest_meets_every_check(
+async def test_an_engine_that_declares_nothing_and_refuses_the_rest_meets_every_check(
     sound: LiveWorker, start: Path, tmp_path: Path
 ) -> None:
-    assert await failing(mutants.ENGINES["TRN-114"], sound, mutants.RefusesReferences, start, tmp_path) == set()
+    assert await failing(mutants.ENGINES["TRN-114"], sound, mutants.RefusesSome, start, tmp_path) == set()
+
+
+@against_every_check
+@pytest.mark.parametrize("lacking", mutants.DECLARE_LESS)
+async def test_whatever_an_engine_does_without_declaring_it_is_noticed(
+    lacking: str, sound: LiveWorker, start: Path, tmp_path: Path
+) -> None:
+    found = await failing(mutants.DECLARE_LESS[lacking], sound, mutants.SpoiledWorker, start, tmp_path)
+    assert found == {"TRN-114"}
 
 
 @against_every_check

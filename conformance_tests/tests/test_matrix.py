@@ -17,13 +17,21 @@ from typer.testing import CliRunner
 
 from art_conformance.catalogue import REVISION
 from art_conformance.command_line import cli
-from art_conformance.matrix import CELL_BYTES, CellReport, CellVerdict, cells_at_once, run_cell, run_matrix
+from art_conformance.matrix import (
+    CELL_BYTES,
+    CellReport,
+    CellVerdict,
+    cells_at_once,
+    kept_report,
+    run_cell,
+    run_matrix,
+)
 from art_conformance.matrix_cells import Cell, Chosen, cells, chosen, elsewhere
-from art_conformance.matrix_page import badge, page
+from art_conformance.matrix_page import Run, badge, page
 from art_core import installed_plugins
 from art_core.errors import PluginNotInstalled
 
-PLUGINS = Cell("plugins", ("TestPlugin",), ("--plugin", "torch"))
+PLUGINS = Cell("plugins", ("TestPlugin",), ("--plugin", "torch"), ("PluginConformance",))
 MISSING = Cell("plugins", ("TestPlugin",), ("--plugin", "no-such-plugin"))
 
 
@@ -44,7 +52,12 @@ def test_what_is_installed_is_chosen_where_nothing_is_asked_for_the_default_firs
     names = chosen(installed_plugins(), [], [], [])
     assert (names.inference_engines[0], names.training_engines[0], names.backends[0]) == ("torch", "torch", "local")
     assert {"torch", "vllm", "sglang"} <= set(names.inference_engines)
-    assert chosen(installed_plugins(), ["vllm"], [], []).inference_engines == ["vllm"]
+    some = chosen(installed_plugins(), ["vllm"], [], [])
+    assert (some.inference_engines, list(some.trackers)) == (["vllm"], [])
+    assert some.training_engines == names.training_engines
+    only_trackers = chosen(installed_plugins(), [], [], [], ["wandb"])
+    assert only_trackers == Chosen([], [], [], ["wandb"])
+    assert chosen(installed_plugins(), [], [], ["local"], ["wandb"]).trackers == ["wandb"]
     with pytest.raises(PluginNotInstalled, match="vlm"):
         chosen(installed_plugins(), ["vlm"], [], [])
 
@@ -159,8 +172,107 @@ def test_a_cell_that_has_a_verdict_is_not_run_again_unless_asked(tmp_path: Path)
     assert (tmp_path / "plugins.log").stat().st_mtime_ns > log
     assert [None if report is None else report.verdict.value for report in heard] == [None, "conformant"] * 3
     kept = json.loads((tmp_path / "plugins.json").read_text(encoding="utf-8"))
-    (tmp_path / "plugins.json").write_text(json.dumps({**kept, "versions": {"art-core": "0.0.1"}}), encoding="utf-8")
+    for other in ({"versions": {"art-core": "0.0.1"}}, {"sources": "of before"}, {"expected": []}):
+        (tmp_path / "plugins.json").write_text(json.dumps({**kept, **other}), encoding="utf-8")
+        assert kept_report(PLUGINS, installed_plugins(), tmp_path) is None
     assert run().versions == first.versions
+
+
+REPORTED = """
+from art_conformance import faults
+
+def pytest_runtest_call(item):
+    if item.name.startswith("test_declares_api"):
+        {raising}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("raising", "verdict", "said"),
+    [
+        ("raise MemoryError('no more')", CellVerdict.MACHINE, "PLG-002 MemoryError: no more"),
+        (
+            "raise faults.PrerequisiteMissing('pip install that')",
+            CellVerdict.UNTESTABLE,
+            "PLG-002 pip install that",
+        ),
+        ("assert 0, 'mine'", CellVerdict.NOT_CONFORMANT, "PLG-002 AssertionError: mine"),
+    ],
+)
+def test_whose_fault_a_check_is_decides_the_verdict_of_its_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raising: str, verdict: CellVerdict, said: str
+) -> None:
+    (tmp_path / "spoiling.py").write_text(REPORTED.format(raising=raising), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (kept := tmp_path / "kept").mkdir()
+    report = run_cell(PLUGINS, installed_plugins(), kept, pytest_options=("-p", "spoiling"))
+    assert report.verdict is verdict
+    assert report.reason.startswith(said)
+    assert [file.name for file in kept.iterdir()] == ["plugins.log"]
+
+
+LISTED = """
+import os
+from pathlib import Path
+
+import pytest
+from art_conformance import PluginConformance
+
+class TestMine(PluginConformance):
+    known_failures = {known}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def plugin_name(cls):
+        Path("left.db").touch()  # as a tracker does that is told of no other place
+        return "torch"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("known", "suites", "verdict", "said"),
+    [
+        ({}, ("PluginConformance",), CellVerdict.CONFORMANT, ""),
+        (
+            {},
+            ("PluginConformance", "TrackerConformance"),
+            CellVerdict.INCOMPLETE,
+            "TrackerConformance was not run: test_mine.py has no class of it",
+        ),
+        (
+            {"PLG-014": "it has no types"},
+            ("PluginConformance",),
+            CellVerdict.NOT_CONFORMANT,
+            "PLG-014 [XPASS(strict)] it has no types (unexpected pass)",
+        ),
+    ],
+)
+def test_a_cell_of_ones_own_tests_is_held_against_every_suite_of_its_kind(
+    tmp_path: Path, known: dict[str, str], suites: tuple[str, ...], verdict: CellVerdict, said: str
+) -> None:
+    (tests := tmp_path / "test_mine.py").write_text(LISTED.format(known=known), encoding="utf-8")
+    (kept := tmp_path / "kept").mkdir()
+    report = run_cell(Cell("tracker-mine", tests=str(tests), suites=suites), installed_plugins(), kept)
+    assert (report.verdict, report.reason) == (verdict, said)
+    assert [file.name for file in kept.iterdir()] == ["tracker-mine.log"], "what it leaves where it runs is kept"
+
+
+def test_every_cell_has_the_suites_of_its_kind() -> None:
+    made = cells(
+        Chosen(["torch"], ["torch"], ["local", "far", "near"], ["ledger"]), {}, {"near": "test_near.py"}, {"far"}
+    )
+    backend = ("PublicationConformance", "BackendConformance")
+    assert {cell.name: cell.suites for cell in made} == {
+        "plugins": ("PluginConformance",),
+        "tracker-ledger": ("PluginConformance", "TrackerConformance"),
+        "inference-torch": ("InferenceEngineConformance",),
+        "training-torch": ("TrainingEngineConformance",),
+        "backend-local-torch-torch": backend,
+        "backend-far": backend,
+        "backend-near": backend,
+    }
 
 
 @pytest.mark.slow
@@ -219,28 +331,37 @@ def report_of(name: str, verdict: CellVerdict, **more: Any) -> CellReport:
 
 def test_the_page_and_the_badge_never_count_what_was_not_run_as_met() -> None:
     checks = [{"level": "SHOULD", "outcome": "NOT MET"}, {"level": "MUST", "outcome": "met"}]
-    suites = [{"counts": {"met": 1, "NOT MET": 1}, "checks": checks}]
+    suites = [{"suite": "InferenceEngineConformance", "counts": {"met": 1, "NOT MET": 1}, "checks": checks}]
     good = report_of("inference-torch", CellVerdict.CONFORMANT, suites=suites, seconds=12.3, versions={"torch": "2.13"})
     missing = report_of("inference-vllm", CellVerdict.UNTESTABLE, reason="art engines install vllm")
     late = report_of("training-torch", CellVerdict.MACHINE, reason="it had not ended")
     bad = report_of("training-tune", CellVerdict.NOT_CONFORMANT, reason="TRN-110 off by 2")
-    text = page([good, missing, late, bad])
-    assert "| inference-torch | conformant | 1 | 0 | 1 | 12 s |" in text
-    assert "| inference-vllm | untestable | 0 | 0 | 0 |  |" in text
+    half = report_of(
+        "backend-far",
+        CellVerdict.INCOMPLETE,
+        seconds=20.0,
+        expected=("PublicationConformance", "BackendConformance"),
+        suites=[{"suite": "BackendConformance", "counts": {}, "checks": []}],
+    )
+    text = page([good, missing, late, bad, half], Run(cells=1, at_once=2, seconds=14.4))
+    assert "| inference-torch | conformant | InferenceEngine | 1 | 0 | 1 | 12 s |" in text
+    assert "| inference-vllm | untestable |  | 0 | 0 | 0 |  |" in text
+    assert "| backend-far | incomplete | Backend; not run: Publication | 0 | 0 | 0 | 20 s |" in text
+    assert "all cells, one after another: 32 s" in text
+    assert "the embedded default (inference-torch): 12 s" in text
+    assert "14 s for 1 of 5 cells, 2 at a time" in text
     assert "- **training-tune**: TRN-110 off by 2" in text
     assert "| torch | 2.13 |" in text
-    assert badge([good, missing]) == {
+    assert badge([good]) == {
         "schemaVersion": 1,
         "label": "ART conformance",
         "message": f"revision {REVISION}, 1 of 1",
         "color": "brightgreen",
-    }  # fmt: skip
-    assert badge([good, late])["color"] == "lightgrey"
-    assert (badge([good, late, bad])["color"], badge([good, late, bad])["message"]) == (
-        "red",
-        f"revision {REVISION}, 1 of 3",
-    )
-    assert badge([missing])["color"] == "lightgrey"
+    }
+    for others, colour in (([missing] * 20, "lightgrey"), ([late], "lightgrey"), ([half], "lightgrey"), ([bad], "red")):
+        said = badge([good, *others])
+        assert (said["color"], said["message"]) == (colour, f"revision {REVISION}, 1 of {1 + len(others)}")
+    assert badge([])["color"] == "lightgrey"
 
 
 @pytest.mark.parametrize(
@@ -264,9 +385,9 @@ def test_the_command_writes_a_page_a_badge_and_says_by_its_status_what_was_found
     told = CliRunner().invoke(cli, ["matrix", "--folder", str(tmp_path), "--only", "plugins"])
     assert told.exit_code == 0, told.stdout
     assert "| plugins | conformant |" in (tmp_path / "matrix.md").read_text(encoding="utf-8")
-    assert (
-        json.loads((tmp_path / "badge.json").read_text(encoding="utf-8"))["message"] == f"revision {REVISION}, 1 of 1"
-    )
+    said = json.loads((tmp_path / "badge.json").read_text(encoding="utf-8"))
+    assert said["message"].startswith(f"revision {REVISION}, 1 of ")
+    assert said["color"] == "lightgrey", "cells that were left out aren't held against anything"
 
     (tests := tmp_path / "test_nothing.py").write_text("", encoding="utf-8")
     other = ["--only", "tracker-tracker-files", "--tests", f"tracker-files={tests}"]

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from art_conformance import BackendConformance, PublicationConformance
+from art_conformance.backend_machine import MachineChecks
 from art_conformance.reference_backend import ReferenceBackend, transport_to
 
 
@@ -41,3 +42,10 @@ class TestReferencePublication(_Reference, PublicationConformance):
 
 class TestReferenceBackend(_Reference, BackendConformance):
     pass
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+class TestReferenceInManyOrders(_Reference, MachineChecks):
+    orders = 12
+    order_length = 30

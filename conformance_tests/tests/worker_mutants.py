@@ -28,7 +28,16 @@ from art_core.registry import instantiate
 from art_engine_kit.canary import CANARY
 from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, MANIFEST, OPTIMIZER_STATE, read_manifest, whole_steps
 from art_engine_kit.groups_file import read_groups, write_groups
-from art_engine_kit.training_wire import GradientStep, JobEnded, JobFailed, JobStarted, TrainEvent, TrainJob
+from art_engine_kit.training_wire import (
+    AdapterWritten,
+    GradientStep,
+    JobEnded,
+    JobFailed,
+    JobStarted,
+    TrainEvent,
+    TrainJob,
+    read_event,
+)
 
 MISBEHAVING = Path(__file__).with_name("misbehaving_worker.py")
 TORCH: TrainingEngine = instantiate(installed_plugins().training_engine("torch"))
@@ -81,17 +90,23 @@ class SpoiledWorker(LiveWorker):
     def saved(self, job: TrainJob, ended: JobEnded) -> None:
         """Change the checkpoint before anybody is told that the job has ended."""
 
-    async def events(self, job: TrainJob | dict[str, Any], **settings: Any) -> AsyncIterator[TrainEvent]:
+    def written(self, line: bytes) -> bytes:
+        """The line that is sent in place of another."""
+        return line
+
+    async def lines(self, job: TrainJob | dict[str, Any], **settings: Any) -> AsyncIterator[bytes]:
         """See `LiveWorker`."""
         asked = self.asked(job.model_copy(deep=True)) if isinstance(job, TrainJob) else job
-        async with aclosing(super().events(asked, **settings)) as events:  # type: ignore[type-var]
-            async for event in events:
+        async with aclosing(super().lines(asked, **settings)) as lines:  # type: ignore[type-var]
+            async for line in lines:
                 if not isinstance(job, TrainJob):
-                    yield event
+                    yield line
                     continue
+                event = read_event(line)
                 if isinstance(event, JobEnded):
                     self.saved(job, event)
-                yield self.told(event, job)
+                told = self.told(event, job)
+                yield self.written(line if told is event else told.model_dump_json().encode())
 
 
 def change_groups(job: TrainJob, change: Callable[[Any], None]) -> TrainJob:
@@ -245,16 +260,18 @@ class MeasuresNoDivergence(SpoiledWorker):
         return event.model_copy(update={"metrics": {**event.metrics, "loss/kl_policy_ref": 0.0}})
 
 
-class RefusesReferences(SpoiledWorker):
-    """Sound, for an engine that declares no reference."""
+class RefusesSome(SpoiledWorker):
+    """Sound, for an engine that declares neither references nor supervised jobs."""
 
-    async def events(self, job: TrainJob | dict[str, Any], **settings: Any) -> AsyncIterator[TrainEvent]:
+    async def lines(self, job: TrainJob | dict[str, Any], **settings: Any) -> AsyncIterator[bytes]:
         """See `LiveWorker`."""
-        if isinstance(job, TrainJob) and job.reference is not None:
-            yield JobFailed(error_type="UnsupportedCapability", message="this engine measures no KL to a reference")
+        if isinstance(job, TrainJob) and (job.reference is not None or job.supervised is not None):
+            refused = JobFailed(error_type="UnsupportedCapability", message="this engine trains by rewards alone")
+            yield refused.model_dump_json().encode()
             return
-        async for event in super().events(job, **settings):
-            yield event
+        async with aclosing(super().lines(job, **settings)) as lines:  # type: ignore[type-var]
+            async for line in lines:
+                yield line
 
 
 class SharesNothing(SpoiledWorker):
@@ -280,7 +297,7 @@ class SilentOfDamage(SpoiledWorker):
 
 class TrainsWithoutLogprobs(SpoiledWorker):
     def asked(self, job: TrainJob) -> TrainJob:
-        return change_options(job, allow_training_without_logprobs=True)
+        return change_options(job, allow_training_without_logprobs=True) if job.supervised is None else job
 
 
 class WritesAgain(SpoiledWorker):
@@ -311,8 +328,34 @@ class NeverTheSame(SpoiledWorker):
     """What was trained has noise in it, far below what rounding may do."""
 
     def saved(self, job: TrainJob, ended: JobEnded) -> None:
-        if job.options.learning_rate and ended.metrics["data/step_num_gradient_steps"]:
+        # What was told of before it was saved stays as it was.
+        if job.options.learning_rate and ended.metrics["data/step_num_gradient_steps"] and not job.tell_written:
             change_weights(job, lambda values: 1e-6 * np.random.default_rng().random(values.shape, np.float32))
+
+
+class LearnsOnlyLastReplies(SpoiledWorker):
+    """Of a conversation to learn it takes the last question and its reply."""
+
+    def asked(self, job: TrainJob) -> TrainJob:
+        def change(trajectory: Any) -> None:
+            trajectory.messages_and_choices = trajectory.messages_and_choices[-2:]
+
+        return job if job.supervised is None else change_groups(job, change)
+
+
+class SaysMoreThanTheWire(SpoiledWorker):
+    """Of each row it tells one thing more, which a reader of a later wire may take for another."""
+
+    def written(self, line: bytes) -> bytes:
+        told = json.loads(line)
+        return json.dumps({**told, "seconds": 0.5}).encode() if told["event"] == "progress" else line
+
+
+class TellsOfTheStart(SpoiledWorker):
+    """Who loads early what it names as written serves the step before."""
+
+    def told(self, event: TrainEvent, job: TrainJob) -> TrainEvent:
+        return event.model_copy(update={"folder": job.start}) if isinstance(event, AdapterWritten) else event
 
 
 # The check that must notice → the engine whose plan or whose declaration is wrong, on the sound worker.
@@ -324,7 +367,12 @@ ENGINES: dict[str, SpoiledEngine] = {
     "TRN-005": _with_variables(lambda plan: {"ART_RUN": uuid4().hex}),
     "TRN-006": SpoiledEngine(heard=lambda config: replace(config, python=sys.executable)),
     "TRN-007": SpoiledEngine(heard=lambda config: replace(config, devices=())),
-    "TRN-114": SpoiledEngine(capabilities=TORCH.capabilities - {TrainingCapability.KL_REFERENCE}),
+    "TRN-114": SpoiledEngine(capabilities=frozenset()),
+}
+# For each capability that a job can ask for, the engine that doesn't declare it.
+DECLARE_LESS: dict[str, SpoiledEngine] = {
+    lacking.value: SpoiledEngine(capabilities=TORCH.capabilities - {lacking})
+    for lacking in (TrainingCapability.KL_REFERENCE, TrainingCapability.SFT)
 }
 # … → the worker that changes what goes to the sound one and what comes from it.
 WORKERS: dict[str, type[SpoiledWorker]] = {
@@ -346,6 +394,9 @@ WORKERS: dict[str, type[SpoiledWorker]] = {
     "TRN-120": WritesAgain,
     "TRN-121": DisturbedByTheNext,
     "TRN-123": NeverTheSame,
+    "TRN-150": LearnsOnlyLastReplies,
+    "TRN-152": SaysMoreThanTheWire,
+    "TRN-154": TellsOfTheStart,
 }
 # … → the engine whose process misbehaves.
 PROCESSES: dict[str, SpoiledEngine] = {

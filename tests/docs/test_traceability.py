@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from art_conformance import catalogue
+
 SCRIPT = Path(__file__).with_name("traceability.py")
 
 
@@ -72,7 +74,7 @@ def test_what_is_mapped_and_not_said_any_more_or_twice_is_named(traceability: An
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"ids": ("PUB-999",)}, "PUB-999, named for .*, is no requirement of revision 2"),
+        ({"ids": ("PUB-999",)}, f"PUB-999, named for .*, is no requirement of revision {catalogue.REVISION}"),
         ({"tests": ("tests/core/test_publish.py::test_nothing",)}, "is no test here"),
         ({"tests": ("tests/core/test_publish.py",)}, "is no test here"),
         ({"tests": ("tests/core/test_gone.py::test_nothing",)}, "is no test here"),
@@ -97,7 +99,7 @@ def test_a_field_that_a_promise_does_not_have_is_refused(traceability: Any) -> N
 
 def test_rows_items_and_sentences_are_statements(traceability: Any) -> None:
     section = """
-A sentence. Another one, with `art serve`, see below:
+A sentence. Another one, with `art serve`, and `{"a": True}`. See below:
 
 ```python
 nothing("here is said.")
@@ -119,7 +121,8 @@ nothing("here is said.")
     text = f"# Page\n\n## Before\n\nNot this.\n\n## Here\n{section}\n\n## After\n\nNor this.\n"
     found = list(traceability.stated(traceability.section_of(text, "Here", "page.md")))
     assert found == [
-        "A sentence.", "Another one, with `art serve`, see below:", "`a`", "c, d", "Bold", "A rollout that fails",
+        "A sentence.", 'Another one, with `art serve`, and `{"a": True}`.', "See below:",
+        "`a`", "c, d", "Bold", "A rollout that fails",
         "Neither bold nor short.", "One", "Two",
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="0 sections 'Nowhere'"):

@@ -30,20 +30,29 @@ SECTIONS: Final = {
     "architecture.md": ("What stays true",),
     "faults.md": ("What you gave", "Processes and disk", "A machine elsewhere", "The machine"),
     "pipeline.md": ("What it promises",),
-    "publication.md": ("When it fails",),
+    "publication.md": (
+        *("What verified means", "What is done before a checkpoint is whole", "What is served when", "When it fails"),
+    ),
+    "checkpoints.md": ("Whole or not there", "Names", "save_checkpoint"),
+    "adapters.md": ("Starting from an adapter", "What a server is handed"),
+    "training.md": ("What is computed", "Several GPUs"),
+    "sft.md": ("Which tokens are replies", "From a file"),
     "trackers.md": ("When a tracker is slow or fails",),
     "serverless.md": ("When something fails",),
+    "compatibility.md": ("The plugin interface", "What is deprecated"),
+    "self-hosting.md": ("Keys and entities", "What is kept, and what happens to a job", "Upgrades and backups"),
     "requests.md": ("What no request does",),
 }
 INTRODUCTION: Final = """\
 # What holds each promise
 
 Each promise of these pages, the requirements of the conformance suite that every plugin of its kind is held to
-(`art-conformance list`), and the tests of this repository that hold ours to it. Made by `make reference` of
+([requirements.md](requirements.md)), and the tests of this repository that hold ours to it. Made by `make reference` of
 `tests/docs/promises.toml`, which is written by hand; a test fails when a page promises something that isn't in it, or
 when a requirement or a test that it names isn't there. At the end is what is held by less.
 """
-_SENTENCE_END: Final = re.compile(r"(?<=[.!?:]) (?=[A-Z`])")
+# Not within backquotes: an even number of them follows.
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?:]) (?=[A-Z`])(?=(?:[^`]*`[^`]*`)*[^`]*$)")
 
 
 @dataclass(frozen=True)

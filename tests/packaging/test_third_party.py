@@ -5,6 +5,7 @@ typed, and passes ART's suites from wheels, outside the checkout.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -111,6 +112,22 @@ def outside(environment: Any, projects: Path) -> Any:
     environment.build(*(projects / name for name in KNOWN))
     environment.install(*(f"{name}[test]" for name in KNOWN))
     return environment
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loader_finds_nothing_wrong_with_it_outside_the_checkout(outside: Any, tmp_path: Path, kind: str) -> None:
+    checked = outside.run("art", "plugins", "check", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    listed = json.loads(outside.run("art", "plugins", "--json", cwd=tmp_path).stdout)
+    assert checked.stdout == f"{len(listed)} of {len(listed)} plugins are active.\n"
+    distribution = KINDS[kind]
+    name = distribution.rpartition("-")[2]
+    (found,) = (plugin for plugin in listed if plugin["distribution"] == distribution)
+    # A tracker is hooks alone: there is nothing to be asked for by name.
+    provided = [] if kind == "tracker" else [f"{kind.replace('-', ' ')} {name}"]
+    assert (found["name"], found["provides"]) == (name, provided)
 
 
 @pytest.mark.slow

@@ -27,9 +27,13 @@ from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 from .agents import SMALL_RATE, Agent, version_of
 from .backend_fixtures import BackendSuite, NewAgent, OpenBackend
+from .backend_machine import MachineChecks
+from .cancellation_checks import CancellationChecks
 from .lease_checks import LeaseChecks
+from .name_checks import NameChecks
 from .oracle import Oracle
 from .recorder import STEP, TRAINING
+from .repeat_checks import RepeatChecks
 from .requirements import MUST, SHOULD, check
 from .suite import undeclared
 from .supervised_checks import SupervisedChecks
@@ -38,7 +42,9 @@ from .tiny_model import write_adapter
 Cap = BackendCapability
 
 
-class BackendConformance(SupervisedChecks, LeaseChecks, BackendSuite):
+class BackendConformance(
+    SupervisedChecks, LeaseChecks, RepeatChecks, CancellationChecks, NameChecks, MachineChecks, BackendSuite
+):
     """Give the fixture `open_backend` (scope="class"): a function from a folder of its own to a backend."""
 
     @check("BCK-001", MUST, "The backend implements the protocol and has a plain name.", live=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .requirements import Requirement, checks_of
 
-REVISION = 2
+REVISION = 3
 # The module of each suite, which is imported when it is asked for.
 SUITES = {
     "PluginConformance": "plugin_suite",

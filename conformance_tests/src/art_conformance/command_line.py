@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +21,10 @@ from rich.markup import escape
 from art_core.errors import ArtError
 from art_core.registry import PluginRegistry, installed_plugins
 
-from .catalogue import as_json, as_text
+from .catalogue import REVISION, as_json, as_text
 from .matrix import CELL_LIMIT_S, CellReport, CellVerdict, cells_at_once, kept_report, run_matrix
 from .matrix_cells import Cell, cells, chosen, elsewhere
-from .matrix_page import badge, page
+from .matrix_page import Run, badge, page
 
 cli = typer.Typer(
     name="art-conformance",
@@ -35,6 +37,7 @@ _COLOURS = {
     CellVerdict.CONFORMANT: "green",
     CellVerdict.NOT_CONFORMANT: "bold red",
     CellVerdict.UNTESTABLE: "yellow",
+    CellVerdict.INCOMPLETE: "yellow",
     CellVerdict.MACHINE: "yellow",
 }
 _FOLDER = Path("conformance")
@@ -67,16 +70,22 @@ def run(context: typer.Context) -> None:
 def matrix(
     inference_engine: Annotated[
         list[str] | None,
-        typer.Option(help="An inference engine of the matrix; may be repeated. Default: all installed."),
+        typer.Option(
+            help="An inference engine of the matrix; may be repeated. Default: all, or none with --tracker only."
+        ),
     ] = None,
     training_engine: Annotated[
-        list[str] | None, typer.Option(help="A training engine of the matrix; may be repeated. Default: all installed.")
+        list[str] | None,
+        typer.Option(help="A training engine of the matrix; may be repeated. Default: in the same way."),
     ] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="A backend of the matrix; may be repeated. Default: all installed.")
+        list[str] | None, typer.Option(help="A backend of the matrix; may be repeated. Default: in the same way.")
     ] = None,
     tracker: Annotated[
-        list[str] | None, typer.Option(help="A tracker of the matrix; may be repeated. Default: all installed.")
+        list[str] | None,
+        typer.Option(
+            help="A tracker of the matrix; may be repeated. Default: all, or none where anything else is named."
+        ),
     ] = None,
     backend_args: Annotated[
         list[str] | None,
@@ -90,9 +99,7 @@ def matrix(
     ] = None,
     only: Annotated[str, typer.Option(help="Only cells whose name begins with this, such as 'training-'.")] = "",
     folder: Annotated[Path, typer.Option(help="Where reports are kept, and taken up again.")] = _FOLDER,
-    again: Annotated[
-        bool, typer.Option("--again", help="Run cells that have a verdict for these versions too.")
-    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Run cells that have a verdict for this code too.")] = False,
     at_once: Annotated[
         int | None,
         typer.Option(min=1, help="How many cells run at once. Default: what cores and free memory allow."),
@@ -104,7 +111,7 @@ def matrix(
 
     One JSON report a cell, `matrix.md` and `badge.json` are written to the folder; the last two tell of cells left out
     by --only what an earlier run found. A run that was stopped goes on where it was. Exit status 1 when a plugin isn't
-    conformant, 2 when a cell says nothing (untestable, or a fault of the run).
+    conformant, 2 when a cell says nothing (untestable, incomplete, or a fault of the run).
     """
     registry = _registry()
     console = Console(stderr=True)
@@ -131,12 +138,14 @@ def matrix(
         console.print(words.rstrip(), highlight=False)
 
     count = cells_at_once() if at_once is None else at_once
+    began, clock = datetime.now(UTC), time.monotonic()
     reports = run_matrix(wanted, registry, folder, again=again, at_once=count, limit_s=limit, told=told)
+    ran = sum(report.began is not None and report.began >= began for report in reports)
+    this_run = Run(cells=ran, at_once=count, seconds=time.monotonic() - clock)
     found = {report.cell: report for report in reports}
-    everything = [found.get(cell.name) or kept_report(cell, registry, folder) for cell in all_cells]
-    told_of = [report for report in everything if report is not None]
-    (folder / "matrix.md").write_text(page(told_of), encoding="utf-8")
-    (folder / "badge.json").write_text(json.dumps(badge(told_of)) + "\n", encoding="utf-8")
+    everything = [found.get(cell.name) or _of_earlier(cell, registry, folder) for cell in all_cells]
+    (folder / "matrix.md").write_text(page(everything, this_run), encoding="utf-8")
+    (folder / "badge.json").write_text(json.dumps(badge(everything)) + "\n", encoding="utf-8")
     typer.echo(
         f"{folder / 'matrix.md'} and {folder / 'badge.json'} are written, and a report of each cell beside them."
     )
@@ -144,6 +153,13 @@ def matrix(
     if CellVerdict.NOT_CONFORMANT in verdicts:
         raise typer.Exit(1)
     raise typer.Exit(0 if verdicts == {CellVerdict.CONFORMANT} else 2)
+
+
+def _of_earlier(cell: Cell, registry: PluginRegistry, folder: Path) -> CellReport:
+    nothing = CellReport(
+        cell=cell.name, revision=REVISION, verdict=CellVerdict.NOT_RUN, reason=cell.lacks, expected=cell.suites
+    )
+    return kept_report(cell, registry, folder) or nothing
 
 
 def _backend_args(item: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ Knows the wire of `art_engine_kit.training_wire` and processes, as a backend wou
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ class LiveWorker:
     process: SupervisedProcess
     client: httpx.AsyncClient
 
-    async def events(self, job: TrainJob | dict[str, Any], **settings: Any) -> AsyncIterator[TrainEvent]:
-        """Send a job and give its events as they come. Raises JobRefused when it isn't taken."""
+    async def lines(self, job: TrainJob | dict[str, Any], **settings: Any) -> AsyncIterator[bytes]:
+        """Send a job and give the lines of its answer as they come. Raises JobRefused when it isn't taken."""
         content = job.model_dump_json() if isinstance(job, TrainJob) else httpx.Request("POST", "/", json=job).content
         headers = {"Content-Type": "application/json", **settings.pop("headers", {})}
         async with self.client.stream(
@@ -51,6 +51,12 @@ class LiveWorker:
             if answer.status_code != 200:
                 raise JobRefused(answer.status_code, (await answer.aread()).decode(errors="replace"))
             async for line in EventLines(answer.aiter_bytes()):
+                yield line
+
+    async def events(self, job: TrainJob | dict[str, Any], **settings: Any) -> AsyncIterator[TrainEvent]:
+        """The same as events. One that is closed early leaves the job."""
+        async with aclosing(self.lines(job, **settings)) as lines:  # type: ignore[type-var]
+            async for line in lines:
                 yield read_event(line)
 
     async def run(self, job: TrainJob) -> list[TrainEvent]:

@@ -5,22 +5,17 @@ Knows which plugins are installed and which of pytest's tests a cell runs; runs 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from platform import machine, python_version, system
-from typing import Any
 
 from art_core import BackendCapability, PluginRegistry
 from art_core.errors import PluginNotInstalled, did_you_mean
-from art_runtime.environments import EngineSpec, environment_for, python_for
 
 from .targets import DEFAULT_BACKEND, DEFAULT_ENGINE
 
 _MODULE = "art_conformance.by_name.test_by_name"
-# Beside ART's own, what decides how an engine in the client's environment behaves.
-_SHOWN = ("torch", "transformers", "peft")
+_OF_A_BACKEND = ("PublicationConformance", "BackendConformance")
+_OF_A_TRACKER = ("PluginConformance", "TrackerConformance")
 _LOGGED = frozenset({"art_log_metrics", "art_log_trajectories"})
 
 
@@ -28,12 +23,16 @@ _LOGGED = frozenset({"art_log_metrics", "art_log_trajectories"})
 class Cell:
     """One run of pytest: which classes, with which options, and the engines whose environments it needs.
 
-    `tests` is a test file that stands in for the classes; `lacks` says why the cell can't be run.
+    `suites` are those that whoever is conformant has been held against. `plugins` says what it is about, by what the
+    plugin provides ("backend local") or its name; none: about everything. `tests` is a test file that stands in for
+    the classes; `lacks` says why the cell can't be run.
     """
 
     name: str
     classes: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
     inference_engine: str | None = None
     training_engine: str | None = None
     tests: str = ""
@@ -64,7 +63,8 @@ def chosen(
     backends: Iterable[str],
     trackers: Iterable[str] = (),
 ) -> Chosen:
-    """What was asked for, or everything that is installed where nothing was; the embedded default comes first.
+    """What was asked for, or everything that is installed where nothing was; the embedded default comes first. Who asks
+    for engines or backends only gets no trackers, and who asks for trackers only nothing else.
 
     Raises PluginNotInstalled for a name that isn't there.
     """
@@ -76,12 +76,16 @@ def chosen(
     for name in asked["backend"]:
         registry.backend(name)
     first = (DEFAULT_ENGINE, DEFAULT_BACKEND)
-    found = [
+    asked_trackers = list(trackers)
+    if asked_trackers and not any(asked.values()):
+        return Chosen([], [], [], _trackers(registry, asked_trackers))
+    inference_engines, training_engines, all_backends = (
         names or sorted(registry.provided(kind), key=lambda name: (name not in first, name))  # type: ignore[arg-type]
         for kind, names in asked.items()
-    ]
-    inference_engines, training_engines, all_backends = found
-    return Chosen(inference_engines, training_engines, all_backends, _trackers(registry, list(trackers)))
+    )
+    unasked = any(asked.values()) and not asked_trackers
+    shown = () if unasked else _trackers(registry, asked_trackers)
+    return Chosen(inference_engines, training_engines, all_backends, shown)
 
 
 def _trackers(registry: PluginRegistry, asked: Sequence[str]) -> Sequence[str]:
@@ -114,39 +118,57 @@ def cells(
     its author knows how what it keeps is read back. Without them their cells can't be run.
     """
     tests = tests or {}
-    made = [Cell("plugins", ("TestPlugin",))]
+    made = [Cell("plugins", ("TestPlugin",), suites=("PluginConformance",))]
     for tracker in names.trackers:
         why = "" if tracker in tests else f"how what it keeps is read back is not known. Say so, --tests {tracker}=FILE"
-        made.append(Cell(f"tracker-{tracker}", tests=tests.get(tracker, ""), lacks=why))
+        file = tests.get(tracker, "")
+        made.append(Cell(f"tracker-{tracker}", suites=_OF_A_TRACKER, plugins=(tracker,), tests=file, lacks=why))
     made += [
-        Cell(f"inference-{name}", ("TestInferenceEngine",), ("--inference-engine", name), inference_engine=name)
+        Cell(
+            f"inference-{name}",
+            ("TestInferenceEngine",),
+            ("--inference-engine", name),
+            suites=("InferenceEngineConformance",),
+            plugins=(f"inference engine {name}",),
+            inference_engine=name,
+        )
         for name in names.inference_engines
     ]
     made += [
-        Cell(f"training-{name}", ("TestTrainingEngine",), ("--training-engine", name), training_engine=name)
+        Cell(
+            f"training-{name}",
+            ("TestTrainingEngine",),
+            ("--training-engine", name),
+            suites=("TrainingEngineConformance",),
+            plugins=(f"training engine {name}",),
+            training_engine=name,
+        )
         for name in names.training_engines
     ]
-    suites = ("TestPublication", "TestBackend")
+    classes = ("TestPublication", "TestBackend")
     for backend in names.backends:
         given = ("--backend-args", backend_args[backend]) if backend in backend_args else ()
         if backend in tests:
-            made.append(Cell(f"backend-{backend}", tests=tests[backend]))
+            # What its test file starts besides is not known.
+            made.append(Cell(f"backend-{backend}", suites=_OF_A_BACKEND, tests=tests[backend]))
             continue
         if backend in remote and not given:
             why = (
                 f"it trains on another machine. Say which, --backend-args {backend}=JSON, or give a test file that"
                 f" starts one, --tests {backend}=FILE"
             )
-            made.append(Cell(f"backend-{backend}", suites, lacks=why))
+            made.append(Cell(f"backend-{backend}", classes, suites=_OF_A_BACKEND, lacks=why))
             continue
         if backend != DEFAULT_BACKEND:
-            made.append(Cell(f"backend-{backend}", suites, ("--backend", backend, *given)))
+            made.append(Cell(f"backend-{backend}", classes, ("--backend", backend, *given), suites=_OF_A_BACKEND))
             continue
         made += [
             Cell(
                 f"backend-{backend}-{inference}-{training}",
-                suites,
+                classes,
                 ("--backend", backend, "--inference-engine", inference, "--training-engine", training, *given),
+                suites=_OF_A_BACKEND,
+                plugins=(f"backend {backend}", f"inference engine {inference}", f"training engine {training}"),
                 inference_engine=inference,
                 training_engine=training,
             )
@@ -156,35 +178,7 @@ def cells(
     return made
 
 
-def versions_of(cell: Cell, registry: PluginRegistry) -> dict[str, str]:
-    """What the cell's outcome is true for: the machine, every ART distribution, and what the engines run on.
-
-    Raises EnvironmentMissing, with the command that makes it, when an engine has no environment to run in.
-    """
-    found = {"machine": f"{system()} {machine()}, {os.cpu_count()} cores", "python": python_version()}
-    ours = {d.name: d.version for d in metadata.distributions() if d.name == "art-core" or d.name.startswith("art-")}
-    found |= dict(sorted(ours.items()))
-    cards: list[EngineSpec] = []
-    if cell.inference_engine:
-        cards.append(registry.inference_engine(cell.inference_engine))
-    if cell.training_engine:
-        cards.append(registry.training_engine(cell.training_engine))
-    for card in cards:
-        python_for(card)
-        found |= {f"{card.name}: {name}": version for name, version in _of_environment(card).items()}
-    return found
-
-
-def _of_environment(card: EngineSpec) -> dict[str, str]:
-    if card.environment is not None:
-        facts: dict[str, Any] = environment_for(card).facts()
-        if facts:
-            return dict(facts["versions"])
-    return {name: version for name in _SHOWN if (version := _version(name))}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def of_the_default(cell: str) -> bool:
+    """Whether a cell of that name is about what is embedded by default: backend local with engine torch for both."""
+    engines = (f"inference-{DEFAULT_ENGINE}", f"training-{DEFAULT_ENGINE}")
+    return cell in (*engines, f"backend-{DEFAULT_BACKEND}-{DEFAULT_ENGINE}-{DEFAULT_ENGINE}")

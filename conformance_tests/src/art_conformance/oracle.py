@@ -1,7 +1,7 @@
 """What a policy really says: transformers and PEFT in fp32, one whole sequence at a time, without any engine.
 
 The checks hold engines, trainers and backends against it. Needs `art-conformance[oracle]`; without it the checks that
-use it fail and say so.
+use it are untestable and say so.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .faults import PrerequisiteMissing
 
 if TYPE_CHECKING:
     from .serving import Sample
@@ -104,19 +107,25 @@ class Oracle:
         """A model of its own with an adapter. The base's weights are shared: a model that holds many adapters takes
         longer over each further one.
         """
-        from peft import PeftModel
-
+        with _installed():
+            from peft import PeftModel
         shared = {id(parameter): parameter for parameter in self._base.parameters()}
         return PeftModel.from_pretrained(copy.deepcopy(self._base, shared), adapter, is_trainable=is_trainable).eval()
 
 
 @functools.cache
 def oracle_for(base_model: Path) -> Oracle:
-    """The oracle of a base model, loaded once."""
-    try:
+    """The oracle of a base model, loaded once. Raises PrerequisiteMissing."""
+    with _installed():
         return Oracle(base_model)
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
-        raise RuntimeError(
+        raise PrerequisiteMissing(
             f"this check needs the oracle, and {error.name} is missing: pip install 'art-conformance[oracle]'"
         ) from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,13 +15,15 @@ import pytest
 from .requirements import Level, checks_of, requirement_of, suite_of
 
 if TYPE_CHECKING:
-    from .report import ConformanceReport
+    from .report import ConformanceReport, Outcome
 
 pytest.register_assert_rewrite(__package__)
 
 UNDECLARED = pytest.StashKey[bool]()
+_KILLED_BEFORE = pytest.StashKey["int | None"]()
 _REPORT = pytest.StashKey["ConformanceReport"]()
 _PROPERTY = "art_conformance"
+_OUTCOME = "art_conformance_outcome"
 TARGETS = ("backend", "inference_engine", "training_engine", "plugin")
 
 
@@ -140,26 +143,62 @@ def _named_target(config: pytest.Config, cls: type) -> str:
     return f"{name} with {chosen}" if chosen else name
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _is_a_check(item):
+        from .faults import killed_for_memory
+
+        item.stash[_KILLED_BEFORE] = killed_for_memory()
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     requirement = requirement_of(getattr(item, "function", None))
-    if requirement is None or not any(name == _PROPERTY for name, _ in item.user_properties):
+    if requirement is None or not _is_a_check(item) or report.passed:
         return report
-    if report.skipped and not hasattr(report, "wasxfail") and not item.stash.get(UNDECLARED, False):
-        report.outcome = "failed"
-        report.longrepr = f"{requirement.id} was skipped, and a missing prerequisite is a failure: {report.longrepr}"
-    if report.failed and requirement.level is Level.SHOULD:
+    if report.skipped and item.stash.get(UNDECLARED, False):
+        return report
+    from .faults import excuse_for
+    from .report import Outcome
+
+    if call.excinfo is None:
+        # It raised nothing and failed all the same: a known failure that passes, whatever its level.
+        _count_as(report, Outcome.UNEXPECTED_PASS, str(report.longrepr))
+        return report
+
+    error = call.excinfo.value
+    excuse = excuse_for(error, item.stash.get(_KILLED_BEFORE, None), Path(gettempdir()))
+    if excuse is not None:
+        _count_as(report, excuse.outcome, excuse.reason)
+    elif isinstance(error, pytest.skip.Exception):
+        _count_as(report, Outcome.UNTESTABLE, str(error))
+    elif report.failed and requirement.level is Level.SHOULD:
         report.sections.append(("conformance", str(report.longrepr)))
         report.wasxfail = f"{requirement.id} is a SHOULD and is not met"
         report.outcome = "skipped"
+        report.user_properties.append((_OUTCOME, (Outcome.NOT_MET.value, _last_line(report))))
     return report
 
 
-def _properties(report: pytest.TestReport) -> dict[str, str] | None:
-    values: Any = (value for name, value in report.user_properties if name == _PROPERTY)
-    found: dict[str, str] | None = next(values, None)
-    return found
+def _is_a_check(item: pytest.Item) -> bool:
+    return any(name == _PROPERTY for name, _ in item.user_properties)
+
+
+def _count_as(report: pytest.TestReport, outcome: Outcome, reason: str) -> None:
+    """Have a check that isn't met count as something else, for a reason. It fails the run, whatever its level."""
+    if report.skipped:
+        report.outcome = "failed"
+        report.longrepr = reason
+        report.__dict__.pop("wasxfail", None)
+    report.sections.append(("conformance", f"{outcome.value}: {reason}"))
+    report.user_properties.append((_OUTCOME, (outcome.value, reason[:300])))
+
+
+def _property(report: pytest.TestReport, wanted: str) -> Any:
+    return next((value for name, value in report.user_properties if name == wanted), None)
 
 
 class _Collector:
@@ -167,20 +206,21 @@ class _Collector:
         self._config = config
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        properties = _properties(report)
+        properties = _property(report, _PROPERTY)
         if properties is None or (report.when != "call" and report.passed):
             return
         from .report import Outcome
 
+        counted = _property(report, _OUTCOME)
         expected = getattr(report, "wasxfail", None)
-        if report.failed:
+        if counted is not None:
+            outcome, detail = Outcome(counted[0]), counted[1]
+        elif report.failed:
             outcome, detail = Outcome.NOT_MET, _last_line(report)
         elif report.passed:
             outcome, detail = Outcome.MET, ""
         elif expected is None:
             outcome, detail = Outcome.UNDECLARED, ""
-        elif "is a SHOULD and is not met" in expected:
-            outcome, detail = Outcome.NOT_MET, _last_line(report)
         else:
             outcome, detail = Outcome.KNOWN_FAILURE, str(expected).removeprefix("reason: ")
         _report_of(self._config).note(properties, outcome, detail)

@@ -39,6 +39,7 @@ from art_core import (
     resolve_base_model,
     run_step,
 )
+from art_core.cancellation import to_the_end
 from art_core.errors import (
     CheckpointInUse,
     CheckpointNotFound,
@@ -86,7 +87,7 @@ class ReferenceBackend:
     capabilities = frozenset(
         {
             *(Cap.LEASES, Cap.DELETE_CHECKPOINTS, Cap.FORK, Cap.PULL, Cap.WARM_START),
-            *(Cap.CHECKPOINTS_ON_DISK, Cap.CONCURRENT_INFERENCE, Cap.SFT),
+            *(Cap.CHECKPOINTS_ON_DISK, Cap.PUBLICATION_HOOKS, Cap.CONCURRENT_INFERENCE, Cap.SFT),
         }
     )
 
@@ -332,7 +333,8 @@ class ReferenceStep:
         if self.rows:
             base, rows, rate = served.base, self.rows, self.rate
             with saving(checkpoint.path, step=self.step, base_model=str(base), engine=self.backend.name) as folder:
-                metrics = await asyncio.to_thread(train_step, base, start, folder, rows, rate)
+                # Its thread would go on writing into a folder that is gone.
+                metrics = await to_the_end(asyncio.to_thread(train_step, base, start, folder, rows, rate))
         else:
             self.backend.copy(served, self.step, start)
         result = LocalTrainResult(step=self.step, metrics=metrics, checkpoint_path=str(checkpoint.path))

@@ -26,8 +26,16 @@ class Outcome(Enum):
     MET = "met"
     NOT_MET = "NOT MET"
     KNOWN_FAILURE = "known failure"  #: listed by the implementation with its reason, and it did fail
+    UNEXPECTED_PASS = "unexpected pass"  #: listed as a known failure, and it passed
+    MACHINE = "fault of the machine"  #: what the machine or the run did, which says nothing of the subject
+    UNTESTABLE = "untestable"  #: something that the check needs isn't here
     UNDECLARED = "undeclared"  #: the capability that it needs isn't declared
     NOT_RUN = "not run"
+
+
+# Of several outcomes of one check the first in this order stands.
+_WORST = (Outcome.NOT_MET, Outcome.UNEXPECTED_PASS, Outcome.KNOWN_FAILURE, Outcome.MACHINE, Outcome.UNTESTABLE)
+_LISTED = (Outcome.KNOWN_FAILURE, Outcome.UNEXPECTED_PASS)
 
 
 @dataclass
@@ -40,8 +48,8 @@ class Verdict:
     details: dict[str, str] = field(default_factory=dict)
 
     def note(self, id: str, outcome: Outcome, detail: str) -> None:
-        """Keep an outcome; a check that fails in any phase or repetition is not met."""
-        if self.outcomes.get(id) is Outcome.NOT_MET:
+        """Keep an outcome; of a check's phases and repetitions the worst one counts."""
+        if _rank(self.outcomes.get(id, Outcome.NOT_RUN)) < _rank(outcome):
             return
         self.outcomes[id] = outcome
         if detail:
@@ -57,11 +65,18 @@ class Verdict:
 
     @property
     def conformant(self) -> bool:
-        """True when every MUST that applies was run and is met."""
-        return (
-            all(outcome in (Outcome.MET, Outcome.UNDECLARED) for r, outcome in self.rows() if r.level is Level.MUST)
-            and self.count(Outcome.MET) > 0
-        )
+        """True when every MUST that applies was run and is met, and nothing is listed as a known failure."""
+        return self.word == "conformant"
+
+    @property
+    def word(self) -> str:
+        """The verdict in a word or two: that it isn't conformant, or what keeps it from being said, comes first."""
+        if self.count(Outcome.NOT_MET, Level.MUST) or any(self.count(outcome) for outcome in _LISTED):
+            return "NOT conformant"
+        for outcome in (Outcome.MACHINE, Outcome.UNTESTABLE):
+            if self.count(outcome, Level.MUST):
+                return str(outcome.value)
+        return "incomplete" if self.count(Outcome.NOT_RUN, Level.MUST) or not self.count(Outcome.MET) else "conformant"
 
     @property
     def target(self) -> str:
@@ -72,13 +87,7 @@ class Verdict:
     def summary(self) -> str:
         """One line."""
         counts = ", ".join(f"{self.count(o)} {o.value}" for o in Outcome if self.count(o))
-        if self.conformant:
-            word = "conformant"
-        elif self.count(Outcome.NOT_MET, Level.MUST) or self.count(Outcome.KNOWN_FAILURE, Level.MUST):
-            word = "NOT conformant"
-        else:
-            word = "incomplete"
-        return f"{self.suite} rev {REVISION}, {self.target}: {word} ({counts})"
+        return f"{self.suite} rev {REVISION}, {self.target}: {self.word} ({counts})"
 
     def as_json(self) -> dict[str, Any]:
         """The object in the report file."""
@@ -87,12 +96,17 @@ class Verdict:
             "subject": self.subject,
             "revision": REVISION,
             "conformant": self.conformant,
+            "verdict": self.word,
             "counts": {outcome.value: self.count(outcome) for outcome in Outcome},
             "checks": [
                 {**r.as_json(), "outcome": outcome.value, "detail": self.details.get(r.id, "")}
                 for r, outcome in self.rows()
             ],
         }
+
+
+def _rank(outcome: Outcome) -> int:
+    return _WORST.index(outcome) if outcome in _WORST else len(_WORST)
 
 
 class ConformanceReport:
@@ -119,7 +133,7 @@ class ConformanceReport:
                 if outcome in (Outcome.MET, Outcome.NOT_RUN) and not verbose:
                     continue
                 lines.append(
-                    f"  {requirement.id}  {requirement.level.value:<6}  {outcome.value:<13}  {requirement.text}"
+                    f"  {requirement.id}  {requirement.level.value:<6}  {outcome.value:<15}  {requirement.text}"
                 )
                 if requirement.id in verdict.details:
                     lines.append(f"           {verdict.details[requirement.id]}")

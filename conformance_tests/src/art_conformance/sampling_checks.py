@@ -8,6 +8,7 @@ from typing import Any
 
 from art_core import InferenceCapability
 
+from .answer_schema import assert_chat_completion, assert_chunks, assert_completion, assert_error, assert_models
 from .live_engine_suite import ASK, IDENTITY, MEAN_LIMIT, ONE, OTHER_ASK, TWO, LiveEngineSuite
 from .oracle import Oracle, agreement
 from .requirements import MUST, SHOULD, check
@@ -23,6 +24,14 @@ TOOLS: list[Any] = [
             "description": "x",
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
         },
+    }
+]
+# Several scripts, one of them from right to left, combining and joined characters, and two ends of lines that JSON may
+# hold as they are.
+SCRIPTS: list[Any] = [
+    {
+        "role": "user",
+        "content": "Grüße: 東京の天気は? Привет! مرحبا. नमस्ते. e\u0301 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈\u2028\u0085𝔸",
     }
 ]
 
@@ -93,8 +102,9 @@ class SamplingChecks(LiveEngineSuite):
         live=True,
     )
     async def test_text_is_ids(self, live: LiveEngine, oracle: Oracle) -> None:
-        for sample in await live.chat(ONE, messages=ASK, max_tokens=32, n=4):
-            assert finished(sample.text) == finished(oracle.text(sample.ids))
+        for messages in (ASK, SCRIPTS):
+            for sample in await live.chat(ONE, messages=messages, max_tokens=32, n=4):
+                assert finished(sample.text) == finished(oracle.text(sample.ids))
 
     @check("INF-109", MUST, "n choices come back as n samples of their own, numbered from 0.", live=True)
     async def test_n(self, live: LiveEngine) -> None:
@@ -207,6 +217,56 @@ class SamplingChecks(LiveEngineSuite):
         assert sample.finish_reason == "tool_calls"
         assert TOOL_CALL.strip() not in sample.text
         assert 3 <= len(sample.ids) <= 5
+
+    @check(
+        "INF-133",
+        MUST,
+        "Every kind of answer, whole, streamed, list or error, is of its schema, and its usage counts its token ids.",
+        live=True,
+    )
+    async def test_schema_of_answers(self, live: LiveEngine) -> None:
+        chats: list[dict[str, Any]] = [{"max_tokens": 8, "n": 2}]
+        if Cap.TOOL_CALLS in live.engine.capabilities:
+            chats.append({"max_tokens": 16, "tools": TOOLS, "temperature": 0.0})
+        for settings in chats:
+            body = live.prepared("chat/completions", IDENTITY, {"messages": ASK, **settings})
+            answer = await live.post("/v1/chat/completions", body)
+            assert_chat_completion(live.engine.read_response("chat/completions", answer.json()))
+        body = live.prepared("completions", ONE, {"prompt": [5, 6, 7], "max_tokens": 8, "n": 2})
+        answer = await live.post("/v1/completions", body)
+        assert_completion(live.engine.read_response("completions", answer.json()))
+        if Cap.STREAMING_TOKEN_IDS in live.engine.capabilities:
+            usage = {"stream_options": {"include_usage": True}}
+            assert_chunks([chunk async for chunk in live.stream(ONE, messages=ASK, max_tokens=8, n=2, **usage)])
+        assert_models((await live.client.get("/v1/models")).json())
+        good = live.prepared("chat/completions", ONE, {"messages": ASK, "max_tokens": 2})
+        unknown = live.engine.prepare_request("chat/completions", good, "conformance/never@9")
+        bad = (unknown, {**good, "messages": "no list"}, {**good, "temperature": -1.0})
+        answers = [await live.post("/v1/chat/completions", body) for body in bad]
+        errors = [answer.json() for answer in answers if answer.status_code != 200]
+        assert errors, "nothing is an error to this server"
+        for error in errors:
+            assert_error(error)
+
+    @check(
+        "INF-137",
+        MUST,
+        "A prompt of several scripts and emoji is taken as the chat template writes it, and answered as any other.",
+        live=True,
+    )
+    async def test_prompt_of_several_scripts(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        found = await live.chat(ONE, messages=SCRIPTS, max_tokens=32, n=2)
+        for sample in found:
+            assert sample.prompt_ids == oracle.chat_ids(SCRIPTS)
+        self.assert_answers_as(oracle, found, adapters[ONE], "a prompt of several scripts")
+
+    @check(
+        *("INF-138", SHOULD, "All chunks of a streamed answer have one id, also when it has several choices."),
+        needs=Cap.STREAMING_TOKEN_IDS,
+        live=True,
+    )
+    async def test_id_of_chunks(self, live: LiveEngine) -> None:
+        assert len({chunk["id"] async for chunk in live.stream(ONE, messages=ASK, max_tokens=8, n=2)}) == 1
 
 
 def finished(text: str) -> str:

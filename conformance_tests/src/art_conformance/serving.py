@@ -270,14 +270,18 @@ async def start_engine(engine: InferenceEngine, launch: InferenceLaunch, log_fil
     process = await SupervisedProcess.start(
         engine.launch(launch), port=launch.port, log_file=log_file, name=f"inference engine {engine.name}"
     )
-    client = httpx.AsyncClient(
+    return LiveEngine(engine, launch, process, client_of(launch))
+
+
+def client_of(launch: InferenceLaunch) -> httpx.AsyncClient:
+    """A client of a server, with connections of its own."""
+    return httpx.AsyncClient(
         base_url=f"http://{launch.host}:{launch.port}",
         headers={"Authorization": f"Bearer {launch.api_key}"},
         limits=httpx.Limits(max_connections=None),
         timeout=REQUEST_LIMIT_S,
         trust_env=False,
     )
-    return LiveEngine(engine, launch, process, client)
 
 
 def port_for_a_server() -> int:

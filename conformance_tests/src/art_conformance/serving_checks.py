@@ -7,22 +7,29 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from art_core import InferenceCapability
 from art_core.errors import EngineRefused
+from art_core.names import ModelKey, adapter_name
 
 from .dialect_checks import KEY
 from .live_engine_suite import ASK, ONE, TWO, LiveEngineSuite
 from .oracle import Oracle
 from .requirements import MUST, SHOULD, check
-from .serving import LiveEngine, Sample, gather_limited, in_mid_answer
+from .serving import LiveEngine, Sample, client_of, gather_limited, in_mid_answer
 from .tiny_model import write_adapter
 
 Cap = InferenceCapability
+# Two of the longest that a backend may give, which differ in their last character, and two of every sign that it may
+# hold, which differ in nothing but capitals.
+LONGEST = [adapter_name(ModelKey("p" * 128, "m" * 128), 10**18 - less) for less in (1, 2)]
+OF_SIGNS = [adapter_name(ModelKey("0.-_..--__.", name), 0) for name in ("a..-_B.--__.", "A..-_b.--__.")]
 
 
 class ServingChecks(LiveEngineSuite):
@@ -84,6 +91,66 @@ class ServingChecks(LiveEngineSuite):
             # Whatever the engine made of it, the next check finds the right weights under that name.
             await live.unload(ONE)
             await live.load(ONE, adapters[ONE])
+
+    @check(
+        "INF-134",
+        MUST,
+        "Loading an adapter twice, and unloading it twice, is done again harmlessly or refused with a reason.",
+        live=True,
+    )
+    async def test_repeated(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        name = "conformance/repeated@1"
+        await live.load(name, adapters[TWO])
+        await done_or_refused(live.load(name, adapters[TWO]))
+        assert await live.adapters() >= {name, *adapters}
+        found = await live.chat(name, messages=ASK, max_tokens=16, n=2)
+        self.assert_answers_as(oracle, found, adapters[TWO], "an adapter loaded twice")
+        await live.unload(name)
+        await done_or_refused(live.unload(name))
+        assert await live.adapters() >= adapters.keys(), "another adapter went with one that was unloaded twice"
+        found = await live.chat(ONE, messages=ASK, max_tokens=16, n=2)
+        self.assert_answers_as(oracle, found, adapters[ONE], "an adapter beside one that was unloaded twice")
+
+    @check(
+        "INF-135",
+        MUST,
+        "An adapter is listed, answers and is unloaded under exactly its name, however long and full of signs.",
+        live=True,
+    )
+    async def test_names(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        for first, second in (LONGEST, OF_SIGNS):
+            weights = {first: adapters[ONE], second: adapters[TWO]}
+            for name, folder in weights.items():
+                await live.load(name, folder)
+            assert await live.adapters() >= weights.keys()
+            for name, folder in weights.items():
+                found = await live.chat(name, messages=ASK, max_tokens=16, n=2)
+                self.assert_answers_as(oracle, found, folder, name)
+            await live.unload(first)
+            assert second in await live.adapters(), f"unloading {first} took {second} along"
+            await live.unload(second)
+
+    @check(
+        "INF-136",
+        MUST,
+        "Two clients that load, ask and unload at once, under names of their own, disturb each other in nothing.",
+        live=True,
+    )
+    async def test_two_clients(self, live: LiveEngine, adapters: dict[str, Path], oracle: Oracle) -> None:
+        async with client_of(live.launch) as client:
+            other = replace(live, client=client)
+            # Neither is left at work when the other fails.
+            answered = await gather_limited(
+                asyncio.gather(
+                    come_and_go(live, "conformance/mine", adapters[ONE]),
+                    come_and_go(other, "conformance/yours", adapters[TWO]),
+                    return_exceptions=True,
+                )
+            )
+        for outcome, name in zip(answered[0], (ONE, TWO), strict=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            self.assert_answers_as(oracle, outcome, adapters[name], "an adapter of one of two clients")
 
     @check(
         "INF-124",
@@ -280,3 +347,26 @@ def assert_whole(samples: list[Sample], what: str) -> None:
     """Fail when one was ended by anything else than the model or its limit: what it has may still be right."""
     reasons = {sample.finish_reason for sample in samples}
     assert reasons <= {"stop", "length"}, f"{what} was cut short: finish_reason {reasons}"
+
+
+async def done_or_refused(repeated: Coroutine[Any, Any, None]) -> None:
+    """Repeat what was done already. Fails when it is refused and the reason says nothing."""
+    refusal = None
+    try:
+        await repeated
+    except EngineRefused as error:
+        refusal = error
+    # "HTTP 400: " is what every dialect says by itself.
+    assert refusal is None or len(refusal.reason.split()) > 4, f"it is refused without a reason: {refusal}"
+
+
+async def come_and_go(live: LiveEngine, model: str, folder: Path) -> list[Sample]:
+    """What an adapter answers that is loaded under three names, one after another."""
+    found: list[Sample] = []
+    for step in range(3):
+        name = f"{model}@{step}"
+        await live.load(name, folder)
+        assert name in await live.adapters()
+        found += await live.chat(name, messages=ASK, max_tokens=16, n=2)
+        await live.unload(name)
+    return found

@@ -21,6 +21,11 @@ PROMPTS: list[list[Any]] = [
     [{"role": "system", "content": "Answer with a word."}, {"role": "user", "content": "Is it so? 12"}],
 ]
 REWARDS = (0.0, 1.0, 0.25, 0.5)
+CONVERSATIONS = (
+    ("Say something about the city.", "It is so."),
+    ("Is it so? 12", "The city of the word 12.", "And then?", "A city."),
+    ("Answer with a word.", "No, maybe."),
+)
 
 
 def choice(prompt: Sequence[int], ids: Sequence[int], logprobs: Sequence[float], text: str, version: int) -> Any:
@@ -129,6 +134,27 @@ def expected_loss(oracle: Oracle, policy: Path | None, groups: Sequence[Trajecto
     w /= w.mean()
     a /= np.mean(np.abs(a) * w)
     return float(np.mean(-a * w * logp))
+
+
+def make_conversations() -> list[TrajectoryGroup]:
+    """A group of conversations whose replies nobody sampled; their rewards are nobody's business."""
+    return [TrajectoryGroup([Trajectory(messages_and_choices=_said(words), reward=-1.0) for words in CONVERSATIONS])]
+
+
+def reply_logprobs(oracle: Oracle, policy: Path | None, begin: int = 0, end: int | None = None) -> list[float]:
+    """The logprob of every token of every reply in `CONVERSATIONS[begin:end]`, the one that ends its turn included."""
+    found: list[float] = []
+    for words in CONVERSATIONS[begin:end]:
+        messages = _said(words)
+        for place in range(1, len(messages), 2):
+            reply = messages[place]["content"] + "<|im_end|>"
+            ids = list(oracle.tokenizer(reply, add_special_tokens=False)["input_ids"])
+            found += oracle.logprobs(oracle.chat_ids(messages[:place]), ids, policy).tolist()
+    return found
+
+
+def _said(words: Sequence[str]) -> list[Any]:
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(words)]
 
 
 def gain(oracle: Oracle, before: Path, after: Path, groups: Sequence[TrajectoryGroup]) -> float:

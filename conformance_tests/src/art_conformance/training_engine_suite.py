@@ -33,6 +33,7 @@ from .training_data import expected_loss, make_groups
 TOKEN = "token-conformance-0123456789abcdef"
 LOSS_TOLERANCE = 2e-3
 RATE = 1e-3
+_OF_THE_JOB = ("start", "reference", "adapter", "supervised", "tell_written")
 
 
 class TrainingEngineSuite(Suite):
@@ -109,21 +110,22 @@ class TrainingEngineSuite(Suite):
 
     @pytest.fixture
     def job(self, tmp_path: Path, start: Path) -> Any:
-        """Makes jobs: `job(groups, step=1, start=..., reference=..., **options)`."""
+        """Makes jobs: `job(groups, step=1, start=..., reference=..., **options)`; supervised ones take no options."""
 
         def make(groups: list[TrajectoryGroup], *, step: int = 1, name: str = "run", **settings: Any) -> TrainJob:
             folder = tmp_path / name
             folder.mkdir(exist_ok=True)
             groups_file = folder / f"groups-{step}.json"
             write_groups(groups_file, groups)
-            own = {key: settings.pop(key) for key in ("start", "reference", "adapter") if key in settings}
+            own = {key: settings.pop(key) for key in _OF_THE_JOB if key in settings}
+            options = {"learning_rate": RATE, **settings} if own.get("supervised") is None else settings
             return TrainJob(
                 model="conformance/agent",
                 step=step,
                 start=own.pop("start", start),
                 destination=folder / "checkpoints" / f"{step:04d}",
                 groups_file=groups_file,
-                options=TrainOptions(**{"learning_rate": RATE, **settings}),
+                options=TrainOptions(**options),
                 **own,
             )
 

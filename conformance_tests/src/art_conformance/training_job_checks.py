@@ -11,16 +11,28 @@ import pytest
 
 from art_core import TrainingCapability, TrajectoryGroup
 from art_engine_kit.canary import read_canary
-from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest
-from art_engine_kit.training_wire import GradientStep, JobEnded, JobProgress, JobSaved, JobStarted, KlReference
+from art_engine_kit.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest, seal
+from art_engine_kit.training_wire import (
+    AdapterWritten,
+    GradientStep,
+    JobEnded,
+    JobFailed,
+    JobProgress,
+    JobSaved,
+    JobStarted,
+    KlReference,
+    SupervisedOptions,
+)
 
 from .live_worker import JobRefused, LiveWorker, working
 from .oracle import Oracle
 from .requirements import MUST, check
 from .serving import port_for_a_server
 from .tiny_model import write_adapter
-from .training_data import gain, make_groups, sampled_tokens, shared_tokens
+from .told_events import read_whole_answer
+from .training_data import gain, make_conversations, make_groups, reply_logprobs, sampled_tokens, shared_tokens
 from .training_engine_suite import (
+    LOSS_TOLERANCE,
     RATE,
     TrainingEngineSuite,
     adapter_weights,
@@ -219,10 +231,19 @@ class TrainingJobChecks(TrainingEngineSuite):
 
     @check("TRN-114", MUST, "A job that needs an undeclared capability fails with UnsupportedCapability.", live=True)
     async def test_undeclared_is_refused(self, worker: LiveWorker, job: Any, groups: list[TrajectoryGroup]) -> None:
-        if Cap.KL_REFERENCE in worker.engine.capabilities:
-            return  # the only capability that a job can ask for; TRN-113 holds it
-        failed = await worker.failing(job(groups, reference=KlReference(), kl_penalty_coef=0.1))
-        assert failed.error_type == "UnsupportedCapability"
+        supervised = SupervisedOptions(learning_rates=[RATE])
+        # All that a job can ask for; where they are declared, TRN-113 and TRN-150 hold them.
+        asking = {
+            Cap.KL_REFERENCE: job(groups, name="reference", reference=KlReference(), kl_penalty_coef=0.1),
+            Cap.SFT: job(make_conversations(), name="supervised", supervised=supervised),
+        }
+        for capability, wanted in asking.items():
+            if capability in worker.engine.capabilities:
+                continue
+            failed = await worker.failing(wanted)
+            assert failed.error_type == "UnsupportedCapability", failed
+            assert len(failed.message) > 10, "the failure gives no reason"
+            assert not wanted.destination.parent.exists(), "something was written all the same"
 
     @check(
         *("TRN-115", MUST, "A prefix that trajectories share is computed once, and the loss is as if it were not."),
@@ -248,3 +269,77 @@ class TrainingJobChecks(TrainingEngineSuite):
         assert ended.metrics["data/step_num_gradient_steps"] == 0
         assert read_manifest(wanted.destination, hashes=True).step == 1
         assert_same_weights(start, wanted.destination)
+
+    @check(
+        *(
+            "TRN-150",
+            MUST,
+            "A supervised job trains on every token of every reply and no others, a batch a step, and saves it whole.",
+        ),
+        needs=Cap.SFT,
+        live=True,
+    )
+    async def test_supervised(self, worker: LiveWorker, job: Any, start: Path, oracle: Oracle) -> None:
+        batch = 2
+        # At a rate of 0 the first batch moves nothing, so that the loss of each is known.
+        supervised = SupervisedOptions(learning_rates=[0.0, 5e-3], batch_size=batch)
+        wanted = job(make_conversations(), supervised=supervised)
+        events = await worker.run(wanted)
+        started, ended = events[0], events[-1]
+        assert isinstance(ended, JobEnded), f"the job failed: {ended}"
+        assert isinstance(started, JobStarted), started
+        batches = [reply_logprobs(oracle, start, *places) for places in ((0, batch), (batch, None))]
+        assert started.trained_tokens == sum(map(len, batches))
+        steps = [event.metrics for event in events if isinstance(event, GradientStep)]
+        assert [step["loss/learning_rate"] for step in steps] == pytest.approx(supervised.learning_rates)
+        expected = [-float(np.mean(logprobs)) for logprobs in batches]
+        assert [step["loss/train"] for step in steps] == pytest.approx(expected, abs=LOSS_TOLERANCE)
+        assert ended.metrics["loss/train"] == pytest.approx(np.mean(expected), abs=LOSS_TOLERANCE)
+        assert read_manifest(wanted.destination, hashes=True).step == 1
+        after = reply_logprobs(oracle, wanted.destination, batch)
+        assert np.mean(after) > np.mean(batches[-1]), "the replies that were trained on are no likelier"
+
+    @check(
+        "TRN-152",
+        MUST,
+        "Each line of a job's answer is an event of the wire with no other field, finite, and its counts add up.",
+        live=True,
+    )
+    async def test_lines(
+        self, worker: LiveWorker, job: Any, groups: list[TrajectoryGroup], start: Path, oracle: Oracle, tmp_path: Path
+    ) -> None:
+        several = {"packed_sequence_length": 128, "grad_accumulation_sequences": 1}
+        equal = make_groups(oracle, start, rewards=(1.0, 1.0))
+        for wanted, last in (
+            (job(groups, name="several", **several), JobEnded),
+            (job(equal, name="carried"), JobEnded),
+            (job(groups, name="failed", start=tmp_path / "nowhere"), JobFailed),
+        ):
+            events = read_whole_answer([line async for line in worker.lines(wanted)])
+            assert isinstance(events[-1], last), events[-1]
+
+    @check(
+        "TRN-154",
+        MUST,
+        "An adapter that a job tells of before it has saved is final: the checkpoint's own, and its canary's prompts.",
+        live=True,
+    )
+    async def test_adapter_told_early(self, worker: LiveWorker, job: Any, groups: list[TrajectoryGroup]) -> None:
+        wanted = job(groups, tell_written=True)
+
+        def hashes(folder: Path) -> list[str]:
+            return [seal(folder / name).sha256 for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+
+        told: list[tuple[list[str], list[list[int]]]] = []
+        over = False
+        async for event in worker.events(wanted):
+            if isinstance(event, AdapterWritten):
+                assert not over, "it tells of an adapter when the checkpoint is saved"
+                told.append((hashes(event.folder), event.prompts))
+            assert not (told and isinstance(event, GradientStep)), "it goes on training what it said is written"
+            assert not isinstance(event, JobFailed), event
+            over = over or isinstance(event, JobSaved)
+        canary = read_canary(wanted.destination)
+        assert canary is not None, "the checkpoint has no canary"
+        saved = (hashes(wanted.destination), [list(prompt.token_ids) for prompt in canary.prompts])
+        assert told in ([], [saved]), "it is another adapter"

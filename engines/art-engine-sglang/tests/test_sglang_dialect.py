@@ -131,6 +131,13 @@ def test_answers_come_into_the_one_form() -> None:
         engine.read_response("chat/completions", {"choices": [{**choice, "response_token_ids": None}]})
 
 
+def test_metadata_that_no_client_could_read_is_left_out() -> None:
+    choice = {"index": 0, "logprobs": {"content": []}, "prompt_token_ids": [1], "response_token_ids": [7]}
+    metadata = {"weight_versions": [{"version": "default", "start": 0, "end": 8}]}
+    answer = SglangInferenceEngine().read_response("chat/completions", {"choices": [choice], "metadata": metadata})
+    assert answer.keys() == {"choices"}
+
+
 def test_the_ids_of_a_stream_become_its_last_chunks() -> None:
     engine = SglangInferenceEngine()
     text = {"id": "x", "choices": [{"index": 0, "delta": {"content": "a"}}]}

@@ -6,7 +6,7 @@ from art_core import BackendCapability, BackendSpec, hookimpl
 
 art_api = 1
 
-CAPABILITIES = frozenset({BackendCapability.CHECKPOINTS_ON_DISK})  # yours
+CAPABILITIES = frozenset({BackendCapability.CHECKPOINTS_ON_DISK, BackendCapability.PUBLICATION_HOOKS})  # yours
 
 
 @hookimpl

@@ -119,7 +119,9 @@ class SglangInferenceEngine(OpenAIServerEngine):
         return request
 
     def read_response(self, endpoint: Endpoint, body: JSON) -> JSON:
-        """Chat answers call the sampled ids `response_token_ids`."""
+        """Chat answers call the sampled ids `response_token_ids`. Their `metadata` is none that OpenAI's schema allows,
+        and counts versions of weights that ART never changes in place.
+        """
         choices = []
         for choice in body["choices"]:
             whole = dict(choice)
@@ -127,7 +129,8 @@ class SglangInferenceEngine(OpenAIServerEngine):
             if whole.get("token_ids") is None:
                 whole["token_ids"] = sampled
             choices.append(whole)
-        return super().read_response(endpoint, {**body, "choices": choices})
+        rest = {key: value for key, value in body.items() if key != "metadata"}
+        return super().read_response(endpoint, {**rest, "choices": choices})
 
     def read_chunk(self, endpoint: Endpoint, chunk: JSON) -> JSON:
         """A stream of chat carries its token ids in one event at its end; they become a last chunk of each choice."""

@@ -18,7 +18,7 @@ import httpx
 from art_core.errors import CorruptCheckpoint
 
 from . import wire
-from .errors import ServiceUnreachable
+from .errors import ServiceRefused, ServiceUnreachable
 from .progress import JobProgress
 from .service import Connection, Patience
 
@@ -88,6 +88,10 @@ async def _copy(
                     f"{file.path} could not be pulled: the connection broke {attempt} times, the last time with"
                     f" {have} of {file.size} bytes here ({error or type(error).__name__}). Nothing was kept."
                 ) from error
+        except ServiceRefused as error:
+            passing = error.status >= 500 or error.status in (408, 429)
+            if not passing or attempt == _MOST_ATTEMPTS:
+                raise
         await asyncio.sleep(patience.pause(attempt))
     if await asyncio.to_thread(_sha256, to) != file.sha256:
         raise CorruptCheckpoint(

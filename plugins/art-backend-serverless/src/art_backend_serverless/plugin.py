@@ -21,7 +21,11 @@ def art_register_backends() -> Iterable[BackendSpec]:
             factory="art_backend_serverless.backend:ServerlessBackend",
             summary="Trains and serves models on a machine elsewhere: W&B's cloud, or a server of your own.",
             capabilities=frozenset(BackendCapability)
-            - {BackendCapability.CHECKPOINTS_ON_DISK, BackendCapability.WARM_START},
+            - {
+                BackendCapability.CHECKPOINTS_ON_DISK,
+                BackendCapability.PUBLICATION_HOOKS,
+                BackendCapability.WARM_START,
+            },
         )
     ]
 

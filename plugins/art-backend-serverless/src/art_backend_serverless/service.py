@@ -7,6 +7,7 @@ Knows HTTP, keys and the wire's messages; knows neither jobs nor models. Connect
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -315,7 +316,8 @@ class Connection:
         try:
             return answer.model_validate_json(response.content)
         except ValidationError as error:
-            if answer is wire.Capabilities:
+            # What is remembered of a service may not come of an answer that was cut.
+            if answer is wire.Capabilities and not _broken_json(response):
                 raise _NotOurs from error
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors()[:3])
             broken = self._unanswered(doing, f"its answer can't be read: {wrong}", repeat)
@@ -348,6 +350,17 @@ def _failed(state: RetryCallState) -> _Failed:
     if not isinstance(error, _Failed):
         raise AssertionError("only a failed attempt is repeated")
     return error
+
+
+def _broken_json(response: httpx.Response) -> bool:
+    """It says that it is JSON, and isn't."""
+    if "json" not in response.headers.get("Content-Type", ""):
+        return False
+    try:
+        json.loads(response.content)
+    except ValueError:
+        return True
+    return False
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from art_core import inference_name
@@ -30,12 +30,16 @@ def not_served(routes: Routes, project: str | None, requested: str) -> ApiError:
     served = routes.served(project)
     where = "" if project is None else f" in project {project!r}"
     names = [_described(model, with_project=project is None) for model in served]
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    listing = ("; ".join(names[:_MOST_NAMED]) + more) or "nothing"
     plain = requested.partition("@")[0]
     hint = "" if any(model.name == plain for model in served) else did_you_mean(plain, {model.name for model in served})
-    message = f"The model {requested!r} is not served{where}.{hint} Served{where}: {listing}."
+    message = f"The model {requested!r} is not served{where}.{hint} Served{where}: {the_first(names)}."
     return ApiError(404, message, code="model_not_found", param="model")
+
+
+def the_first(names: Sequence[str]) -> str:
+    """What there is, in a sentence that an error can hold."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ("; ".join(names[:_MOST_NAMED]) + more) or "nothing"
 
 
 def several_projects(requested: str, projects: Collection[str]) -> ApiError:

@@ -29,6 +29,7 @@ from art_gateway.errors import ApiError
 
 from .access import Access, RequireKey
 from .answers import DISK_FULL, ERRORS
+from .catalogue import Catalogue
 from .health import figures_router, health_router
 from .inference import ArtifactRoutes, Inference, not_served
 from .inference_page import inference_paths, links_to_inference
@@ -75,7 +76,9 @@ def make_app(service: Service, inference: Inference) -> ASGIApp:
     app.include_router(models_router(service), prefix=BASE, dependencies=protected, tags=["models"])
     app.include_router(jobs_router(service), prefix=BASE, dependencies=protected, tags=["training jobs"])
     app.include_router(files_router(service), prefix=BASE, dependencies=protected, tags=["checkpoint files"])
-    app.include_router(_model_cards(inference), prefix=BASE, dependencies=protected, tags=["inference"])
+    app.include_router(
+        _model_cards(inference, service.catalogue), prefix=BASE, dependencies=protected, tags=["inference"]
+    )
     app.router.routes += [
         _NamedRoute(f"{BASE}/chat/completions", inference.chat, methods=["POST"]),
         _NamedRoute(f"{BASE}/completions", inference.text, methods=["POST"]),
@@ -133,7 +136,7 @@ def _capabilities(service: Service) -> APIRouter:
     return router
 
 
-def _model_cards(inference: Inference) -> APIRouter:
+def _model_cards(inference: Inference, catalogue: Catalogue) -> APIRouter:
     router = APIRouter(responses=ERRORS)
 
     @router.get("/models", responses={200: {"links": links_to_inference("{$response.body#/data/0/id}")}})
@@ -147,7 +150,7 @@ def _model_cards(inference: Inference) -> APIRouter:
         for card in inference.cards(request.state.entity):
             if model in (card["id"], card["root"]):
                 return card
-        raise not_served(model, request.state.entity)
+        raise not_served(model, catalogue, request.state.entity)
 
     return router
 

@@ -41,6 +41,12 @@ class Catalogue:
         own = (record for record in self._by_id.values() if record.entity == entity)
         return sorted(own, key=lambda record: (record.project, record.name))
 
+    def names_of(self, entity: str) -> list[str]:
+        """Project and name of each of an entity's models, the last made first."""
+        return [
+            f"{record.project}/{record.name}" for record in reversed(self._by_id.values()) if record.entity == entity
+        ]
+
     def by_id(self, model_id: str, *, entity: str) -> ModelRecord:
         """A model of this entity. Raises ApiError, 404."""
         record = self._by_id.get(model_id)

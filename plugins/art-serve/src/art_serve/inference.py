@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from art_core import ArtError
 from art_core.engines import JSON, Endpoint
 from art_gateway import GatewayLimits, Route, RouteUnavailable, ServedModel
+from art_gateway.catalogue import the_first
 from art_gateway.completions import Completions, Upstream
 from art_gateway.errors import ApiError
 
@@ -58,14 +59,14 @@ class ArtifactRoutes:
         asked = parse_artifact_name(requested_name)
         record = None if asked is None else self._catalogue.by_name(project, asked.project, asked.name)
         if asked is None or asked.entity != project or record is None:
-            raise not_served(requested_name, project)
+            raise not_served(requested_name, self._catalogue, project)
         try:
             registration = await self._backend.registered(record)
         except (ArtError, OSError, ValueError) as error:
             raise RouteUnavailable(f"{requested_name} can't be served now: {error}", retry_after_s=10) from error
         step = self._catalogue.latest(record) if asked.step is None else asked.step
         if asked.step is not None and await self._transactions(checkpoint_metrics, record.id, step) is None:
-            raise not_served(requested_name, project)
+            raise not_served(requested_name, self._catalogue, project)
         base_url = registration.inference_base_url.rstrip("/")
         if not base_url.endswith(_OPENAI):
             raise RouteUnavailable(f"the backend's address {base_url} doesn't end in {_OPENAI}", retry_after_s=600)
@@ -122,11 +123,12 @@ class Inference:
         await self._upstream.close()
 
 
-def not_served(requested: str, entity: str) -> ApiError:
-    """404, the same for a name that nobody has and for another's."""
+def not_served(requested: str, catalogue: Catalogue, entity: str) -> ApiError:
+    """404, the same for a name that nobody has and for another's, with those that the entity has."""
     message = (
         f"The model {requested[:300]!r} is not served. Ask for wandb-artifact:///{entity}/PROJECT/NAME, or with :stepN"
-        " behind it; GET /v1/models lists yours."
+        f" behind it. Served to you: {the_first(catalogue.names_of(entity))}. GET /v1/models lists them with their"
+        " steps."
     )
     return ApiError(404, message, code="model_not_found", param="model")
 

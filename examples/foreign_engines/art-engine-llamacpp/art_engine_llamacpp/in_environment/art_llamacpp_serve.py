@@ -86,8 +86,8 @@ class Front:
     async def models(self, _: web.Request) -> web.Response:
         """The base model, and the adapters with it as their parent."""
         base = self.options.served_model_name
-        listed = [{"id": base, "object": "model"}]
-        listed += [{"id": name, "object": "model", "parent": base} for name in self.adapters]
+        common = {"object": "model", "created": 0, "owned_by": "llamacpp"}
+        listed = [{"id": base, **common}, *({"id": name, **common, "parent": base} for name in self.adapters)]
         return web.json_response({"object": "list", "data": listed})
 
     async def health(self, _: web.Request) -> web.Response:

@@ -324,15 +324,21 @@ class LocalBackend:
         """
         self._require_registered(model)
         session = await self._client.session()
-        answer = await self._client.call(
-            "lease", LeaseRequest(session=session, project=model.project, name=model.name, step=step)
-        )
+        request = LeaseRequest(session=session, project=model.project, name=model.name, step=step)
+        held: dict[str, Any] = {}
+
+        async def hold() -> None:
+            held.update(await self._client.call("lease", request))
+
         try:
-            yield inference_name(model.name, answer["step"])
+            # Cancelled in the middle it would be held, and nobody would know by which name to let it go.
+            await to_the_end(hold())
+            yield inference_name(model.name, held["step"])
         finally:
             # A host that is gone holds nothing any more.
             with suppress(BackendUnreachable):
-                await self._client.call("end_lease", LeaseEnd(session=session, lease=answer["lease"]))
+                if held:
+                    await to_the_end(self._client.call("end_lease", LeaseEnd(session=session, lease=held["lease"])))
 
     async def delete_checkpoints(self, model: PolicyModel, steps: Sequence[int]) -> list[int]:
         """Delete steps and say which were; unknown ones are passed over. Raises CheckpointInUse, and deletes nothing,
@@ -356,15 +362,20 @@ class LocalBackend:
         step.
 
         Works before registration too. Raises CheckpointNotFound, or CheckpointError when `model` has come that far
-        itself.
+        itself. Once it has begun it is done: a cancellation is raised when it is.
         """
         request = ForkRequest(
             **await self._of(model), from_model=from_model, from_project=from_project, not_after_step=not_after_step
         )
-        step = int((await self._client.call("fork", request))["step"])
-        if ModelKey(model.project, model.name) in self._registered:
-            await self._publish_pending(model)
-        return step
+
+        async def fork() -> int:
+            step = int((await self._client.call("fork", request))["step"])
+            if ModelKey(model.project, model.name) in self._registered:
+                await self._publish_pending(model)
+            return step
+
+        # Cancelled in the middle it would leave a copy that isn't served, and that no second fork takes for its own.
+        return await to_the_end(fork())
 
     async def pull_checkpoint(
         self,

@@ -6,7 +6,8 @@ gets a connection of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,15 @@ class EngineConnection:
         return body
 
     async def complete(self, body: JSON, adapter: str | None, endpoint: Endpoint = "completions") -> JSON:
-        """Ask for a completion under an adapter's name; gives the answer in the one form."""
+        """Ask for a completion under an adapter's name; gives the answer in the one form. Raises as `call`."""
         request = self.engine.prepare_request(endpoint, body, adapter)
         status, answer = await self.request("POST", f"/v1/{endpoint}", request, COMPLETION_TIMEOUT_S)
         if status != 200:
             raise EngineRefused(
                 self.engine.name, f"answer as {adapter}", f"HTTP {status}: {answer[:2000].decode(errors='replace')}"
             )
-        return self.engine.read_response(endpoint, orjson.loads(answer))
+        with self._readable(f"answer as {adapter}"):
+            return self.engine.read_response(endpoint, orjson.loads(answer))
 
     async def load(self, adapter: str, folder: Path, fingerprint: str) -> None:
         """Have the server hold the adapter in `folder` under the name `adapter`, and see that it lists it.
@@ -74,7 +76,9 @@ class EngineConnection:
             raise EngineRefused(
                 self.engine.name, f"load {adapter}", "that name stood for other weights in this very process"
             )
-        if adapter in self.confirmed and adapter in await self.adapters():
+        # Also what it was given before and whose answer was lost: it holds these weights under that name, or none.
+        if adapter in self._used and adapter in await self.adapters():
+            self.confirmed.add(adapter)
             return
         if adapter in self.strangers:
             await self.unload(adapter)
@@ -107,8 +111,10 @@ class EngineConnection:
         return stale
 
     async def adapters(self) -> frozenset[str]:
-        """The adapters that the server says it holds."""
-        return self.engine.read_adapters(await self.call(self.engine.list_adapters()))
+        """The adapters that the server says it holds. Raises as `call`."""
+        body = await self.call(self.engine.list_adapters())
+        with self._readable("list its adapters"):
+            return self.engine.read_adapters(body)
 
     def held_other_weights(self, adapter: str, fingerprint: str | None) -> bool:
         """True when this server was given other weights under this name (None: any weights at all)."""
@@ -136,6 +142,15 @@ class EngineConnection:
         except (aiohttp.ClientError, OSError) as error:
             reason = f"broke the connection at {method} {path} ({error!r})"
             raise ProcessFailed(f"the inference server {self.engine.name} {reason}.{self._evidence()}") from error
+
+    @contextmanager
+    def _readable(self, doing: str) -> Iterator[None]:
+        """What is read of an answer can't be read of one that was cut, or isn't this engine's."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"its answer can't be read ({type(error).__name__}: {error}).{self._evidence()}"
+            raise EngineRefused(self.engine.name, doing, reason) from error
 
     async def close(self) -> None:
         """Close the connection, not the server. A second call does nothing."""

@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
+from pydantic import ValidationError
 
 from art_core import LaunchPlan, TrainingEngine, TrainingLaunch
 from art_core.errors import ProcessFailed, TrainingFailed
-from art_engine_kit.event_stream import EventLines
+from art_engine_kit.event_stream import EventLines, LineTooLong
 from art_engine_kit.training_wire import JobEnded, JobFailed, TrainEvent, TrainJob, read_event
 from art_runtime import StartProgress, SupervisedProcess
 
@@ -29,6 +30,7 @@ from .launching import start_server
 SILENCE_LIMIT_S = 1800.0
 # A cancelled job leaves between two rows.
 BUSY_LIMIT_S = 600.0
+KILL_LIMIT_S = 30.0
 
 
 class TrainingWorker:
@@ -94,8 +96,7 @@ class TrainingWorker:
                     reason = (await response.text())[:2000]
                     raise TrainingFailed(f"the training worker refused the job: HTTP {response.status}: {reason}")
                 lines = EventLines(response.content.iter_any())
-                while (line := await _next(lines)) is not None:
-                    event = read_event(line)
+                while (event := await _next(lines)) is not None:
                     ended = isinstance(event, JobFailed | JobEnded)
                     if isinstance(event, JobFailed):
                         raise _job_error(event)
@@ -103,14 +104,17 @@ class TrainingWorker:
                     if ended:
                         return
         except TimeoutError:
-            process.kill()
+            await _end(process)
             raise TrainingFailed(
                 f"the training worker said nothing for {SILENCE_LIMIT_S:g} s and was ended; the next step starts a new"
                 f" one. The end of its log:\n{process.log_tail()}"
             ) from None
-        except (aiohttp.ClientError, ValueError) as error:
-            if isinstance(error, ValueError) and process.running:
-                raise
+        except (ValidationError, LineTooLong) as error:
+            raise TrainingFailed(
+                f"the training worker said what is no event of a job, and the step was given up: {error}. Nothing of it"
+                f" was kept; the step before is still served. The end of its log:\n{process.log_tail()}"
+            ) from error
+        except aiohttp.ClientError as error:
             raise await self._died(process, error) from error
         finally:
             still.cancel()
@@ -150,8 +154,7 @@ class TrainingWorker:
                         if response.status == 200 and (await response.json()).get("status") != "training":
                             return
                 if clock() > deadline or clock() - answered > standstill.limit_s():
-                    process.kill()
-                    await process.wait_exit()
+                    await _end(process)
                     return
                 await asyncio.sleep(0.1)
 
@@ -173,7 +176,7 @@ class TrainingWorker:
         try:
             exit_ = await asyncio.wait_for(process.wait_exit(), 5.0)
         except TimeoutError:
-            process.kill()
+            await _end(process)
             how = f"broke its connection ({cause}) and was ended"
         else:
             how = exit_.cause
@@ -186,10 +189,19 @@ class TrainingWorker:
         )
 
 
-async def _next(lines: EventLines) -> bytes | None:
-    """The next event's line, None at the end. A worker that only says that it is there says nothing."""
+async def _end(process: SupervisedProcess) -> None:
+    """Kill it, and wait until it has gone: the next job is not for one that is dying."""
+    process.kill()
+    # One that a driver holds on to for longer is nobody's to wait for.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait_exit(), KILL_LIMIT_S)
+
+
+async def _next(lines: EventLines) -> TrainEvent | None:
+    """The next event, None at the end. A worker that only says that it is there says nothing."""
     async with asyncio.timeout(SILENCE_LIMIT_S):
-        return await anext(lines, None)
+        line = await anext(lines, None)
+    return None if line is None else read_event(line)
 
 
 def _job_error(event: JobFailed) -> Exception:
