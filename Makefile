@@ -24,8 +24,8 @@ MUTANTS_VENV := .venv-mutants
 # uv, looking where pip looks; needs nothing of ours installed.
 INSTALL := plugins/art-runtime/src/art_runtime/environments/indexes.py
 PYTEST := $(BIN)/python -m pytest
-# Two workers; what shares live servers goes to them file by file.
-IN_TWO := -n 2
+# Fast tests wait for timers as often as they compute; what shares live servers goes to two workers file by file.
+IN_THREE := -n 3
 FILES_IN_TWO := -n 2 --dist loadfile
 BENCHMARKS := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 # Engines in environments of their own; their tests fail without.
@@ -95,7 +95,7 @@ test-all: $(READY) $(OPENAI2_READY) lint engines postgresql  ## And every broken
 	@$(PYTEST) $(ARGS)
 
 test-fast: $(READY)  ## The tests that need no weights and no servers, and half a second at most: two minutes
-	@$(PYTEST) $(IN_TWO) -m "not slow" $(ARGS)
+	@$(PYTEST) $(IN_THREE) -m "not slow" $(ARGS)
 
 $(OPENAI2_READY): pyproject.toml
 	@test -x $(OPENAI2_VENV)/bin/python || $(PYTHON) -m venv $(OPENAI2_VENV)
