@@ -81,11 +81,15 @@ class ExampleBackend:
         async with self._registering:
             if key not in self._models:
                 base = await resolve_base_model(installed_plugins(), model.base_model)
-                served = await asyncio.to_thread(_open, key, key.folder(self.path) / "example", base)
-                await publish(served.checkpoint(served.saved()[-1]), Publisher(served))
-                self._models[key] = served
+                # A thread can't be cancelled: half done, it would go on writing beside the next call.
+                await to_the_end(self._open_and_publish(key, base))
         url = f"{URL}/{key.project}/v1"
         return Registration(inference_base_url=url, inference_api_key=self.key, base_path=self.path)
+
+    async def _open_and_publish(self, key: ModelKey, base: Path) -> None:
+        served = await asyncio.to_thread(_open, key, key.folder(self.path) / "example", base)
+        await publish(served.checkpoint(served.saved()[-1]), Publisher(served))
+        self._models[key] = served
 
     async def train(
         self, model: PolicyModel, trajectory_groups: Sequence[TrajectoryGroup], **options: Any
