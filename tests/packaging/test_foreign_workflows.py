@@ -1,5 +1,6 @@
 """The workflows of the foreign engines, run as their CI would: each step in order, in a new environment with the wheels
-and the project alone. Knows how a workflow is written, and nothing of what its steps do.
+and the project alone. Knows how a workflow is written, and nothing of what its steps do. `test_foreign_engines`
+holds the same engines in `make test`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def steps(project: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("project", [pytest.param(project, id=project.name) for project in PROJECTS])
 def test_a_foreign_engine_s_own_workflow_passes(
