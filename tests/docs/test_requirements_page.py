@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "requirements.md"
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
+def script(module_of: Callable[[Path], Any]) -> Any:
     """The module that makes the page, which is a script beside this one."""
-    spec = importlib.util.spec_from_file_location("requirements_page", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(SCRIPT)
 
 
 def test_the_page_of_requirements_is_what_the_suites_say() -> None:

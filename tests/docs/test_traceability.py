@@ -4,10 +4,10 @@ gives. What each holds is for whoever writes the mapping to read.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,9 @@ SCRIPT = Path(__file__).with_name("traceability.py")
 
 
 @pytest.fixture(scope="module")
-def traceability() -> Any:
+def traceability(module_of: Callable[[Path], Any]) -> Any:
     """The module that makes the page, which is a script beside this one."""
-    spec = importlib.util.spec_from_file_location("traceability", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "traceability", module)  # where dataclasses look for their module
-        spec.loader.exec_module(module)
-        yield module
+    return module_of(SCRIPT)
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ wheels, with their real servers. One conforms, one is told apart, and the page s
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,9 @@ NAMES = ("llamacpp", "transformers")
 
 
 @pytest.fixture(scope="module")
-def pages() -> Any:
+def pages(module_of: Callable[[Path], Any]) -> Any:
     """The module that makes the page, which is a script beside this one."""
-    spec = importlib.util.spec_from_file_location("foreign_engines", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(SCRIPT)
 
 
 def package_of(name: str) -> Path:

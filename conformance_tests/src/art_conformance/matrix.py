@@ -82,7 +82,13 @@ class CellReport(BaseModel):
     @property
     def missing(self) -> list[str]:
         """The suites that it had to be held against and of which nothing was reported."""
-        return [name for name in self.expected if name not in {suite["suite"] for suite in self.suites}]
+        return suites_missing(self.expected, self.suites)
+
+
+def suites_missing(expected: Sequence[str], reported: Sequence[dict[str, Any]]) -> list[str]:
+    """Those of the expected suites of which nothing was reported."""
+    found = {suite["suite"] for suite in reported}
+    return [name for name in expected if name not in found]
 
 
 def _told_nobody(_cell: Cell, _report: CellReport | None) -> None:
@@ -226,7 +232,7 @@ def _judged(
         return CellVerdict.MACHINE, "; ".join(faults)
     if untestable := _with(suites, Outcome.UNTESTABLE):
         return CellVerdict.UNTESTABLE, "; ".join(untestable)
-    if missing := [name for name in cell.suites if name not in {suite["suite"] for suite in suites}]:
+    if missing := suites_missing(cell.suites, suites):
         where = Path(cell.tests).name or log.name
         return CellVerdict.INCOMPLETE, f"{' and '.join(missing)} was not run: {where} has no class of it"
     unfinished = [suite["subject"] for suite in suites if not suite["conformant"]]

@@ -270,7 +270,9 @@ class PublicationConformance(BackendSuite):
         assert receipt.step == result.step
         assert receipt.model == ModelKey(agent.model.project, agent.model.name)
         assert receipt.inference_name == agent.named(result.step)
-        assert all(seconds >= 0 for seconds in receipt.seconds.values())
+        if Cap.PUBLICATION_HOOKS in agent.backend.capabilities:
+            # Elsewhere the stages are another machine's.
+            assert {"checked", "loaded", "verified", "routed"} <= receipt.seconds.keys()
 
     @check(
         "PUB-015",

@@ -20,7 +20,7 @@ from art_core.errors import CorruptCheckpoint
 from . import wire
 from .errors import ServiceRefused, ServiceUnreachable
 from .progress import JobProgress
-from .service import Connection, Patience
+from .service import NOT_TAKEN, Connection, Patience
 
 _PIECE = 2**20
 _MOST_ATTEMPTS = 8
@@ -89,7 +89,7 @@ async def _copy(
                     f" {have} of {file.size} bytes here ({error or type(error).__name__}). Nothing was kept."
                 ) from error
         except ServiceRefused as error:
-            passing = error.status >= 500 or error.status in (408, 429)
+            passing = error.status >= 500 or error.status in NOT_TAKEN
             if not passing or attempt == _MOST_ATTEMPTS:
                 raise
         await asyncio.sleep(patience.pause(attempt))

@@ -7,7 +7,6 @@ Knows HTTP, keys and the wire's messages; knows neither jobs nor models. Connect
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -30,7 +29,7 @@ MessageT = TypeVar("MessageT", bound=BaseModel)
 _TIMEOUT = httpx.Timeout(connect=10.0, read=90.0, write=60.0, pool=None)
 # A service looks through what it was sent before it answers.
 _UPLOAD = httpx.Timeout(connect=10.0, read=600.0, write=60.0, pool=None)
-_NOT_TAKEN = frozenset({408, 429, 503})
+NOT_TAKEN = frozenset({408, 429, 503})
 _GATEWAYS = frozenset({502, 504, 520, 521, 522, 523, 524})
 _MOST_500S = 4
 _LONGEST_RETRY_AFTER_S = 300.0
@@ -300,7 +299,7 @@ class Connection:
             raise self._unanswered(doing, f"the connection broke: {self._said(error)}", repeat) from error
         self._service.answered()
         status = response.status_code
-        if status in _NOT_TAKEN:
+        if status in NOT_TAKEN:
             raise _Failed(self._refusal(status, response.content, doing), after_s=_retry_after_s(response))
         if status in _GATEWAYS or status >= 500:
             said = self._refusal(status, response.content, doing)
@@ -317,7 +316,10 @@ class Connection:
             return answer.model_validate_json(response.content)
         except ValidationError as error:
             # What is remembered of a service may not come of an answer that was cut.
-            if answer is wire.Capabilities and not _broken_json(response):
+            broken_off = error.errors()[0]["type"] == "json_invalid" and "json" in response.headers.get(
+                "Content-Type", ""
+            )
+            if answer is wire.Capabilities and not broken_off:
                 raise _NotOurs from error
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors()[:3])
             broken = self._unanswered(doing, f"its answer can't be read: {wrong}", repeat)
@@ -350,17 +352,6 @@ def _failed(state: RetryCallState) -> _Failed:
     if not isinstance(error, _Failed):
         raise AssertionError("only a failed attempt is repeated")
     return error
-
-
-def _broken_json(response: httpx.Response) -> bool:
-    """It says that it is JSON, and isn't."""
-    if "json" not in response.headers.get("Content-Type", ""):
-        return False
-    try:
-        json.loads(response.content)
-    except ValueError:
-        return True
-    return False
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
