@@ -77,7 +77,7 @@ async def test_steps_of_the_plain_loop_are_trained_on_what_was_sampled(backend: 
                 ),
                 pbar_desc=None,
             )
-            # A random model may well give replies of equal rewards, which aren't trained. Of these, none is its group's mean.
+            # Replies of equal rewards, as a random model may well give, are not trained. None of these is the mean.
             for group in groups:
                 for place, trajectory in enumerate(group):
                     trajectory.reward = 2.0**place
